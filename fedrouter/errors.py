@@ -1,0 +1,40 @@
+"""What users can do wrong, as one small hierarchy.
+
+FedRouterError
+├── ConfigError       a configuration file, key or command-line option
+├── DataError         a data file or data set
+├── ModelError        a base model or an embedder
+├── TrainingError     a run that cannot go on
+├── BundleError       a bundle that cannot be written or must not be served
+└── ServingError      a server that cannot start, or an endpoint that cannot be reached
+
+Every message says what was wrong, where, and what to do, in one line.
+"""
+
+
+class FedRouterError(Exception):
+    """Base of all errors that the command line prints as one line."""
+
+
+class ConfigError(FedRouterError):
+    """A configuration file, key or command-line option is wrong."""
+
+
+class DataError(FedRouterError):
+    """A data file or data set cannot be used."""
+
+
+class ModelError(FedRouterError):
+    """A base model or embedder cannot be used."""
+
+
+class TrainingError(FedRouterError):
+    """A run cannot go on."""
+
+
+class BundleError(FedRouterError):
+    """A bundle cannot be written or must not be served."""
+
+
+class ServingError(FedRouterError):
+    """A server cannot start, or an endpoint cannot be reached."""

@@ -1,0 +1,141 @@
+"""The carriers that cross boundaries: frozen dataclasses, no torch, no I/O.
+
+Reading order is the order in which data flows: records → what a client reveals → what a
+round exchanges → what a bundle holds → what a route decides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+AdapterState = Mapping[str, Array]
+"""LoRA tensors by PEFT's names (``base_model.model…lora_A.weight``), float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation; ``content`` is text only."""
+
+    role: str  # "system" | "user" | "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training or test example."""
+
+    turns: tuple[Turn, ...]  # the conversation before the answer; ends with a user turn
+    completion: str
+    task: str | None = None  # a label for names and scores; never used to cluster or to route
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """What a client reveals of one of its local clusters (paper: μ_{c,j}, n_{c,j})."""
+
+    centroid: Array  # (d,)
+    num_examples: int
+    task_counts: Mapping[str, int]  # empty when the records carry no ``task``
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSummary:
+    """What a client reveals before the first round."""
+
+    client: str
+    clusters: tuple[LocalCluster, ...]
+    scatter: Array  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all local clusters
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSpace:
+    """Where distances are measured: z = (φ(x) - mean) @ transform, then nearest centroid."""
+
+    mean: Array  # (d,)
+    transform: Array  # (d, m)
+    centroids: Array  # (n, m), in the transformed space
+    cluster_of: tuple[int, ...]  # (n,), the task cluster of each centroid
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """A client's training distances to one task cluster, as evenly spaced quantiles."""
+
+    cluster: int
+    quantiles: Array  # (101,), distances at 0 %, 1 % … 100 %
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRequest:
+    """The server asks a client to train one local cluster in one round."""
+
+    client: str
+    local_cluster: int
+    round: int  # from 0
+    adapter: AdapterState
+    steps: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReply:
+    """The client answers with the trained adapter."""
+
+    client: str
+    local_cluster: int
+    adapter: AdapterState
+    num_examples: int  # examples really trained in this round: the weight
+    loss: float  # mean training loss over the steps, nats a token
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """The base model that a bundle's adapters belong to."""
+
+    model: str  # a hub id, a path, or builtin:tiny
+    revision: str | None
+    fingerprint: str  # of its config and tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderSpec:
+    """The embedder that a bundle's centroids belong to."""
+
+    kind: str  # "base" (mean last hidden state of the base model) | "sentence-transformers"
+    model: str  # the base's name, a hub id or a path
+    max_tokens: int
+    dim: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCluster:
+    """One task cluster of a bundle and the adapter that answers for it."""
+
+    name: str  # "headline" when the clients label their tasks, else "task-0" …
+    adapter: str  # name and content hash: "headline-1f2e3d4c"
+    num_examples: int
+    clients: tuple[str, ...]
+    task_counts: Mapping[str, int]  # training rows by task label; empty without labels
+    radius: float  # distance beyond which a prompt is out of distribution
+    training: Mapping[str, float] = field(default_factory=dict)  # "loss", "steps", "examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where one prompt goes, and why."""
+
+    model: str  # the name to ask vLLM for: an adapter, or "base" after a fallback to it
+    cluster: str  # the nearest task cluster's name
+    distance: float  # to the nearest centroid; smaller is closer
+    radius: float  # of the nearest task cluster
+    margin: float  # distance to the second nearest task cluster minus ``distance``
+    fallback: bool  # the prompt lies beyond the radius
+    distances: Mapping[str, float]  # by task cluster name
