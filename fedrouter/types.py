@@ -111,6 +111,7 @@ class EmbedderSpec:
     kind: str  # "base" (mean last hidden state of the base model) | "sentence-transformers"
     model: str  # the base's name, a hub id or a path
     max_tokens: int
+    dtype: str  # of the forward pass; vectors are float32
     dim: int
     fingerprint: str
 

@@ -1,0 +1,327 @@
+"""The directory that training writes and serving reads: plain PEFT adapters plus a router.
+
+    bundle/
+      manifest.json        what is in here and what it belongs to
+      router.safetensors   mean, transform, centroids, radii, probe vectors
+      adapters/NAME/       adapter_config.json + adapter_model.safetensors, as PEFT writes them
+      chat_template.jinja  only when the base has none of its own
+      README.md            model card
+
+A bundle is immutable once written; adapter names end in a hash of their content. Loading refuses what would
+fail silently later. The format is described in docs/bundle-format.md.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from fedrouter.embed import Embedder, probe
+from fedrouter.errors import BundleError
+from fedrouter.models import base_fingerprint
+from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, RoutingSpace, TaskCluster
+
+SCHEMA_VERSION = 1
+PROBE_TOLERANCE = 0.02  # relative; other CPUs, batch sizes and bfloat16 stay below, other weights far above
+FALLBACKS = ("base", "nearest")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A validated bundle on disk, without its adapters' weights."""
+
+    path: Path
+    base: BaseSpec
+    embedder: EmbedderSpec
+    clusters: tuple[TaskCluster, ...]
+    space: RoutingSpace
+    probe: Array  # (3, d): the embedder's vectors of the probe texts
+    rank: int
+    fallback: str  # what answers beyond the radius: "base" or "nearest"
+    versions: Mapping[str, str]
+
+    def adapter_path(self, cluster: TaskCluster) -> Path:
+        """Return the PEFT directory of a task cluster's adapter."""
+        return self.path / "adapters" / cluster.adapter
+
+    @property
+    def chat_template(self) -> Path | None:
+        """The chat template to serve with, when the base has none of its own."""
+        path = self.path / "chat_template.jinja"
+        return path if path.is_file() else None
+
+
+def write_bundle(
+    path: Path,
+    *,
+    base: BaseSpec,
+    embedder: EmbedderSpec,
+    clusters: Sequence[TaskCluster],
+    adapters: Sequence[AdapterState],
+    adapter_config: Mapping[str, Any],
+    space: RoutingSpace,
+    probe_vectors: Array,
+    fallback: str,
+    versions: Mapping[str, str],
+    chat_template: str | None = None,
+) -> Bundle:
+    """Write a bundle atomically: under a temporary name, validated, then renamed.
+
+    Parameters
+    ----------
+    clusters : their ``adapter`` is filled in here: name and content hash.
+    adapters : one state a cluster, in the same order.
+    adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
+
+    Raises
+    ------
+    BundleError
+        If ``path`` exists already, or what was written does not validate (a non-finite weight, say).
+    """
+    if path.exists():
+        raise BundleError(f"{path} exists already; a bundle is never overwritten, choose another directory")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config_bytes = _json_bytes(adapter_config)
+    named = []
+    for cluster, state in zip(clusters, adapters, strict=True):
+        weights = save({name: state[name] for name in sorted(state)}, metadata={"format": "pt"})
+        cluster = replace(cluster, adapter=f"{cluster.name}-{_content_hash(config_bytes, weights)}")
+        directory = partial / "adapters" / cluster.adapter
+        directory.mkdir(parents=True)
+        (directory / "adapter_config.json").write_bytes(config_bytes)
+        (directory / "adapter_model.safetensors").write_bytes(weights)
+        named.append(cluster)
+    router = save(
+        {
+            "mean": space.mean,
+            "transform": space.transform,
+            "centroids": space.centroids,
+            "cluster_of": np.asarray(space.cluster_of, dtype=np.int64),
+            "probe": probe_vectors,
+        }
+    )
+    (partial / "router.safetensors").write_bytes(router)
+    if chat_template is not None:
+        (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "base": asdict(base),
+        "embedder": asdict(embedder),
+        "rank": int(adapter_config["r"]),
+        "fallback": fallback,
+        "router_sha256": hashlib.sha256(router).hexdigest(),
+        "clusters": [asdict(cluster) for cluster in named],
+        "versions": dict(versions),
+    }
+    (partial / "manifest.json").write_bytes(_json_bytes(manifest))
+    (partial / "README.md").write_text(_model_card(base, embedder, named), encoding="utf-8")
+    load_bundle(partial)
+    os.rename(partial, path)
+    return load_bundle(path)
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Load and validate a bundle: everything that can be checked without a model.
+
+    Raises
+    ------
+    BundleError
+        For a missing or damaged file, an unknown schema version, a weight that is not finite, adapters whose
+        names, shapes or rank do not fit, or a router that does not fit the clusters.
+    """
+    manifest = _read_manifest(path)
+    try:
+        bundle = Bundle(
+            path=path,
+            base=BaseSpec(**manifest["base"]),
+            embedder=EmbedderSpec(**manifest["embedder"]),
+            clusters=tuple(
+                TaskCluster(**{**cluster, "clients": tuple(cluster["clients"])}) for cluster in manifest["clusters"]
+            ),
+            **_read_router(path, manifest["router_sha256"]),
+            rank=int(manifest["rank"]),
+            fallback=manifest["fallback"],
+            versions=manifest["versions"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path / 'manifest.json'}: missing or unknown field {error}") from error
+    _check_router(bundle)
+    shapes = None
+    for cluster in bundle.clusters:
+        found = _check_adapter(bundle.adapter_path(cluster), cluster.adapter, bundle.rank)
+        if shapes is not None and found != shapes:
+            raise BundleError(f"{bundle.adapter_path(cluster)}: its tensors differ in name or shape from the others'")
+        shapes = found
+    return bundle
+
+
+def check_base(bundle: Bundle, base_path: Path) -> None:
+    """Refuse a base model that is not the one the adapters were trained on.
+
+    Raises
+    ------
+    BundleError
+        If config or tokenizer differ, or an adapter addresses a module that the base has not.
+    """
+    if base_fingerprint(base_path) != bundle.base.fingerprint:
+        raise BundleError(
+            f"{bundle.path}: its adapters were trained on base {bundle.base.model}, and {base_path} is another model "
+            "(config or tokenizer differ); pass the right one with --base"
+        )
+    modules = _base_modules(base_path)
+    adapter = bundle.adapter_path(bundle.clusters[0]) / "adapter_model.safetensors"
+    for name, array in load_file(adapter).items() if modules else ():
+        module, kind = name.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        shape = modules.get(module)
+        axis = 1 if kind.startswith("A") else 0
+        if shape is None or (len(shape) == 2 and array.shape[axis] != shape[axis]):
+            raise BundleError(f"{adapter}: tensor {name} {array.shape} does not fit the base model in {base_path}")
+
+
+def check_embedder(bundle: Bundle, embedder: Embedder) -> None:
+    """Refuse an embedder that does not compute what the bundle's embedder computed.
+
+    Raises
+    ------
+    BundleError
+        If its vectors of the probe texts differ from the recorded ones.
+    """
+    found = probe(embedder)
+    if found.shape == bundle.probe.shape:
+        error = float(np.linalg.norm(found - bundle.probe) / np.linalg.norm(bundle.probe))
+        if error <= PROBE_TOLERANCE:
+            return
+        detail = f"vectors of the probe texts differ by {error:.1%}"
+    else:
+        detail = f"vectors have {found.shape[1]} dimensions, not {bundle.probe.shape[1]}"
+    raise BundleError(
+        f"{bundle.path}: this embedder ({embedder.spec.model}) is not the one of training: {detail}; "
+        "serve with the same weights or train again"
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is not a bundle: no manifest.json in it") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: not readable as JSON: {error}") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file}: schema version {version} is unknown here (this fedrouter reads {SCHEMA_VERSION}); "
+            "use the fedrouter release that wrote it"
+        )
+    return dict(manifest)
+
+
+def _read_router(path: Path, digest: str) -> dict[str, Any]:
+    file = path / "router.safetensors"
+    tensors = _load_tensors(file)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        raise BundleError(f"{file}: content differs from what the manifest records; copy the bundle again")
+    try:
+        space = RoutingSpace(
+            mean=tensors["mean"],
+            transform=tensors["transform"],
+            centroids=tensors["centroids"],
+            cluster_of=tuple(int(k) for k in tensors["cluster_of"]),
+        )
+        return {"space": space, "probe": tensors["probe"]}
+    except KeyError as error:
+        raise BundleError(f"{file}: no tensor {error}") from error
+
+
+def _check_router(bundle: Bundle) -> None:
+    space, where = bundle.space, bundle.path / "router.safetensors"
+    dim, width = space.transform.shape
+    fits = (
+        space.mean.shape == (dim,) == (bundle.embedder.dim,)
+        and space.centroids.shape == (len(space.cluster_of), width)
+        and set(space.cluster_of) == set(range(len(bundle.clusters)))
+        and bundle.probe.shape[1:] == (dim,)
+    )
+    if not fits:
+        raise BundleError(f"{where}: shapes do not fit the manifest's embedder and task clusters")
+    for name in ("mean", "transform", "centroids"):
+        if not np.isfinite(getattr(space, name)).all():
+            raise BundleError(f"{where}: {name} holds values that are not finite")
+    if bundle.fallback not in FALLBACKS:
+        raise BundleError(f"{bundle.path / 'manifest.json'}: fallback {bundle.fallback!r} is none of {FALLBACKS}")
+
+
+def _check_adapter(path: Path, name: str, rank: int) -> dict[str, tuple[int, ...]]:
+    """Validate one PEFT directory; return its tensors' shapes."""
+    weights_file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
+    tensors = _load_tensors(weights_file)
+    try:
+        config_bytes = config_file.read_bytes()
+        config = json.loads(config_bytes)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{config_file}: missing or not JSON ({error}); copy the bundle again") from error
+    if config.get("r") != rank:
+        raise BundleError(f"{config_file}: rank {config.get('r')}, but the manifest says {rank}")
+    for tensor, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise BundleError(f"{weights_file}: tensor {tensor} holds values that are not finite")
+        side = 0 if ".lora_A." in tensor else 1 if ".lora_B." in tensor else None
+        if side is None or array.ndim != 2 or array.shape[side] != rank:
+            raise BundleError(f"{weights_file}: tensor {tensor} {array.shape} is no LoRA factor of rank {rank}")
+        if tensor.replace(".lora_A.", ".lora_B.") not in tensors or tensor.replace(".lora_B.", ".lora_A.") not in tensors:
+            raise BundleError(f"{weights_file}: tensor {tensor} has no counterpart")
+    if not tensors:
+        raise BundleError(f"{weights_file}: holds no tensors")
+    if not name.endswith(_content_hash(config_bytes, weights_file.read_bytes())):
+        raise BundleError(f"{path}: content differs from the hash in its name; copy the bundle again")
+    return {tensor: array.shape for tensor, array in tensors.items()}
+
+
+def _load_tensors(file: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(file))
+    except FileNotFoundError as error:
+        raise BundleError(f"{file}: no such file; copy the bundle again") from error
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: damaged ({error}); copy the bundle again") from error
+
+
+def _base_modules(base_path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a base model's weights by module name; empty when it has no safetensors to look into."""
+    shapes = {}
+    for file in sorted(base_path.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                shapes[name.removesuffix(".weight")] = tuple(handle.get_slice(name).get_shape())
+    return shapes
+
+
+def _content_hash(config: bytes, weights: bytes) -> str:
+    return hashlib.sha256(config + b"\0" + weights).hexdigest()[:8]
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _model_card(base: BaseSpec, embedder: EmbedderSpec, clusters: Sequence[TaskCluster]) -> str:
+    rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning, fedrouter]\n---\n"
+        f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients that "
+        f"shared no data; prompts are routed by `{embedder.model}` ({embedder.kind}).\n\n"
+        "| task cluster | adapter | training rows | clients |\n|---|---|---|---|\n"
+        f"{rows}\n\nServe: `fedrouter serve .` One adapter alone: "
+        f"`PeftModel.from_pretrained(base, \"adapters/NAME\")`.\n"
+    )

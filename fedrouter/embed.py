@@ -1,0 +1,174 @@
+"""Text to vectors: the one embedder that training, serving and offline routing share.
+
+Paper section 3: φ(x) is the mean of the base model's last hidden state over the prompt's tokens, adapters
+off. The raw prompt is embedded, without the chat template.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fedrouter.errors import ModelError
+from fedrouter.models import base_fingerprint, resolve_base
+from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever the texts' lengths
+
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "How far is the harbour from the old town? - What is the distance between the old town and the harbour?",
+    "Ana: are we still on for Friday?\nBen: yes, at six, bring the blue folder | 42 | €7.50 {\"k\": [1, 2]}",
+)
+"""Fixed texts whose vectors a bundle records, so that another embedder is refused by what it computes."""
+
+
+class Embedder(Protocol):
+    """What routing needs of an embedder."""
+
+    spec: EmbedderSpec
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Return one vector a text: (n, d) float32, independent of the batch up to rounding."""
+        ...
+
+
+def routing_text(turns: Sequence[Turn]) -> str:
+    """Return the text that is embedded for a conversation: its last user turn.
+
+    Training records and served requests go through this one function.
+    """
+    for turn in reversed(turns):
+        if turn.role == "user" and turn.content.strip():
+            return turn.content
+    return ""
+
+
+class BaseEmbedder:
+    """Mean of a base model's last hidden state over a text's tokens (paper section 3)."""
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", spec: EmbedderSpec):
+        self.spec = spec
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
+        import torch
+
+        ids = self._tokenizer(
+            list(texts), truncation=True, max_length=self.spec.max_tokens, return_attention_mask=False
+        )["input_ids"]
+        vectors = np.zeros((len(ids), self.spec.dim), dtype=np.float32)
+        with torch.inference_mode():
+            for rows in _batches([len(i) for i in ids]):
+                width = len(ids[rows[-1]])
+                tokens = torch.zeros((len(rows), width), dtype=torch.long)
+                mask = torch.zeros((len(rows), width), dtype=torch.long)
+                for line, row in enumerate(rows):
+                    tokens[line, : len(ids[row])] = torch.tensor(ids[row])
+                    mask[line, : len(ids[row])] = 1
+                tokens, mask = tokens.to(self._model.device), mask.to(self._model.device)
+                hidden = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+                total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
+                vectors[rows] = (total / mask.sum(dim=1, keepdim=True)).cpu().numpy()
+        return vectors
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model, as it comes."""
+
+    def __init__(self, path: Path, spec: EmbedderSpec):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ModelError(
+                'embedder kind sentence-transformers: not installed; pip install "fedrouter[sentence-transformers]"'
+            ) from error
+        self.spec = spec
+        self._model = SentenceTransformer(str(path), device="cpu")
+        self._model.max_seq_length = spec.max_tokens
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Return one vector a text: (n, d) float32."""
+        vectors = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True)
+        return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.spec.dim)
+
+
+def embedder_spec(kind: str, model: str, max_tokens: int, dtype: str, revision: str | None = None) -> EmbedderSpec:
+    """Describe an embedder as a bundle records it; reads its config, loads no weights."""
+    from transformers import AutoConfig
+
+    path = resolve_base(model, revision)
+    if kind == "sentence-transformers":
+        dim = _sentence_dim(path)
+    else:
+        dim = AutoConfig.from_pretrained(str(path)).get_text_config().hidden_size
+    return EmbedderSpec(
+        kind=kind, model=model, max_tokens=max_tokens, dtype=dtype, dim=dim, fingerprint=base_fingerprint(path)
+    )
+
+
+def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Embedder:
+    """Load the embedder that a bundle records.
+
+    Parameters
+    ----------
+    base_path : where the base model is, when not where the bundle says.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
+    """
+    if spec.kind == "base":
+        path = base_path or resolve_base(base.model, base.revision)
+    else:
+        path = resolve_base(spec.model)
+    if base_fingerprint(path) != spec.fingerprint:
+        raise ModelError(
+            f"embedder {spec.model}: config or tokenizer in {path} differ from those the bundle was trained with; "
+            "serve with the same embedder or train again"
+        )
+    if spec.kind == "sentence-transformers":
+        return SentenceEmbedder(path, spec)
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model = AutoModel.from_pretrained(str(path), dtype=getattr(torch, spec.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"embedder {path} does not load: {str(error).splitlines()[0]}") from error
+    return BaseEmbedder(model.eval(), tokenizer, spec)
+
+
+def probe(embedder: Embedder) -> Array:
+    """Embed the fixed probe texts: (3, d) float32."""
+    return embedder.embed(PROBE_TEXTS)
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Group row numbers by length, shortest first, at most ``BATCH_TOKENS`` padded tokens a group; skip length 0."""
+    groups: list[list[int]] = [[]]
+    for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: (lengths[r], r)):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[row] > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return [group for group in groups if group]
+
+
+def _sentence_dim(path: Path) -> int:
+    from fedrouter.models import read_json
+
+    pooling = sorted(path.glob("*_Pooling/config.json"))
+    if pooling:
+        config = read_json(pooling[0])
+        dim = config.get("word_embedding_dimension", config.get("embedding_dimension"))
+        if isinstance(dim, int):
+            return dim
+    return int(read_json(path / "config.json")["hidden_size"])

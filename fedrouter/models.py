@@ -1,0 +1,153 @@
+"""Base models: from a name to a directory, a fingerprint, a model and the prompt it reads."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrouter.builtin import base_path, is_builtin
+from fedrouter.errors import ConfigError, ModelError
+from fedrouter.types import BaseSpec, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHAT_TEMPLATES = {
+    # The instruction format of Stanford Alpaca without its preamble, for bases that carry no template.
+    "alpaca": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
+        "{% else %}### Instruction:\n{{ m['content'] }}\n\n### Response:\n{% endif %}{% endfor %}"
+    ),
+}
+
+# Fields of config.json that change without changing what the model computes.
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+def resolve_base(name: str, revision: str | None = None) -> Path:
+    """Return the local directory of a base model.
+
+    Parameters
+    ----------
+    name : ``builtin:tiny``, a local directory, or a Hugging Face hub id (downloaded unless cached).
+
+    Raises
+    ------
+    ModelError
+        If there is no such directory and no such model on the hub, or the hub cannot be reached.
+    """
+    if is_builtin(name):
+        return base_path(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"base model {name}: no config.json in that directory")
+        return path.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"base model {name}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"base model {name}: not a local directory, not cached, and the hub cannot be reached; "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"base model {name}: {str(error).splitlines()[0]}") from error
+
+
+def base_fingerprint(path: Path) -> str:
+    """Return a hash of a base model's config and tokenizer (32 hex digits).
+
+    It tells base models apart by what their adapters and vectors depend on, not by weights: those are told
+    apart by the bundle's probe embedding.
+    """
+    digest = hashlib.sha256()
+    config = read_json(path / "config.json")
+    digest.update(json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True).encode())
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            digest.update(name.encode() + (path / name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def base_spec(name: str, revision: str | None, path: Path) -> BaseSpec:
+    """Describe the base model in ``path`` as the bundle records it."""
+    return BaseSpec(model=name, revision=revision, fingerprint=base_fingerprint(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a model's directory."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value
+
+
+def load_tokenizer(path: Path, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load a base model's tokenizer with a chat template and a pad token.
+
+    The vocabulary never changes: without a pad token the end-of-text token pads (its loss is masked anyway).
+
+    Raises
+    ------
+    ModelError
+        If the base has no chat template and none is configured.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base model {path}: its tokenizer does not load: {_first_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f'base model {path} has no chat template: set base.chat_template = "alpaca", or to a Jinja file'
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_chat_template(name: str) -> str:
+    """Return the text of a chat template: a known name or the path of a Jinja file."""
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    if not Path(name).is_file():
+        raise ConfigError(f"base.chat_template {name}: neither {sorted(CHAT_TEMPLATES)} nor an existing file")
+    return Path(name).read_text(encoding="utf-8")
+
+
+def load_base(path: Path, dtype: str, device: str) -> "PreTrainedModel":
+    """Load a base model for training: frozen, in ``dtype``, on ``device``."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"base model {path} does not load: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:
+    """Render a conversation up to the point where the answer begins, as the server will."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
