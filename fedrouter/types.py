@@ -61,25 +61,33 @@ class RoutingSpace:
 
 
 @dataclass(frozen=True, slots=True)
-class Distances:
-    """A client's training distances to one task cluster, as evenly spaced quantiles."""
+class Subset:
+    """What a client reveals of its rows that belong to one task cluster (paper: D_{c,j})."""
 
-    cluster: int
-    quantiles: Array  # (101,), distances at 0 %, 1 % … 100 %
+    cluster: int  # the task cluster
     num_examples: int
+    distances: Array  # (101,), to the nearest centroid, at quantiles 0 %, 1 % … 100 %
+    task_counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A client's answer to the routing space: how its rows fall on the task clusters."""
+
+    client: str
+    subsets: tuple[Subset, ...]  # non-empty ones, by task cluster
 
 
 @dataclass(frozen=True, slots=True)
 class TrainRequest:
-    """The server asks a client to train one local cluster in one round."""
+    """The server asks a client to train one task cluster's adapter on its subset, in one round."""
 
     client: str
-    local_cluster: int
+    cluster: int  # the task cluster
     round: int  # from 0
     adapter: AdapterState
     steps: int
     learning_rate: float
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +95,10 @@ class TrainReply:
     """The client answers with the trained adapter."""
 
     client: str
-    local_cluster: int
+    cluster: int
     adapter: AdapterState
     num_examples: int  # examples really trained in this round: the weight
     loss: float  # mean training loss over the steps, nats a token
-    num_tokens: int
     seconds: float
 
 

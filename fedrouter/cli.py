@@ -1,0 +1,270 @@
+"""The commands, thin: options in, one call, domain errors as one red line. Heavy imports happen inside."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedrouter import __version__
+from fedrouter.errors import ConfigError, FedRouterError
+
+if TYPE_CHECKING:
+    from fedrouter.evaluate import Report, TaggedRecord
+
+app = typer.Typer(
+    name="fedrouter",
+    help="One LoRA adapter per task, trained across clients, served behind one endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option(help="Where the run goes; resumes a run that is there.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
+BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory that holds one.")]
+BaseOption = Annotated[str | None, typer.Option(help="Where the base model is, if not where the bundle says.")]
+KeyOption = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")]
+
+
+def version(show: bool) -> None:
+    """Print the version and leave."""
+    if show:
+        console.print(f"fedrouter {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option(help="Show the whole trace of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
+) -> None:
+    """One LoRA adapter per task, trained across clients, served behind one endpoint."""
+    if debug:
+        os.environ["FEDROUTER_DEBUG"] = "1"
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="TOML; without it the built-in four tasks, dual.")] = None,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """Train one adapter per task cluster and write a bundle."""
+    from fedrouter.config import load_config
+
+    settings = load_config(config, set_ or [])
+    directory = out or Path("runs") / (config.stem if config else "four-tasks")
+    from fedrouter.train.run import train as run
+
+    try:
+        bundle = run(settings, directory, console)
+    except KeyboardInterrupt:
+        stderr.print(f"interrupted; the same command goes on from the last finished round in {directory}")
+        raise typer.Exit(130) from None
+    console.print(f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    bundle: BundleDir,
+    base: BaseOption = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key_env: KeyOption = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to.")
+    ] = None,
+) -> None:
+    """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
+    from fedrouter.serve.launch import serve as run
+
+    code = run(
+        bundle_directory(bundle),
+        base=base,
+        host=host,
+        port=port,
+        api_key_env=api_key_env,
+        adapters=dict(_named_path(text) for text in adapter or []),
+        vllm_args=context.args,
+    )
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def evaluate(
+    url: Annotated[str, typer.Argument(help="The endpoint, http://HOST:PORT.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="FILE", help="Test records: files, data sets, or builtin:four-tasks.")
+    ],
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to ask; several are compared. oracle: each task's own adapter.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Write every answer here as JSONL.")] = None,
+    api_key_env: KeyOption = None,
+    concurrency: Annotated[int, typer.Option(min=1)] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many records a task.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For one request.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0)] = 3,
+) -> None:
+    """Score an endpoint on test records, per task, client and adapter."""
+    from fedrouter.evaluate import evaluate as run
+
+    report = run(
+        url,
+        test_records(data, limit),
+        model or ["fedrouter"],
+        api_key=_api_key(api_key_env),
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        limit_per_task=limit,
+        timeout_s=timeout_s,
+        retries=retries,
+        console=console,
+    )
+    _show(report, out, records)
+    if report.num_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def route(
+    bundle: BundleDir,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    base: BaseOption = None,
+) -> None:
+    """Say which adapter would answer a prompt, and why; no server needed."""
+    from rich.table import Table
+
+    from fedrouter.bundle import check_base, check_embedder, load_bundle
+    from fedrouter.embed import load_embedder
+    from fedrouter.models import resolve_base
+    from fedrouter.route import Router
+
+    loaded = load_bundle(bundle_directory(bundle))
+    path = resolve_base(base or loaded.base.model, loaded.base.revision)
+    check_base(loaded, path)
+    embedder = load_embedder(loaded.embedder, loaded.base, path)
+    check_embedder(loaded, embedder)
+    for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
+        why = "beyond the radius: falls back" if decision.fallback else "within the radius"
+        table = Table(title=text if len(text) < 60 else text[:57] + "…", title_justify="left")
+        for column in ("task cluster", "distance", "radius"):
+            table.add_column(column)
+        radii = {c.name: c.radius for c in loaded.clusters}
+        for name, distance in decision.distances.items():
+            table.add_row(name, f"{distance:.3f}", f"{radii[name]:.3f}")
+        console.print(table)
+        console.print(f"→ {decision.model} (nearest {decision.cluster}, {why})", highlight=False)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")]) -> None:
+    """Show what is in a run or a bundle."""
+    from fedrouter.inspect import show
+
+    show(path, console)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
+) -> None:
+    """The whole way on the built-in federation: train, serve, ask, score, stop."""
+    from fedrouter.config import load_config
+    from fedrouter.evaluate import evaluate as run_eval
+    from fedrouter.serve.launch import running_server
+    from fedrouter.train.run import train as run_train
+
+    console.rule("1 · train: 8 clients, two tasks each, no data shared")
+    bundle = run_train(load_config(None), out, console)
+    console.rule("2 · serve: vLLM with one adapter per task")
+    with running_server(bundle.path) as url:
+        console.print(f"ready at {url}", highlight=False)
+        console.rule('3 · ask: every test prompt goes to model "fedrouter"')
+        records = test_records(["builtin:four-tasks"], num_per_task)
+        report = run_eval(url, records, ["fedrouter", "base"], limit_per_task=num_per_task, console=console)
+    _show(report, out / "eval.json", None)
+    console.print(
+        f"\nThe server is stopped. Next:\n"
+        f"  fedrouter serve {bundle.path}            # then ask it anything, model \"fedrouter\"\n"
+        f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
+        f"  fedrouter inspect {out}\n"
+        f"  fedrouter train --help                      # your own data: see README.md",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def bundle_directory(path: Path) -> Path:
+    """Accept a run directory where a bundle is asked for."""
+    return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
+
+
+def test_records(sources: list[str], num_per_task: int | None) -> "list[TaggedRecord]":
+    """Read test records; the built-in tasks are generated."""
+    from fedrouter.builtin import is_builtin
+    from fedrouter.data import builtin_records
+    from fedrouter.evaluate import TaggedRecord, load
+
+    records = load([source for source in sources if not is_builtin(source)])
+    for source in filter(is_builtin, sources):
+        generated = builtin_records(source, "test", num_per_task or 100, 0)
+        records += [TaggedRecord(record, source) for record in generated]
+    return records
+
+
+def _show(report: "Report", out: Path | None, records: Path | None) -> None:
+    from fedrouter.evaluate import render, write_json, write_records
+
+    console.print(render(report))
+    if out:
+        write_json(report, out)
+    if records:
+        write_records(report, records)
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--adapter {text}: expected NAME=DIR")
+    return name, Path(path)
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(f"--api-key-env {variable}: that environment variable is not set")
+    return os.environ[variable]
+
+
+def main() -> None:
+    """Run the command line; a domain error is one line and exit code 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except FedRouterError as error:
+        if os.environ.get("FEDROUTER_DEBUG"):
+            raise
+        stderr.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,219 @@
+"""TOML to typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedrouter.errors import ConfigError
+
+
+Count = Literal["auto"] | Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class BaseSettings(_Section):
+    """The base model that all adapters share."""
+
+    model: str = "builtin:tiny"
+    """``builtin:tiny``, a local directory, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU when there is one."""
+    chat_template: str | None = None
+    """For a base without one: ``alpaca`` or a Jinja file; it travels in the bundle."""
+
+
+class DataSettings(_Section):
+    """The clients' private data."""
+
+    source: str | list[str] = "builtin:four-tasks"
+    """One data set to partition: ``builtin:four-tasks``, JSONL files, a saved data set, or a hub id."""
+    split: str = "train"
+    """Which split of a Hugging Face data set or of the built-in one."""
+    clients: dict[str, str] = Field(default_factory=dict)
+    """Instead of ``source``: one file (or data set) per client, by the client's name."""
+    partition: Literal["single", "dual", "all", "iid", "dirichlet"] = "dual"
+    """How ``source`` is dealt out: one task a client, two, every task, blind, or Dirichlet over tasks."""
+    num_clients: int = Field(8, ge=1)
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of ``dirichlet``; smaller is more uneven."""
+    num_per_task: int = Field(600, ge=2)
+    """Rows a task of the built-in data set."""
+    max_per_client: int | None = Field(None, ge=2)
+    """Cap on a client's rows."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataSettings":
+        given = self.model_fields_set
+        clash = given & {"source", "partition", "num_clients", "alpha", "num_per_task"}
+        if self.clients and clash:
+            raise ValueError(f"data.clients gives each client its own file; remove data.{sorted(clash)[0]}")
+        return self
+
+
+class EmbedderSettings(_Section):
+    """The vectors that clustering and routing see."""
+
+    kind: Literal["base", "sentence-transformers"] = "base"
+    """``base``: mean last hidden state of the base model (the paper's); or a sentence embedder."""
+    model: str | None = None
+    """The sentence embedder: a local directory or a hub id."""
+    max_tokens: int = Field(512, ge=8)
+    """Longer prompts are cut, in training and serving alike."""
+
+    @model_validator(mode="after")
+    def _model_fits(self) -> "EmbedderSettings":
+        if (self.kind == "base") != (self.model is None):
+            raise ValueError("embedder.model belongs to kind sentence-transformers, and that kind needs it")
+        return self
+
+
+class ClusterSettings(_Section):
+    """Local clustering on the clients, global clustering on the server."""
+
+    local: Count = "auto"
+    """Local clusters a client, or found from its data."""
+    global_: Count = Field("auto", alias="global")
+    """Task clusters, or found from the clients' centroids."""
+    transform: Literal["whiten", "none"] = "whiten"
+    """``whiten``: distances in units of the pooled within-cluster covariance; ``none``: plain Euclid (paper)."""
+
+
+class LoraSettings(_Section):
+    """The adapters."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class TrainSettings(_Section):
+    """The rounds."""
+
+    rounds: int = Field(10, ge=1)
+    steps: int = Field(20, ge=1)
+    """Optimizer steps a client and round, shared over its local clusters by size."""
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate_end: float = Field(1e-4, ge=0)
+    """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_length: int = Field(512, ge=16)
+    """Tokens of prompt and completion; longer prompts lose their beginning."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class RoutingSettings(_Section):
+    """What the bundle says about far prompts."""
+
+    quantile: float = Field(0.995, gt=0.5, le=1)
+    """A task cluster's radius holds this share of its training rows."""
+    fallback: Literal["base", "nearest"] = "base"
+    """What answers beyond the radius."""
+
+
+class Config(_Section):
+    """All settings of a run."""
+
+    seed: int = Field(0, ge=0)
+    base: BaseSettings = BaseSettings()
+    data: DataSettings = DataSettings()
+    embedder: EmbedderSettings = EmbedderSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+    routing: RoutingSettings = RoutingSettings()
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply ``section.key=value`` overrides, validate.
+
+    Relative data and model paths in the file are resolved against the file's directory.
+
+    Raises
+    ------
+    ConfigError
+        For a missing file, TOML that does not parse, an unknown key or a value that does not fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"configuration {path}: no such file") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"configuration {path}: {error}") from error
+        _resolve_paths(values, path.parent)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        where = str(path) if path else "configuration"
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: --set data.partition=single
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+    values[last] = value
+
+
+def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
+    """Make the file's relative paths absolute where such a path exists; other names are hub ids."""
+
+    def resolve(name: Any) -> Any:
+        if isinstance(name, list):
+            return [resolve(n) for n in name]
+        if isinstance(name, str) and (name.startswith((".", "/")) or (directory / name).exists()):
+            return str((directory / name).resolve())
+        return name
+
+    for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
+        table = values.get(section)
+        for key in keys if isinstance(table, dict) else ():
+            if key in table:
+                table[key] = resolve(table[key])
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("clients"), dict):
+        data["clients"] = {name: resolve(source) for name, source in data["clients"].items()}
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if not key or error["type"] == "value_error" else f"{key}: {message} (got {error['input']!r})"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[part].annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

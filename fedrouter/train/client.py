@@ -1,0 +1,64 @@
+"""What a client does when asked. Rows never leave this class."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fedrouter.embed import routing_text
+from fedrouter.errors import DataError, TrainingError
+from fedrouter.train import cluster
+from fedrouter.types import Array, Assignment, ClientSummary, Record, RoutingSpace, TrainReply, TrainRequest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedrouter.embed import Embedder
+    from fedrouter.train.sft import AdapterTrainer
+
+
+class Client:
+    """One participant: its records, their vectors, and the subsets they fall into."""
+
+    def __init__(self, name: str, records: Sequence[Record], embedder: "Embedder", seed: int):
+        if len(records) < 2:
+            raise DataError(f"client {name}: {len(records)} row; a client needs at least two")
+        self.name = name
+        self._records = records
+        self._tasks = [record.task for record in records]
+        self._seed = seed
+        self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
+        self._labels: np.ndarray | None = None
+        self._subsets: dict[int, Dataset] = {}
+
+    def summarise(self, num: Literal["auto"] | int) -> ClientSummary:
+        """Cluster the client's own rows; reveal centroids, counts and one scatter matrix."""
+        return cluster.summarise(self.name, self._vectors, self._tasks, num, derive_seed(self._seed, self.name))
+
+    def assign(self, space: RoutingSpace) -> Assignment:
+        """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
+        self._labels, subsets = cluster.assign(space, self._vectors, self._tasks)
+        self._subsets.clear()
+        return Assignment(self.name, subsets)
+
+    def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
+        """Train the adapter that came with ``request`` on the rows of its task cluster."""
+        if self._labels is None:
+            raise TrainingError(f"client {self.name}: asked to train before its rows were assigned")
+        if request.cluster not in self._subsets:
+            rows = [self._records[i] for i in np.flatnonzero(self._labels == request.cluster)]
+            self._subsets[request.cluster] = trainer.tokenise(rows)
+        seed = derive_seed(self._seed, self.name, request.cluster, request.round)
+        trained = trainer.train(
+            request.adapter, self._subsets[request.cluster], request.steps, request.learning_rate, seed
+        )
+        return TrainReply(
+            self.name, request.cluster, trained.adapter, trained.num_examples, trained.loss, trained.seconds
+        )
+
+
+def derive_seed(seed: int, *parts: object) -> int:
+    """Return a 31-bit seed of its own for each client, task cluster and round, the same on every machine."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,31 @@
+"""Federation in one process: every client shares one base model in memory, adapters are swapped in."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from fedrouter.train.client import Client
+from fedrouter.types import Assignment, ClientSummary, RoutingSpace, TrainReply, TrainRequest
+
+if TYPE_CHECKING:
+    from fedrouter.train.sft import AdapterTrainer
+
+
+class LocalFederation:
+    """Clients in this process, one after the other."""
+
+    def __init__(self, clients: Sequence[Client], trainer: "AdapterTrainer"):
+        self._clients = {client.name: client for client in clients}
+        self._trainer = trainer
+
+    def summarise(self, num: Literal["auto"] | int) -> list[ClientSummary]:
+        """Have every client cluster its own rows."""
+        return [client.summarise(num) for client in self._clients.values()]
+
+    def assign(self, space: RoutingSpace) -> list[Assignment]:
+        """Tell every client the task clusters."""
+        return [client.assign(space) for client in self._clients.values()]
+
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
+        """Train each request in turn."""
+        for request in requests:
+            yield self._clients[request.client].train(request, self._trainer)

@@ -1,0 +1,60 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines when piped."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedrouter.train.server import RoundResult
+from fedrouter.types import TrainReply
+
+
+class TrainProgress:
+    """Shows rounds, clients, loss, examples a second and the time left."""
+
+    def __init__(self, console: Console, names: list[str], rounds: int, steps_a_round: int, start: int):
+        self._console = console
+        self._names = names
+        self._rounds = rounds
+        self._bar = Progress(
+            TextColumn("round {task.fields[round]}/" + str(rounds)),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[client]}  {task.fields[rate]:.0f} examples/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "train", total=(rounds - start) * steps_a_round, round=start + 1, client="", rate=0.0
+        )
+        self._start, self._began = start, time.perf_counter()
+        self._examples = 0
+
+    def __enter__(self) -> "TrainProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def on_reply(self, reply: TrainReply, steps: int) -> None:
+        """One client has trained one adapter."""
+        self._examples += reply.num_examples
+        client = f"{reply.client} {self._names[reply.cluster]} loss {reply.loss:.3f}"
+        self._bar.update(self._task, advance=steps, client=client, rate=self._rate())
+
+    def on_round(self, result: RoundResult) -> None:
+        """One round is done: a line that stays."""
+        seconds = time.perf_counter() - self._began
+        left = seconds / (result.number + 1 - self._start) * (self._rounds - result.number - 1)
+        losses = "  ".join(f"{self._names[c.cluster]} {c.loss:.3f}" for c in result.clusters)
+        self._console.print(
+            f"round {result.number + 1}/{self._rounds}  loss: {losses}  "
+            f"{self._rate():.0f} examples/s  {left:.0f} s left",
+            highlight=False,
+        )
+        self._bar.update(self._task, round=min(result.number + 2, self._rounds))
+
+    def _rate(self) -> float:
+        return self._examples / max(time.perf_counter() - self._began, 1e-9)

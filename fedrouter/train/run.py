@@ -1,0 +1,228 @@
+"""Configuration → clients → task clusters → rounds → bundle; an interrupted run goes on where it stopped."""
+
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fedrouter import __version__, data
+from fedrouter.builtin import is_builtin
+from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.config import Config
+from fedrouter.embed import BaseEmbedder, Embedder, embedder_spec, load_embedder, probe
+from fedrouter.errors import TrainingError
+from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
+from fedrouter.train import cluster
+from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
+from fedrouter.train.client import Client
+from fedrouter.train.local import LocalFederation
+from fedrouter.train.progress import TrainProgress
+from fedrouter.train.server import RoundResult, run_rounds
+from fedrouter.train.sft import AdapterTrainer
+from fedrouter.types import Assignment, Record, Subset, TaskCluster
+
+RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
+
+
+def train(config: Config, out: Path, console: Console) -> Bundle:
+    """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
+
+    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``.
+
+    Raises
+    ------
+    TrainingError
+        If ``out`` holds a run with another configuration.
+    """
+    _claim(config, out)
+    if (out / "bundle").exists():
+        console.print(f"{out} is finished already; remove it or choose another --out to train again")
+        return load_bundle(out / "bundle")
+
+    records = load_clients(config)
+    console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
+    path = resolve_base(config.base.model, config.base.revision)
+    tokenizer = load_tokenizer(path, config.base.chat_template)
+    device = _device(config.base.device)
+    dtype = _dtype(config.base.dtype, device)
+    model = load_base(path, dtype, device)
+    base = base_spec(config.base.model, config.base.revision, path)
+
+    embedder: Embedder
+    if config.embedder.kind == "base":
+        spec = embedder_spec("base", config.base.model, config.embedder.max_tokens, dtype, config.base.revision)
+        embedder = BaseEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into the model
+    else:
+        assert config.embedder.model is not None
+        spec = embedder_spec(config.embedder.kind, config.embedder.model, config.embedder.max_tokens, "float32")
+        embedder = load_embedder(spec, base)
+    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    probe_vectors = probe(embedder)
+
+    trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+    federation = LocalFederation(clients, trainer)
+    summaries = federation.summarise(config.cluster.local)
+    space = cluster.discover(summaries, config.cluster.global_, config.cluster.transform, config.seed)
+    assignments = federation.assign(space)
+    clusters = describe(assignments, len(set(space.cluster_of)), config.routing.quantile)
+    for c in clusters:
+        console.print(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False)
+
+    digest = clustering_digest(space, assignments)
+    resumed = latest_checkpoint(out / "checkpoints", digest)
+    start, adapters, losses = (resumed[0] + 1, resumed[1], resumed[2]) if resumed else (0, [], {})
+    if resumed:
+        console.print(f"going on after round {start}", highlight=False)
+    else:
+        adapters = [trainer.state() for _ in clusters]
+    metrics = Metrics(out / "metrics.jsonl", start)
+    names = [c.name for c in clusters]
+    with TrainProgress(console, names, config.train.rounds, config.train.steps * len(clients), start) as progress:
+        for result in run_rounds(federation, assignments, adapters, config.train, start, progress.on_reply):
+            save_checkpoint(out / "checkpoints", result, digest, config.train.keep_checkpoints)
+            metrics.write(result, names)
+            progress.on_round(result)
+            adapters = list(result.adapters)
+            losses = {**losses, **{c.cluster: c.loss for c in result.clusters}}
+    return write_bundle(
+        out / "bundle",
+        base=base,
+        embedder=spec,
+        clusters=[_with_loss(c, losses.get(k)) for k, c in enumerate(clusters)],
+        adapters=adapters,
+        adapter_config={**trainer.adapter_config, "base_model_name_or_path": config.base.model},
+        space=space,
+        probe_vectors=probe_vectors,
+        fallback=config.routing.fallback,
+        versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
+        chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
+    )
+
+
+def load_clients(config: Config) -> dict[str, list[Record]]:
+    """Return each client's records, as the configuration deals them out."""
+    settings = config.data
+    if settings.clients:
+        loaded = {
+            name: data.load_records(source, settings.split, settings.max_per_client)
+            for name, source in sorted(settings.clients.items())
+        }
+        return loaded
+    sources = [settings.source] if isinstance(settings.source, str) else settings.source
+    records: list[Record] = []
+    for source in sources:
+        if is_builtin(source):
+            records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+        else:
+            records += data.load_records(source, settings.split)
+    return data.partition(
+        records, settings.partition, settings.num_clients, config.seed, settings.alpha, settings.max_per_client
+    )
+
+
+def describe(assignments: Sequence[Assignment], num_clusters: int, quantile: float) -> list[TaskCluster]:
+    """Describe each task cluster by what its clients revealed; name it after its commonest task label."""
+    clusters: list[TaskCluster] = []
+    taken: set[str] = set()
+    for k in range(num_clusters):
+        members: list[tuple[str, Subset]] = [(a.client, s) for a in assignments for s in a.subsets if s.cluster == k]
+        counts: dict[str, int] = {}
+        for _, subset in members:
+            for task, count in subset.task_counts.items():
+                counts[task] = counts.get(task, 0) + count
+        name = _slug(max(counts, key=lambda t: (counts[t], t))) if counts else f"task-{k}"
+        while name in taken:
+            name = f"{name}-{k}"
+        taken.add(name)
+        clusters.append(
+            TaskCluster(
+                name=name,
+                adapter="",
+                num_examples=sum(s.num_examples for _, s in members),
+                clients=tuple(client for client, _ in members),
+                task_counts=dict(sorted(counts.items())),
+                radius=cluster.radius([s for _, s in members], quantile) if members else 0.0,
+            )
+        )
+    return clusters
+
+
+class Metrics:
+    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again."""
+
+    def __init__(self, path: Path, start: int):
+        self._path = path
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
+        _write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, result: RoundResult, names: Sequence[str]) -> None:
+        """Append one round."""
+        with self._path.open("a", encoding="utf-8") as file:
+            for c in result.clusters:
+                line = {
+                    "round": result.number,
+                    "cluster": names[c.cluster],
+                    "loss": round(c.loss, 5),
+                    "num_examples": c.num_examples,
+                    "num_clients": c.num_clients,
+                    "drift": round(c.drift, 5),
+                    "time": round(time.time(), 3),
+                }
+                file.write(json.dumps(line) + "\n")
+
+
+def _claim(config: Config, out: Path) -> None:
+    """Write the resolved configuration beside the run, or check that it is the same."""
+    file = out / "config.json"
+    resolved = config.model_dump(by_alias=True)
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        _write_atomically(file, json.dumps(resolved, indent=2) + "\n")
+        return
+    changed = _changed(json.loads(file.read_text(encoding="utf-8")), resolved)
+    if changed:
+        raise TrainingError(
+            f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
+            "choose another --out, or give the same configuration to go on"
+        )
+
+
+def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [c for k in keys for c in _changed(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if old == new else [prefix]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:
+    return c if loss is None else replace(c, training={"loss": round(loss, 5)})
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError('base.device = "cuda": this machine has no usable GPU; set "cpu" or "auto"')
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _dtype(name: str, device: str) -> str:
+    return ("bfloat16" if device == "cuda" else "float32") if name == "auto" else name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

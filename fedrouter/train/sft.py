@@ -1,0 +1,151 @@
+"""One LoRA adapter trained with TRL on one subset; the base model stays in memory, adapters are swapped in."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from fedrouter.config import LoraSettings, TrainSettings
+from fedrouter.errors import ModelError
+from fedrouter.models import render_prompt
+from fedrouter.types import AdapterState, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100  # label of tokens without loss, as in PyTorch
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one local training gave."""
+
+    adapter: AdapterState
+    num_examples: int  # examples that went through the model
+    loss: float  # mean over the steps, nats a token
+    seconds: float
+
+
+def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Dataset:
+    """Turn records into token ids and labels: the loss counts completion tokens only.
+
+    The prompt is rendered and tokenised exactly as the server does it. A prompt too long loses its beginning,
+    a completion longer than half of ``max_length`` its end.
+    """
+    rows = []
+    for record in records:
+        prompt = tokenizer(render_prompt(tokenizer, record.turns), add_special_tokens=False)["input_ids"]
+        answer = tokenizer(record.completion, add_special_tokens=False)["input_ids"]
+        answer = [*answer[: max_length // 2 - 1], tokenizer.eos_token_id]
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
+    return Dataset.from_list(rows)
+
+
+class AdapterTrainer:
+    """Trains adapters on one resident base model.
+
+    Parameters
+    ----------
+    model : the frozen base model; LoRA layers are put into it.
+    seed : of the initial A matrices; B starts at zero, so a fresh adapter changes nothing.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        lora: LoraSettings,
+        settings: TrainSettings,
+        seed: int,
+    ):
+        disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            self._model: Any = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}") from error
+        self._tokenizer = tokenizer
+        self._settings = settings
+        # These tensors share memory with the model's parameters: writing into them swaps the adapter.
+        self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
+        self._scratch = tempfile.TemporaryDirectory(prefix="fedrouter-")
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` holds, in a stable order."""
+        config = self._model.peft_config["default"].to_dict()
+        config["inference_mode"] = True
+        return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())}
+
+    def tokenise(self, records: Sequence[Record]) -> Dataset:
+        """Tokenise records for this trainer's base model."""
+        return tokenise(records, self._tokenizer, self._settings.max_length)
+
+    def state(self) -> AdapterState:
+        """Copy the adapter that is in the model now."""
+        return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in sorted(self._tensors.items())}
+
+    def train(self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int) -> Trained:
+        """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4)."""
+        began = time.perf_counter()
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(torch.from_numpy(adapter[name]))
+        device = self._model.device.type
+        trainer = SFTTrainer(
+            model=self._model,
+            args=SFTConfig(
+                output_dir=self._scratch.name,
+                max_steps=steps,
+                per_device_train_batch_size=self._settings.batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type="constant",
+                weight_decay=self._settings.weight_decay,
+                optim="adamw_torch",
+                seed=seed,
+                use_cpu=device == "cpu",
+                bf16=device == "cuda",
+                gradient_checkpointing=False,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                dataloader_pin_memory=device == "cuda",
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=data,
+            processing_class=self._tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            loss = trainer.train().training_loss
+        finally:
+            # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
+            vars(self._model.get_base_model()).pop("forward", None)
+        return Trained(self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began)
+
+    def _examples(self, num_rows: int, steps: int) -> int:
+        batch = self._settings.batch_size
+        epochs, rest = divmod(steps, int(np.ceil(num_rows / batch)))
+        return epochs * num_rows + min(rest * batch, num_rows)
