@@ -1,0 +1,195 @@
+"""From a bundle to a running vLLM: check what can be checked, compute its arguments, start it.
+
+vLLM itself is never imported here: it is another process, and its import takes longer than all checks.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
+from fedrouter.embed import load_embedder
+from fedrouter.errors import ServingError
+from fedrouter.models import resolve_base
+from fedrouter.route import BASE_NAME
+from fedrouter.serve.bodies import VIRTUAL_NAME
+from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
+from fedrouter.serve.process import Command, running
+
+MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows
+MAX_SLOTS = 16  # adapters in one batch; every slot costs memory, the others wait in --max-cpu-loras
+SMALL_MACHINE = 4  # cores
+OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--enable-lora", "--lora-modules")
+
+
+def serve(
+    bundle_path: Path,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key_env: str | None,
+    adapters: Mapping[str, Path],
+    vllm_args: Sequence[str],
+) -> int:
+    """Serve a bundle until SIGINT or SIGTERM; return the exit code.
+
+    Parameters
+    ----------
+    base : the base model's directory or hub id, when not what the bundle says.
+    api_key_env : name of the environment variable that holds the API key.
+    adapters : more PEFT adapters to serve, by name; they are never routed to.
+    vllm_args : passed on to vLLM, after and so before our own in force.
+
+    Raises
+    ------
+    FedRouterError
+        If the bundle must not be served, or the server cannot start or ends by itself.
+    """
+    bundle, command = prepare(bundle_path, base, host, port, api_key_env, adapters, vllm_args)
+    try:
+        with running(command) as process:
+            print(_ready(bundle, command, api_key_env), flush=True)  # noqa: T201 - for the one who started it
+            code = process.wait()
+    except KeyboardInterrupt:
+        return 0
+    raise ServingError(f"vLLM ended by itself with exit code {code}; its output above says why")
+
+
+@contextmanager
+def running_server(
+    bundle_path: Path,
+    *,
+    base: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    api_key_env: str | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    vllm_args: Sequence[str] = (),
+    log: Path | None = None,
+    timeout_s: float | None = 900.0,
+) -> Iterator[str]:
+    """Serve a bundle while the block runs; yield the server's address, ``http://HOST:PORT``.
+
+    Takes a free port unless one is given. The server and all its processes are gone afterwards.
+    """
+    port = free_port(host) if port is None else port
+    _, command = prepare(bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args)
+    with running(command, log, timeout_s):
+        yield command.url
+
+
+def prepare(
+    bundle_path: Path,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key_env: str | None,
+    adapters: Mapping[str, Path],
+    vllm_args: Sequence[str],
+) -> tuple[Bundle, Command]:
+    """Check everything that can be checked before vLLM starts; return what to start."""
+    cpu = find_vllm()
+    check_port(host, port)
+    key = None
+    if api_key_env is not None:
+        key = os.environ.get(api_key_env)
+        if not key:
+            raise ServingError(
+                f"environment variable {api_key_env} is empty or not set; put the API key into it"
+            )
+    bundle = load_bundle(bundle_path)
+    base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
+    check_base(bundle, base_path)
+    ranks = {name: check_adapter(name, path, bundle) for name, path in adapters.items()}
+    command = build_command(
+        bundle, base_path, host, port, adapters, max([bundle.rank, *ranks.values()]), vllm_args, key, cpu
+    )
+    check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
+    return bundle, command
+
+
+def build_command(
+    bundle: Bundle,
+    base_path: Path,
+    host: str,
+    port: int,
+    adapters: Mapping[str, Path],
+    rank: int,
+    vllm_args: Sequence[str],
+    api_key: str | None = None,
+    cpu: bool = False,
+    cores: int | None = None,
+) -> Command:
+    """Compute vLLM's arguments and environment; pure but for ``cores``.
+
+    Parameters
+    ----------
+    rank : the largest rank among all adapters; speed falls with what is declared, not with what is used.
+    cpu : whether vLLM is the build for machines without a GPU.
+    cores : that this process may use; asked of the system without.
+
+    Raises
+    ------
+    ServingError
+        If the rank is beyond what vLLM allows, or ``vllm_args`` sets what is set here.
+    """
+    for argument in vllm_args:
+        if argument.split("=")[0].replace("_", "-") in OURS:
+            raise ServingError(
+                f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
+            )
+    allowed = [one for one in LORA_RANKS if one >= rank]
+    if not allowed:
+        raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
+    modules = {cluster.adapter: bundle.adapter_path(cluster) for cluster in bundle.clusters} | dict(adapters)
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
+    argv += [
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--middleware",
+        MIDDLEWARE,
+        "--enable-lora",
+        "--lora-modules",
+    ]
+    argv += [
+        json.dumps({"name": name, "path": str(path.resolve()), "base_model_name": BASE_NAME})
+        for name, path in modules.items()
+    ]
+    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(len(modules), MAX_SLOTS))]
+    argv += ["--max-cpu-loras", str(len(modules))]  # an evicted adapter would be read from disk again
+    if bundle.chat_template is not None:
+        argv += ["--chat-template", str(bundle.chat_template.resolve())]
+    env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
+    if api_key is not None:
+        env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
+    if cpu:
+        argv += ["--dtype", "float32", "--enforce-eager"]
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+        cores = cores or len(os.sched_getaffinity(0))
+        if cores <= SMALL_MACHINE:
+            # One process fewer that imports everything: ready in 25 s, not 40. vLLM's own thread binding goes
+            # with that process; it would leave one core to the scheduler as well.
+            argv += ["--distributed-executor-backend", "uni"]
+            defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(max(1, cores - 1))}
+    tls = any(argument.startswith("--ssl-certfile") for argument in vllm_args)
+    return Command([*argv, *vllm_args], env, defaults, host, port, tls)
+
+
+def _ready(bundle: Bundle, command: Command, api_key_env: str | None) -> str:
+    key_env = api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
+    key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
+    question = json.dumps({"model": VIRTUAL_NAME, "messages": [{"role": "user", "content": "Hello"}]})
+    return (
+        f"Ready: {command.url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
+        f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
+        f"Try: curl -i {command.url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d '{question}'"
+    )

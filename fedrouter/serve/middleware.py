@@ -1,0 +1,247 @@
+"""The request hook for vLLM's ``--middleware``: pure ASGI, rewrites ``model``, streams untouched.
+
+The life of a request:
+
+1. It reaches this hook before vLLM's own authentication. What is no POST to a routed path goes on untouched.
+2. vLLM checks the API key. Without it the request ends there: its body is not read, nothing is embedded.
+3. vLLM reads the body through our ``receive``. One that does not name the virtual model goes on as it is.
+4. The prompt's text is embedded off the event loop, together with those of requests that wait at that moment.
+5. The router picks the adapter; the body goes to vLLM with the adapter's name as ``model``.
+6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
+
+What to serve is read from the environment at lifespan start-up, once: see ``routing.load_routing``.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import asdict
+from typing import Any
+from urllib.parse import quote
+
+from fedrouter.errors import FedRouterError
+from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
+from fedrouter.serve.routing import Routing, load_routing
+from fedrouter.types import Decision
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CLUSTERS, DRY_RUN, MODELS = "/v1/fedrouter/clusters", "/v1/fedrouter/route", "/v1/models"
+logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
+
+
+class FedRouterMiddleware:
+    """Route requests for the virtual model ``fedrouter``; see the module's docstring."""
+
+    def __init__(self, app: App, load: Callable[[], Routing] = load_routing):
+        self.app = app
+        self._load = load
+        self._routing: Routing | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = scope.get("method"), scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif route in (("POST", CHAT), ("POST", COMPLETIONS)):
+            await _RoutedRequest(self.app, self.routing, route[1])(scope, receive, send)
+        elif route == ("GET", CLUSTERS):
+            await self._answer(scope, receive, send, self._clusters)
+        elif route == ("POST", DRY_RUN):
+            await self._answer(scope, receive, send, self._dry_run)
+        else:
+            await self.app(scope, receive, send)
+
+    @property
+    def routing(self) -> Routing:
+        """The bundle in use."""
+        assert self._routing is not None, "FedRouterMiddleware needs a server that runs the lifespan protocol"
+        return self._routing
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Load the bundle before the application starts; a server that cannot route must not start."""
+        startup: list[Message] = [await receive()]
+        try:
+            self._routing = await asyncio.to_thread(self._load)
+        except Exception as error:  # raised further, uvicorn would take it for "no lifespan" and serve
+            if not isinstance(error, FedRouterError):
+                logger.exception("FedRouter cannot start")
+            return await send({"type": "lifespan.startup.failed", "message": f"FedRouter: {error}"})
+        logger.info(
+            "FedRouter routes to %d adapters of %s",
+            len(self.routing.bundle.clusters),
+            self.routing.bundle.path,
+        )
+
+        async def replay() -> Message:
+            return startup.pop() if startup else await receive()
+
+        try:
+            await self.app(scope, replay, send)
+        finally:
+            self.routing.batcher.close()
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, endpoint: Callable[[Receive], Awaitable[Any]]
+    ) -> None:
+        """Answer an endpoint of our own, for those only whom the server lets list its models."""
+        path = scope.get("root_path", "") + MODELS
+        verdict: list[Message] = []
+
+        async def judge(message: Message) -> None:
+            verdict.append(message)
+
+        await self.app({**scope, "method": "GET", "path": path, "raw_path": path.encode()}, receive, judge)
+        if verdict[0]["status"] != 200:
+            for message in verdict:
+                await send(message)
+            return
+        try:
+            await _send_json(send, 200, await endpoint(receive))
+        except Refusal as refusal:
+            await _send_json(send, refusal.status, refusal.payload)
+
+    async def _clusters(self, _receive: Receive) -> Any:
+        bundle = self.routing.bundle
+        shown = ("name", "adapter", "num_examples", "task_counts", "clients", "radius")
+        return {
+            "bundle": {"name": bundle.path.name, "sha256": self.routing.digest},
+            "base": asdict(bundle.base),
+            "fallback": bundle.fallback,
+            "clusters": [{name: getattr(cluster, name) for name in shown} for cluster in bundle.clusters],
+        }
+
+    async def _dry_run(self, receive: Receive) -> Any:
+        body = await _read_body(receive)
+        try:
+            payload = json.loads(body or b"")
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, "the body is not valid JSON") from error
+        if not isinstance(payload, dict):
+            raise Refusal(400, "the body must be a JSON object")
+        texts = routed_texts(CHAT if "messages" in payload else COMPLETIONS, payload, self.routing.decode)
+        if texts is None or len(texts) != 1:
+            raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
+        start = time.perf_counter()
+        [decision] = await self.routing.decide(texts)
+        return {**asdict(decision), "routing_ms": _ms_since(start)}
+
+
+class _RoutedRequest:
+    """One request to a routed path: reads its body when vLLM does, marks its answer."""
+
+    def __init__(self, app: App, routing: Routing, path: str):
+        self._app, self._routing, self._path = app, routing, path
+        self._read = self._answered = False
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._refusal: Refusal | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def rewriting_receive() -> Message:
+            return await receive() if self._read else await self._receive(receive)
+
+        async def marking_send(message: Message) -> None:
+            if self._refusal is not None:  # what vLLM says of the body that it did not get is of no interest
+                await self._refuse(send)
+            elif message["type"] == "http.response.start":
+                await send({**message, "headers": [*message.get("headers", ()), *self._headers]})
+            else:
+                await send(message)
+
+        try:
+            await self._app(scope, rewriting_receive, marking_send)
+        except Exception:
+            if self._refusal is None:
+                raise
+        if self._refusal is not None:
+            await self._refuse(send)
+
+    async def _receive(self, receive: Receive) -> Message:
+        body = await _read_body(receive)
+        self._read = True
+        try:
+            if body is not None:
+                return {"type": "http.request", "body": await self._rewrite(body), "more_body": False}
+        except Refusal as refusal:
+            self._refusal = refusal
+        except Exception:
+            logger.exception("routing failed")
+            self._refusal = Refusal(500, "routing failed; the server's log says why")
+        return {"type": "http.disconnect"}  # the client has gone, or is answered by us
+
+    async def _rewrite(self, body: bytes) -> bytes:
+        """Return the body with the adapter's name as ``model``; as it is where nothing is to be routed."""
+        payload = parse_routed(body)
+        texts = payload and routed_texts(self._path, payload, self._routing.decode)
+        if not payload or not texts:
+            return body
+        start = time.perf_counter()
+        decisions = await self._routing.decide(texts)
+        models = sorted({decision.model for decision in decisions})
+        if len(models) > 1:
+            found = ", ".join(models)
+            raise Refusal(
+                400, f"these prompts go to different adapters ({found}): send them one by one", "prompt"
+            )
+        self._headers = _headers(decisions[0], _ms_since(start))
+        return json.dumps({**payload, "model": models[0]}).encode()
+
+    async def _refuse(self, send: Send) -> None:
+        if not self._answered:
+            self._answered = True
+            assert self._refusal is not None
+            await _send_json(send, self._refusal.status, self._refusal.payload)
+
+
+def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]:
+    values = {
+        "adapter": quote(
+            decision.model, safe=" /:@+"
+        ),  # a header takes no line breaks and no wide characters
+        "cluster": quote(decision.cluster, safe=" /:@+"),
+        "distance": f"{decision.distance:.6g}",
+        "margin": f"{decision.margin:.6g}",
+        "fallback": str(decision.fallback).lower(),
+        "routing-ms": f"{routing_ms:.3f}",
+    }
+    return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the whole body, or None when the client has gone."""
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def _send_json(send: Send, status: int, payload: Any) -> None:
+    body = json.dumps(_finite(payload), allow_nan=False).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity (the margin of the only cluster, the distance of no text): null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ms_since(start: float) -> float:
+    return round((time.perf_counter() - start) * 1000, 3)

@@ -1,0 +1,166 @@
+"""A server process in a process group of its own: started, awaited, and gone with all its children."""
+
+import http.client
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from fedrouter.errors import ServingError
+
+GRACE_S = 20.0  # for a clean stop; vLLM needs about two seconds
+ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|error|ERROR):\s+\S")
+NOT_THE_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to start, and where it will answer."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]  # overrides this process's environment
+    defaults: Mapping[str, str]  # overridden by it
+    host: str
+    port: int
+    tls: bool = False
+
+    @property
+    def url(self) -> str:
+        """The server's address as clients on this machine write it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
+        return f"http{'s' if self.tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@contextmanager
+def running(
+    command: Command, log: Path | None = None, timeout_s: float | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server, yield it once it is healthy, stop it and every process of its group at the end.
+
+    SIGTERM becomes KeyboardInterrupt meanwhile, so that stopping this process stops the server.
+
+    Parameters
+    ----------
+    log : where the server's output goes; passed through to stderr without.
+    timeout_s : seconds to wait for it to be healthy; for ever without.
+
+    Raises
+    ------
+    ServingError
+        If it ends during start-up or is not healthy in time.
+    """
+    with _on_signals(_interrupt, signal.SIGTERM):
+        process = subprocess.Popen(
+            command.argv,
+            env={**command.defaults, **os.environ, **command.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        tail: deque[str] = deque(maxlen=300)
+        pump = threading.Thread(target=_pump, args=(process.stdout, log, tail), daemon=True)
+        try:
+            pump.start()
+            deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+            while not _healthy(command):
+                if process.poll() is not None:
+                    pump.join(GRACE_S)
+                    where = f"{log} says more" if log else "its output above says more"
+                    raise ServingError(
+                        f"vLLM ended with exit code {process.returncode} before it was ready: "
+                        f"{_cause(tail)}; {where}"
+                    )
+                if time.monotonic() > deadline:
+                    raise ServingError(
+                        f"{command.url}: vLLM was not ready after {timeout_s:.0f} s; raise the limit"
+                    )
+                time.sleep(0.2)
+            yield process
+        finally:
+            with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+                _stop(process)
+                pump.join(GRACE_S)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the leader gracefully, then whatever is left of its group by force."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    for attempt in range(50):  # its children need a moment to follow
+        try:
+            os.killpg(process.pid, signal.SIGKILL if attempt >= 20 or process.poll() is None else 0)
+        except ProcessLookupError:
+            break
+        process.poll()
+        time.sleep(0.1)
+
+
+def _healthy(command: Command) -> bool:
+    address = command.url.split("://")[1].rsplit(":", 1)[0].strip("[]")
+    connection: http.client.HTTPConnection
+    if command.tls:  # only asks whether it is up: whose certificate it is does not matter
+        context = ssl._create_unverified_context()  # noqa: S323
+        connection = http.client.HTTPSConnection(address, command.port, timeout=2, context=context)
+    else:
+        connection = http.client.HTTPConnection(address, command.port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _pump(source: IO[bytes], log: Path | None, tail: deque[str]) -> None:
+    """Copy the server's output until it ends; it must never block on us, whatever becomes of the copy."""
+    copy: IO[bytes] | None = log.open("wb") if log else sys.stderr.buffer
+    for line in source:
+        tail.append(line.decode(errors="replace").strip())
+        try:
+            if copy:
+                copy.write(line)
+                copy.flush()
+        except OSError:  # nobody reads it any more
+            copy = None
+    if log and copy:
+        copy.close()
+
+
+def _cause(tail: Sequence[str]) -> str:
+    """Return the line of a server's output that most likely says why it ended."""
+    errors = [
+        line for line in tail if ERROR_LINE.search(line) and not any(text in line for text in NOT_THE_CAUSE)
+    ]
+    return next(iter(errors[-1:] or [line for line in tail if line][-1:]), "it printed nothing")
+
+
+def _interrupt(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _on_signals(handler: "signal._HANDLER", *signals: signal.Signals) -> Iterator[None]:
+    """Handle signals differently for a while; only the main thread can, others leave them alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [signal.signal(one, handler) for one in signals]
+    try:
+        yield
+    finally:
+        for one, previous in zip(signals, before, strict=True):
+            signal.signal(one, previous)
