@@ -1,0 +1,14 @@
+"""Ask an OpenAI-compatible endpoint every test prompt and score what it answers.
+
+endpoint.py   the asynchronous client: one prompt in, one answer with its routing headers out
+scores.py     ROUGE-1, ROUGE-L, exact match; means by task, client and adapter; routing confusion
+progress.py   a bar on a terminal, plain lines elsewhere
+report.py     the report: tables, JSON, JSONL
+run.py        records × models → report
+"""
+
+from fedrouter.evaluate.report import Report, render, write_json, write_records
+from fedrouter.evaluate.run import ORACLE, evaluate, load
+from fedrouter.evaluate.scores import TaggedRecord
+
+__all__ = ["ORACLE", "Report", "TaggedRecord", "evaluate", "load", "render", "write_json", "write_records"]
