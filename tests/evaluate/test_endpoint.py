@@ -61,6 +61,7 @@ def test_lasting_trouble_becomes_an_error_in_the_answer(server):
     assert answer.error == f"{server.url} answered 500: told to say 500"
     assert (answer.text, answer.adapter) == ("", None)
     assert server.asked()["hello"] == 3
+    assert server.asked()["hello"] == 3
 
 
 def test_a_bad_request_is_not_retried(server):
