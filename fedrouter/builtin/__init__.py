@@ -1,0 +1,26 @@
+"""What ships with the package: the base model ``builtin:tiny`` and the tasks ``builtin:four-tasks``."""
+
+from pathlib import Path
+
+from fedrouter.errors import ConfigError
+
+PREFIX = "builtin:"
+BASES = ("builtin:tiny",)
+
+
+def is_builtin(name: str) -> bool:
+    """Say whether a name asks for something that ships with the package."""
+    return name.startswith(PREFIX)
+
+
+def base_path(name: str) -> Path:
+    """Return the folder of a built-in base model.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such built-in base model.
+    """
+    if name not in BASES:
+        raise ConfigError(f"unknown built-in base model {name!r}: choose one of {', '.join(BASES)}")
+    return Path(__file__).parent / name.removeprefix(PREFIX)

@@ -1,0 +1,49 @@
+"""The built-in tasks: a seeded generator of (prompt, completion) records, any number on demand.
+
+``TASKS`` mirror the paper's four and make up ``builtin:four-tasks``.
+"""
+
+import random
+from collections.abc import Callable
+
+from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
+from fedrouter.builtin.vocabulary import Slots, Split
+from fedrouter.errors import DataError
+from fedrouter.types import Record, Turn
+
+TASKS = ("paraphrase", "data_to_text", "dialogue_summary", "headline")
+
+_EXAMPLES: dict[str, Callable[[Slots], tuple[str, str]]] = {
+    "data_to_text": data_to_text.example,
+    "dialogue_summary": dialogue.example,
+    "headline": headline.example,
+}
+
+
+def generate(task: str, split: Split, num_examples: int, seed: int) -> list[Record]:
+    """Generate one task's records; a larger number starts with the same ones.
+
+    Train and test share no slot value (names, places, objects, numbers). Paraphrase labels are balanced.
+
+    Raises
+    ------
+    DataError
+        If the task is unknown or the number negative.
+    """
+    if task != "paraphrase" and task not in _EXAMPLES:
+        known = ", ".join(("paraphrase", *_EXAMPLES))
+        raise DataError(f"unknown built-in task {task!r}: choose one of {known}")
+    if num_examples < 0:
+        raise DataError(f"cannot generate {num_examples} examples of {task}: ask for 0 or more")
+    return [_record(task, split, seed, index) for index in range(num_examples)]
+
+
+def _record(task: str, split: Split, seed: int, index: int) -> Record:
+    slots = Slots(random.Random(f"{task}/{split}/{seed}/{index}"), split)
+    if task == "paraphrase":
+        # One Yes and one No in every two records, in random order.
+        flip = random.Random(f"{task}/{split}/{seed}/pair/{index // 2}").random() < 0.5
+        prompt, completion = paraphrase.example(slots, yes=(index % 2 == 0) != flip)
+    else:
+        prompt, completion = _EXAMPLES[task](slots)
+    return Record((Turn("user", prompt),), completion, task)
