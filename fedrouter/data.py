@@ -8,13 +8,17 @@ A row has one of these forms, tried in this order, and may have a ``task`` label
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.errors import ConfigError, DataError
+from fedrouter.partition import partition
 from fedrouter.types import Record, Turn
+
+__all__ = ["builtin_records", "load_records", "partition"]
 
 BUILTIN_RECORDS = {"builtin:four-tasks": TASKS}
 FORMS = "messages, prompt + completion, or instruction + response (or output), optionally with input"
@@ -41,15 +45,9 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
         If the source is missing, empty or unreadable, or a row has none of the forms above; names the row.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".jsonl" and not path.is_dir():
-        rows = _jsonl_rows(path)
-    else:
-        rows = _dataset_rows(source, path, split)
-    records = []
-    for where, row in rows:
-        if limit is not None and len(records) >= limit:
-            break
-        records.append(_record(where, row))
+    is_jsonl = path.suffix == ".jsonl" and not path.is_dir()
+    rows = _jsonl_rows(path) if is_jsonl else _dataset_rows(source, path, split)
+    records = [_record(where, row) for where, row in islice(rows, limit)]
     if not records:
         raise DataError(f"{source}: has no rows; give a data set with at least one")
     return records
@@ -111,7 +109,7 @@ def _parse(where: str, line: bytes) -> Any:
         raise DataError(f"{where}: not usable JSON: {error}") from error
 
 
-def _dataset_rows(source: str, path: Path, split: str | None) -> Iterable[tuple[str, Any]]:
+def _dataset_rows(source: str, path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     """Yield (source row N, row), N from 1, through Hugging Face datasets."""
     import datasets
 

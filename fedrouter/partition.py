@@ -24,8 +24,8 @@ def partition(
     num_clients: int,
     seed: int,
     alpha: float = 0.5,
-    task_of: Callable[[Record], str | None] = attrgetter("task"),
     max_per_client: int | None = None,
+    task_of: Callable[[Record], str | None] = attrgetter("task"),
 ) -> dict[str, list[Record]]:
     """Deal records out to clients ``client-0``, ``client-1`` …; every row goes to exactly one.
 
@@ -44,6 +44,8 @@ def partition(
         Concentration of ``dirichlet``, above 0; smaller is more uneven.
     max_per_client : int, optional
         Cap on a client's rows; a random part of them stays, the others are used by nobody.
+    task_of : callable, optional
+        Gives a record's task label.
 
     Raises
     ------

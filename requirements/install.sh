@@ -36,7 +36,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 
-say "installing $(grep -c == "$pins") pinned packages, 4 GB on disk, no CUDA: about 3 minutes the first time"
+say "installing $(grep -c == "$pins") pinned packages, 4 GB on disk, no CUDA: three to five minutes the first time"
 started=$SECONDS
 pin() { grep "^$1==" "$pins"; }
 # torch comes first and alone: its CPU build is either in pip's own sources or in PyTorch's CPU index.

@@ -2,7 +2,7 @@ import json
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.builtin.tasks import TASKS
@@ -73,7 +73,7 @@ def test_limit_reads_no_further(tmp_path):
     path = tmp_path / "long.jsonl"
     write(path, *PAIRS)
     path.write_text(path.read_text() + "not JSON\n")
-    assert load_records(str(path), limit=2) == RECORDS[:2]
+    assert load_records(str(path), limit=3) == RECORDS
 
 
 def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path):
@@ -87,7 +87,6 @@ def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path):
     assert load_records(str(path)) == [Record((Turn("user", "a\u2028b"),), "c\x85d")]
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.text().filter(str.strip), st.text().filter(str.strip))
 def test_any_text_survives(tmp_path_factory, prompt, completion):
     path = tmp_path_factory.mktemp("any") / "any.jsonl"
@@ -97,7 +96,6 @@ def test_any_text_survives(tmp_path_factory, prompt, completion):
         assert load_records(str(path)) == [Record((Turn("user", prompt),), completion)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary())
 def test_any_garbage_is_a_data_error(tmp_path_factory, garbage):
     path = tmp_path_factory.mktemp("garbage") / "garbage.jsonl"

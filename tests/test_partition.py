@@ -1,7 +1,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.errors import ConfigError, DataError
@@ -27,7 +27,6 @@ sizes = st.lists(st.integers(20, 60), min_size=2, max_size=4)
 schemes = st.sampled_from(["single", "dual", "all", "iid", "dirichlet"])
 
 
-@settings(max_examples=30, deadline=None)
 @given(sizes, schemes, st.integers(4, 12), st.integers(0, 2**32))
 def test_every_row_goes_to_exactly_one_client(sizes, scheme, num_clients, seed):
     records = make_records(sizes)
@@ -39,7 +38,6 @@ def test_every_row_goes_to_exactly_one_client(sizes, scheme, num_clients, seed):
     assert min(map(len, clients.values())) >= 2
 
 
-@settings(max_examples=30, deadline=None)
 @given(sizes, schemes, st.integers(0, 2**32))
 def test_the_same_seed_gives_the_same_partition(sizes, scheme, seed):
     records = make_records(sizes)
@@ -49,7 +47,6 @@ def test_the_same_seed_gives_the_same_partition(sizes, scheme, seed):
     assert other != first
 
 
-@settings(max_examples=30, deadline=None)
 @given(sizes, st.sampled_from(["single", "dual", "all"]), st.integers(4, 12), st.integers(0, 9))
 def test_clients_hold_the_tasks_of_the_scenario_evenly(sizes, scheme, num_clients, seed):
     tasks = TASKS[: len(sizes)]
@@ -62,7 +59,6 @@ def test_clients_hold_the_tasks_of_the_scenario_evenly(sizes, scheme, num_client
         assert max(shares) - min(shares) <= 1
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(["iid", "all"]), st.integers(0, 9)
 )

@@ -1,0 +1,144 @@
+"""The dependency rule: cli → train, serve, evaluate → bundle, route, embed, data → types, config, errors."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fedrouter"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from its own part, from parts of its own layer, and from the layers below.
+LAYERS = (
+    {"types", "config", "errors"},
+    {"builtin", "bundle", "data", "embed", "models", "partition", "route"},
+    {"train", "serve", "evaluate"},
+    {"cli", "demo", "inspect", "__main__"},
+)
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
+
+# Where a library may be imported; everywhere else it is out of place.
+HOMES = {"faiss": "route", "trl": "train.sft", "flwr": "train.flower", "vllm": "serve"}
+
+
+def imported(source, module, is_package=False):
+    """Yield the full name of everything that the source imports, however deep in functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = (
+                module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            )
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(source, module, is_package=False):
+    """Return what breaks the rule in one module; ``module`` is its dotted name under fedrouter."""
+    part = module.split(".")[0]
+    found = []
+    for name in imported(source, f"fedrouter.{module}", is_package):
+        top, _, rest = name.partition(".")
+        home = HOMES.get(top)
+        if home and not (module == home or module.startswith(f"{home}.")):
+            found.append(f"{module} imports {top}, whose place is {home}")
+        other = rest.split(".")[0]
+        if top != "fedrouter" or other not in LAYER_OF or other == part:
+            continue
+        if LAYER_OF[other] > LAYER_OF[part]:
+            found.append(f"{module} imports {other} from a layer above")
+        elif {part, other} <= APART:
+            found.append(f"{module} imports {other}: both stand apart")
+    return sorted(set(found))
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_part_has_a_layer():
+    parts = {module_name(path).split(".")[0] for path in FILES} - {""}
+    assert parts <= set(LAYER_OF), "name the layer of the new part in LAYERS"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_dependency_rule(path):
+    module = module_name(path)
+    source = path.read_text(encoding="utf-8")
+    if not module:  # fedrouter/__init__.py stays light: it is imported by everything
+        assert list(imported(source, "fedrouter", is_package=True)) == []
+    else:
+        assert violations(source, module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("types", "from fedrouter.data import load_records", ["types imports data from a layer above"]),
+        ("route", "from fedrouter import train", ["route imports train from a layer above"]),
+        ("train.run", "from fedrouter.serve import launch", ["train.run imports serve: both stand apart"]),
+        (
+            "serve.launch",
+            "def f():\n    import fedrouter.train",
+            ["serve.launch imports train: both stand apart"],
+        ),
+        ("evaluate.run", "from ..cli import main", ["evaluate.run imports cli from a layer above"]),
+        ("embed", "import faiss.contrib", ["embed imports faiss, whose place is route"]),
+        (
+            "train.server",
+            "from trl import SFTTrainer",
+            ["train.server imports trl, whose place is train.sft"],
+        ),
+        ("train.run", "import flwr", ["train.run imports flwr, whose place is train.flower"]),
+        ("bundle", "from vllm.lora import x", ["bundle imports vllm, whose place is serve"]),
+        ("cli", "import fedrouter.train\nfrom fedrouter import serve", []),
+        (
+            "serve.launch",
+            "import vllm\nfrom fedrouter.bundle import load_bundle\nfrom . import middleware",
+            [],
+        ),
+        (
+            "train.sft",
+            "import trl\nfrom fedrouter.models import load_base\nfrom .aggregate import average",
+            [],
+        ),
+    ],
+)
+def test_the_rule_is_seen_to_break(module, source, found):
+    assert violations(source, module) == found
+
+
+def test_help_imports_no_heavy_library():
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "fedrouter", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr.splitlines()[-5:]
+    assert "serve" in run.stdout
+    loaded = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line
+    }
+    assert "fedrouter" in loaded
+    heavy = {
+        "datasets",
+        "faiss",
+        "flwr",
+        "openai",
+        "pandas",
+        "peft",
+        "scipy",
+        "sklearn",
+        "torch",
+        "transformers",
+        "trl",
+        "vllm",
+    }
+    assert loaded & heavy == set()
