@@ -1,17 +1,16 @@
 """What can be wrong on this machine before vLLM starts, found out without importing vLLM."""
 
-import json
 import socket
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle
-from fedrouter.errors import ServingError
+from fedrouter.errors import ModelError, ServingError
+from fedrouter.models import read_json
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.bodies import VIRTUAL_NAME
 
@@ -69,9 +68,9 @@ def check_adapter(name: str, path: Path, bundle: Bundle) -> int:
     if name in {BASE_NAME, VIRTUAL_NAME, *(cluster.adapter for cluster in bundle.clusters)}:
         raise ServingError(f"adapter {name}: that name is taken; choose another")
     try:
-        config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "adapter_config.json")
         tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ModelError, SafetensorError) as error:
         raise ServingError(f"adapter {name}: {path} is no PEFT adapter that can be read: {error}") from error
     rank = config.get("r")
     plain = (

@@ -101,7 +101,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(GRACE_S)
     for attempt in range(50):  # its children need a moment to follow
         try:
-            os.killpg(process.pid, signal.SIGKILL if attempt >= 20 or process.poll() is None else 0)
+            os.killpg(process.pid, signal.SIGKILL if attempt >= 10 or process.poll() is None else 0)
         except ProcessLookupError:
             break
         process.poll()
@@ -128,14 +128,15 @@ def _healthy(command: Command) -> bool:
 def _pump(source: IO[bytes], log: Path | None, tail: deque[str]) -> None:
     """Copy the server's output until it ends; it must never block on us, whatever becomes of the copy."""
     copy: IO[bytes] | None = log.open("wb") if log else sys.stderr.buffer
-    for line in source:
-        tail.append(line.decode(errors="replace").strip())
-        try:
-            if copy:
-                copy.write(line)
-                copy.flush()
-        except OSError:  # nobody reads it any more
-            copy = None
+    with source:
+        for line in source:
+            tail.append(line.decode(errors="replace").strip())
+            try:
+                if copy:
+                    copy.write(line)
+                    copy.flush()
+            except OSError:  # nobody reads it any more
+                copy = None
     if log and copy:
         copy.close()
 

@@ -1,0 +1,169 @@
+"""An embedder of words, an application that answers like vLLM where it matters, and a way to ask it."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedrouter.serve.middleware import FedRouterMiddleware
+from fedrouter.serve.routing import Routing
+from fedrouter.types import Array, EmbedderSpec
+
+DIM = 64
+KEY = "sesame"
+TASKS = {
+    "headline": "write a headline for this news story",
+    "summary": "summarise this chat between two friends",
+    "tâche": "is the second question a paraphrase yes or no",
+}
+
+
+class WordEmbedder:
+    """Counts words by hash: texts that share words are close. Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.spec = EmbedderSpec("base", "words", 128, "float32", DIM, "words-1")
+        self.batches: list[list[str]] = []
+        self.broken = False
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        if self.broken:
+            raise RuntimeError("out of memory")
+        self.batches.append(list(texts))
+        vectors = np.zeros((len(texts), DIM), dtype=np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in text.lower().split():
+                row[hashlib.md5(word.encode()).digest()[0] % DIM] += 1
+        return vectors
+
+
+class EchoApp:
+    """Checks the key as vLLM does, before it reads the body; then echoes the body, in pieces."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.lifespans = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            assert (await receive())["type"] == "lifespan.startup"
+            self.lifespans += 1
+            await send({"type": "lifespan.startup.complete"})
+            assert (await receive())["type"] == "lifespan.shutdown"
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if (
+            scope["path"].startswith("/v1")
+            and dict(scope["headers"]).get(b"authorization") != f"Bearer {KEY}".encode()
+        ):
+            await self._answer(send, 401, [b'{"error":', b'"Unauthorized"}'])
+            return
+        body = b""
+        while scope["method"] == "POST":
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError("client disconnected")  # as Starlette does
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        self.bodies.append(body)
+        await self._answer(send, 200, [body[:7], body[7:]])
+
+    async def _answer(self, send: Any, status: int, pieces: Sequence[bytes]) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"server", b"echo")]})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass
+class Answer:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    pieces: list[bytes] = field(default_factory=list)
+    num_reads: int = 0  # how often the request's body was asked for
+
+    @property
+    def json(self) -> Any:
+        return json.loads(b"".join(self.pieces))
+
+    @property
+    def routing(self) -> Mapping[str, str]:
+        prefix = "x-fedrouter-"
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.headers.items()
+            if name.startswith(prefix)
+        }
+
+
+class Server:
+    """The hook around the echoing application, started as an ASGI server starts it."""
+
+    def __init__(self, load: Callable[[], Routing]):
+        self.app = EchoApp()
+        self.hook = FedRouterMiddleware(self.app, load)
+        self.lifespan: list[Any] = []
+
+    async def __aenter__(self) -> "Server":
+        started, self._shutdown = asyncio.Event(), asyncio.Event()
+        first = iter([{"type": "lifespan.startup"}])
+
+        async def receive() -> Any:
+            for message in first:
+                return message
+            await self._shutdown.wait()
+            return {"type": "lifespan.shutdown"}
+
+        async def send(message: Any) -> None:
+            self.lifespan.append(message)
+            started.set()
+
+        self._task = asyncio.create_task(self.hook({"type": "lifespan"}, receive, send))  # type: ignore[arg-type]
+        await started.wait()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._shutdown.set()
+        await self._task
+
+    async def ask(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str = "POST",
+        key: str | None = KEY,
+        chunk: int = 1000,
+        root: str = "",
+    ) -> Answer:
+        """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        pieces = [raw[i : i + chunk] for i in range(0, len(raw), chunk)] or [b""]
+        answer = Answer()
+
+        async def receive() -> Any:
+            answer.num_reads += 1
+            if answer.num_reads > len(pieces):
+                return {"type": "http.disconnect"}
+            more = answer.num_reads < len(pieces)
+            return {"type": "http.request", "body": pieces[answer.num_reads - 1], "more_body": more}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                assert not answer.status, "two answers to one request"
+                answer.status = message["status"]
+                answer.headers = {
+                    name.decode(): value.decode("latin-1") for name, value in message["headers"]
+                }
+            elif message["body"]:
+                answer.pieces.append(message["body"])
+
+        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        scope = {"type": "http", "method": method, "path": root + path, "root_path": root, "headers": headers}
+        await self.hook(scope, receive, send)
+        return answer

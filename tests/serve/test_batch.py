@@ -1,0 +1,101 @@
+"""Micro-batching without a model."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrouter.serve.batch import Batcher
+
+
+class Doubler:
+    """Doubles numbers, refuses batches with a negative one, waits while ``gate`` is closed."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, items: list[int]) -> list[int]:
+        assert self.gate.wait(5)
+        self.batches.append(items)
+        self.threads.add(threading.get_ident())
+        if min(items) < 0:
+            raise ValueError("negative")
+        return [2 * item for item in items]
+
+
+def run(work: Doubler, scenario: Callable[[Batcher[int, int]], Awaitable[Any]], max_batch: int = 4) -> Any:
+    async def main() -> Any:
+        batcher = Batcher[int, int](work, max_batch)
+        try:
+            return await scenario(batcher)
+        finally:
+            batcher.close()
+
+    return asyncio.run(main())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 8))
+def test_everyone_gets_their_own_result_in_few_batches(items: list[int], max_batch: int) -> None:
+    work = Doubler()
+    results = run(work, lambda b: asyncio.gather(*(b.submit(i) for i in items)), max_batch)
+    assert results == [2 * item for item in items]
+    assert max(map(len, work.batches), default=0) <= max_batch
+    assert len(work.batches) <= -(-len(items) // max_batch)
+    assert len(work.threads) <= 1
+    assert threading.get_ident() not in work.threads
+
+
+def test_what_queues_during_a_batch_is_the_next_batch() -> None:
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> None:
+        work.gate.clear()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)  # now it is in the thread
+        rest = [asyncio.create_task(batcher.submit(i)) for i in range(1, 6)]
+        await asyncio.sleep(0.05)
+        work.gate.set()
+        await asyncio.gather(first, *rest)
+
+    run(work, scenario)
+    assert work.batches == [[0], [1, 2, 3, 4], [5]]
+
+
+def test_a_failing_batch_fails_its_own_items_only() -> None:
+    async def scenario(batcher: Batcher[int, int]) -> list[Any]:
+        failed = await asyncio.gather(batcher.submit(1), batcher.submit(-1), return_exceptions=True)
+        return [*failed, await batcher.submit(3)]
+
+    first, second, third = run(Doubler(), scenario)
+    assert isinstance(first, ValueError)
+    assert isinstance(second, ValueError)
+    assert third == 6
+
+
+def test_who_leaves_the_queue_is_not_worked_for() -> None:
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> int:
+        work.gate.clear()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)
+        gone, stays = asyncio.create_task(batcher.submit(1)), asyncio.create_task(batcher.submit(2))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await asyncio.sleep(0)
+        work.gate.set()
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        return await stays
+
+    assert run(work, scenario) == 4
+    assert work.batches == [[0], [2]]

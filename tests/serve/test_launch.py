@@ -1,0 +1,185 @@
+"""From a bundle to vLLM's command line, and what is refused before vLLM starts."""
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fedrouter.bundle import Bundle
+from fedrouter.errors import ServingError
+from fedrouter.serve import checks
+from fedrouter.serve.launch import build_command, check_adapter, check_port, free_port, prepare
+from fedrouter.serve.process import Command
+
+
+def build(bundle: Bundle, **options: Any) -> Command:
+    options = {"rank": bundle.rank, "adapters": {}, "vllm_args": ()} | options
+    return build_command(bundle, Path("/models/base"), "127.0.0.1", 8000, **options)
+
+
+def value(command: Command, flag: str) -> str:
+    return command.argv[command.argv.index(flag) + 1]
+
+
+def modules(command: Command) -> dict[str, str]:
+    rest = command.argv[command.argv.index("--lora-modules") + 1 :]
+    entries = [
+        json.loads(one) for one in rest[: next(i for i, one in enumerate(rest) if one.startswith("--"))]
+    ]
+    return {entry["name"]: entry["path"] for entry in entries}
+
+
+def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None:
+    command = build(word_bundle)
+    assert modules(command) == {c.adapter: str(word_bundle.adapter_path(c)) for c in word_bundle.clusters}
+    assert value(command, "--model") == "/models/base"
+    assert command.argv[command.argv.index("--served-model-name") + 1 :][:2] == ["base", "fedrouter"]
+    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "3"
+    assert value(command, "--max-lora-rank") == "8"
+    assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
+    assert command.env == {"FEDROUTER_BUNDLE": str(word_bundle.path), "FEDROUTER_BASE": "/models/base"}
+    assert "--chat-template" not in command.argv
+
+
+def test_middleware_can_be_loaded_as_vllm_loads_it(word_bundle: Bundle) -> None:
+    module, name = value(build(word_bundle), "--middleware").rsplit(".", 1)
+    assert isinstance(getattr(__import__(module, fromlist=[name]), name), type)
+
+
+def test_more_adapters_count_for_the_limits(word_bundle: Bundle, tmp_path: Path) -> None:
+    command = build(word_bundle, adapters={"own": tmp_path, "other": tmp_path}, rank=20)
+    assert modules(command)["own"] == str(tmp_path)
+    assert value(command, "--max-cpu-loras") == "5"
+    assert value(command, "--max-lora-rank") == "32"
+
+
+@pytest.mark.parametrize(
+    ("rank", "limit"), [(1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (257, 320), (512, 512)]
+)
+def test_rank_limit_is_the_smallest_that_fits(word_bundle: Bundle, rank: int, limit: int) -> None:
+    assert value(build(word_bundle, rank=rank), "--max-lora-rank") == str(limit)
+
+
+def test_a_rank_beyond_vllm_is_refused(word_bundle: Bundle) -> None:
+    with pytest.raises(ServingError, match="rank 513"):
+        build(word_bundle, rank=513)
+
+
+def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
+    many = replace(
+        word_bundle, clusters=tuple(replace(word_bundle.clusters[0], adapter=f"a{i}") for i in range(40))
+    )
+    command = build(many)
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "40")
+
+
+def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
+    command = build(word_bundle, api_key="sesame")
+    assert command.env["VLLM_API_KEY"] == "sesame"
+    assert not any("sesame" in argument for argument in command.argv)
+
+
+def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
+    command = build(word_bundle, cpu=True, cores=2, vllm_args=["--dtype", "bfloat16"])
+    assert command.argv[-2:] == ["--dtype", "bfloat16"]  # the last one is in force
+    assert value(command, "--dtype") == "float32"
+    assert command.defaults["OMP_NUM_THREADS"] == "1"
+    assert value(command, "--distributed-executor-backend") == "uni"
+    big = build(word_bundle, cpu=True, cores=64)
+    assert "OMP_NUM_THREADS" not in big.defaults
+    assert "uni" not in big.argv
+    gpu = build(word_bundle)
+    assert "--dtype" not in gpu.argv
+    assert "--enforce-eager" not in gpu.argv
+
+
+@pytest.mark.parametrize("argument", ["--port=1", "--lora-modules", "--served_model_name", "--model"])
+def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
+    with pytest.raises(ServingError, match=argument):
+        build(word_bundle, vllm_args=[argument])
+
+
+def test_tls_flags_change_the_address(word_bundle: Bundle) -> None:
+    assert build(word_bundle).url == "http://127.0.0.1:8000"
+    assert build(word_bundle, vllm_args=["--ssl-certfile", "x.pem"]).url == "https://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("0.0.0.0", "http://127.0.0.1:1"), ("::", "http://[::1]:1"), ("box", "http://box:1")]
+)
+def test_addresses_that_clients_can_use(host: str, url: str) -> None:
+    assert Command([], {}, {}, host, 1).url == url
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"127.0.0.1:{port}.*--port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", free_port())
+
+
+def test_missing_vllm_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checks.util, "find_spec", lambda name: None)
+    with pytest.raises(ServingError, match=r"fedrouter\[serve\].*fedrouter\[serve-cpu\]"):
+        prepare(tmp_path, None, "127.0.0.1", 8000, None, {}, ())
+
+
+def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ServingError, match="NO_SUCH_KEY"):
+        prepare(tmp_path, None, "127.0.0.1", free_port(), "NO_SUCH_KEY", {}, ())
+
+
+def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:
+    def apply(path: Path) -> None:
+        if config:
+            file = path / "adapter_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        if tensor is not None:
+            file = path / "adapter_model.safetensors"
+            tensors = load_file(file)
+            name = sorted(tensors)[0]
+            save_file(tensors | {name: tensor(tensors[name])}, file)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("apply", "says"),
+    [
+        (damage({"use_dora": True}), "plain LoRA"),
+        (damage({"bias": "all"}), "plain LoRA"),
+        (damage({"modules_to_save": ["lm_head"]}), "plain LoRA"),
+        (damage({"r": None}), "plain LoRA"),
+        (damage({"r": 4}), "rank 4"),
+        (damage(tensor=lambda array: array * np.nan), "not finite"),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x10"), "can be read"),
+        (lambda path: (path / "adapter_config.json").unlink(), "can be read"),
+        (lambda path: (path / "adapter_config.json").write_text("[]"), "can be read"),
+    ],
+)
+def test_an_adapter_that_would_harm_is_refused(
+    word_bundle: Bundle, tmp_path: Path, apply: Any, says: str
+) -> None:
+    for file in word_bundle.adapter_path(word_bundle.clusters[0]).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert check_adapter("own", tmp_path, word_bundle) == word_bundle.rank
+    apply(tmp_path)
+    with pytest.raises(ServingError, match=says):
+        check_adapter("own", tmp_path, word_bundle)
+
+
+def test_an_adapters_name_must_be_free(word_bundle: Bundle) -> None:
+    path = word_bundle.adapter_path(word_bundle.clusters[0])
+    for name in ("base", "fedrouter", word_bundle.clusters[0].adapter):
+        with pytest.raises(ServingError, match="taken"):
+            check_adapter(name, path, word_bundle)

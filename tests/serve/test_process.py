@@ -1,0 +1,128 @@
+"""A server's process group, with small Python servers in vLLM's place."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedrouter.errors import ServingError
+from fedrouter.serve import process
+from fedrouter.serve.launch import free_port
+from fedrouter.serve.process import Command, running
+
+SERVER = """
+import http.server, os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *args): pass
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else lambda *_: sys.exit(0))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def command(script: str, *arguments: str) -> Command:
+    port = free_port()
+    return Command([sys.executable, "-c", script, str(port), *arguments], {}, {}, "127.0.0.1", port)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["polite", "deaf"])
+def test_nothing_is_left_behind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GRACE_S", 0.5)
+    log = tmp_path / "log"
+    with running(command(SERVER, kind), log, timeout_s=20) as server:
+        child = int(log.read_text().split()[1])
+        assert alive(server.pid)
+        assert alive(child)
+        assert os.getpgid(child) == server.pid != os.getpgid(0)
+    assert not alive(server.pid)
+    assert not alive(child)
+
+
+def test_an_error_inside_stops_the_server_too(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), running(command(SERVER), tmp_path / "log", timeout_s=20) as server:
+        raise ZeroDivisionError
+    assert not alive(server.pid)
+
+
+def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
+    script = (
+        "import sys; print('loading'); print('(EngineCore) ValueError: head size 48 is not known'); "
+        "print('RuntimeError: Engine core initialization failed. See root cause above.'); sys.exit(3)"
+    )
+    with (
+        pytest.raises(
+            ServingError, match=r"exit code 3.*ValueError: head size 48 is not known.*log says more"
+        ),
+        running(command(script), tmp_path / "log", timeout_s=20),
+    ):
+        pass
+    assert "loading" in (tmp_path / "log").read_text()
+
+
+def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServingError, match="not ready after 1 s"),
+        running(command("import time; time.sleep(600)"), tmp_path / "log", timeout_s=1),
+    ):
+        pass
+
+
+def test_sigterm_stops_the_server_with_its_parent(tmp_path: Path) -> None:
+    parent = f"""
+import sys
+from pathlib import Path
+from fedrouter.serve.process import Command, running
+port = {free_port()}
+try:
+    command = Command([sys.executable, "-c", {SERVER!r}, str(port)], {{}}, {{}}, "127.0.0.1", port)
+    with running(command, timeout_s=20) as server:
+        print("ready", server.pid, flush=True)
+        server.wait()
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as outer:
+        assert outer.stdout is not None
+        assert outer.stderr is not None
+        server = int(outer.stdout.readline().split()[1])
+        child = int(outer.stderr.readline().split()[1])  # the server's output is passed through
+        started = time.monotonic()
+        outer.send_signal(signal.SIGTERM)
+        outer.send_signal(signal.SIGTERM)  # the impatient do not leave orphans either
+        assert outer.wait(20) == 7
+    assert time.monotonic() - started < 10
+    assert not alive(server)
+    assert not alive(child)
+
+
+def test_the_environment_overrides_defaults_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDROUTER_TEST_A", "user")
+    monkeypatch.setenv("FEDROUTER_TEST_B", "user")
+    script = "import os; print({k: v for k, v in os.environ.items() if k.startswith('FEDROUTER_TEST')})"
+    asked = command(script)
+    asked = Command(
+        asked.argv, {"FEDROUTER_TEST_B": "ours"}, {"FEDROUTER_TEST_A": "ours"}, asked.host, asked.port
+    )
+    with pytest.raises(ServingError, match="exit code 0"), running(asked, tmp_path / "log", timeout_s=20):
+        pass
+    assert (tmp_path / "log").read_text().strip() == str(
+        {"FEDROUTER_TEST_A": "user", "FEDROUTER_TEST_B": "ours"}
+    )
