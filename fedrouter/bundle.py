@@ -13,7 +13,6 @@ fail silently later. The format is described in docs/bundle-format.md.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +125,7 @@ def write_bundle(
     (partial / "manifest.json").write_bytes(_json_bytes(manifest))
     (partial / "README.md").write_text(_model_card(base, embedder, named), encoding="utf-8")
     load_bundle(partial)
-    os.rename(partial, path)
+    partial.rename(path)
     return load_bundle(path)
 
 
@@ -146,7 +145,8 @@ def load_bundle(path: Path) -> Bundle:
             base=BaseSpec(**manifest["base"]),
             embedder=EmbedderSpec(**manifest["embedder"]),
             clusters=tuple(
-                TaskCluster(**{**cluster, "clients": tuple(cluster["clients"])}) for cluster in manifest["clusters"]
+                TaskCluster(**{**cluster, "clients": tuple(cluster["clients"])})
+                for cluster in manifest["clusters"]
             ),
             **_read_router(path, manifest["router_sha256"]),
             rank=int(manifest["rank"]),
@@ -160,7 +160,9 @@ def load_bundle(path: Path) -> Bundle:
     for cluster in bundle.clusters:
         found = _check_adapter(bundle.adapter_path(cluster), cluster.adapter, bundle.rank)
         if shapes is not None and found != shapes:
-            raise BundleError(f"{bundle.adapter_path(cluster)}: its tensors differ in name or shape from the others'")
+            raise BundleError(
+                f"{bundle.adapter_path(cluster)}: its tensors differ in name or shape from the others'"
+            )
         shapes = found
     return bundle
 
@@ -175,8 +177,8 @@ def check_base(bundle: Bundle, base_path: Path) -> None:
     """
     if base_fingerprint(base_path) != bundle.base.fingerprint:
         raise BundleError(
-            f"{bundle.path}: its adapters were trained on base {bundle.base.model}, and {base_path} is another model "
-            "(config or tokenizer differ); pass the right one with --base"
+            f"{bundle.path}: its adapters were trained on base {bundle.base.model}, and {base_path} is "
+            "another model (config or tokenizer differ); pass the right one with --base"
         )
     modules = _base_modules(base_path)
     adapter = bundle.adapter_path(bundle.clusters[0]) / "adapter_model.safetensors"
@@ -185,7 +187,9 @@ def check_base(bundle: Bundle, base_path: Path) -> None:
         shape = modules.get(module)
         axis = 1 if kind.startswith("A") else 0
         if shape is None or (len(shape) == 2 and array.shape[axis] != shape[axis]):
-            raise BundleError(f"{adapter}: tensor {name} {array.shape} does not fit the base model in {base_path}")
+            raise BundleError(
+                f"{adapter}: tensor {name} {array.shape} does not fit the base model in {base_path}"
+            )
 
 
 def check_embedder(bundle: Bundle, embedder: Embedder) -> None:
@@ -259,7 +263,9 @@ def _check_router(bundle: Bundle) -> None:
         if not np.isfinite(getattr(space, name)).all():
             raise BundleError(f"{where}: {name} holds values that are not finite")
     if bundle.fallback not in FALLBACKS:
-        raise BundleError(f"{bundle.path / 'manifest.json'}: fallback {bundle.fallback!r} is none of {FALLBACKS}")
+        raise BundleError(
+            f"{bundle.path / 'manifest.json'}: fallback {bundle.fallback!r} is none of {FALLBACKS}"
+        )
 
 
 def _check_adapter(path: Path, name: str, rank: int) -> dict[str, tuple[int, ...]]:
@@ -278,8 +284,13 @@ def _check_adapter(path: Path, name: str, rank: int) -> dict[str, tuple[int, ...
             raise BundleError(f"{weights_file}: tensor {tensor} holds values that are not finite")
         side = 0 if ".lora_A." in tensor else 1 if ".lora_B." in tensor else None
         if side is None or array.ndim != 2 or array.shape[side] != rank:
-            raise BundleError(f"{weights_file}: tensor {tensor} {array.shape} is no LoRA factor of rank {rank}")
-        if tensor.replace(".lora_A.", ".lora_B.") not in tensors or tensor.replace(".lora_B.", ".lora_A.") not in tensors:
+            raise BundleError(
+                f"{weights_file}: tensor {tensor} {array.shape} is no LoRA factor of rank {rank}"
+            )
+        if (
+            tensor.replace(".lora_A.", ".lora_B.") not in tensors
+            or tensor.replace(".lora_B.", ".lora_A.") not in tensors
+        ):
             raise BundleError(f"{weights_file}: tensor {tensor} has no counterpart")
     if not tensors:
         raise BundleError(f"{weights_file}: holds no tensors")
@@ -318,10 +329,10 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 def _model_card(base: BaseSpec, embedder: EmbedderSpec, clusters: Sequence[TaskCluster]) -> str:
     rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
     return (
-        f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning, fedrouter]\n---\n"
-        f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients that "
-        f"shared no data; prompts are routed by `{embedder.model}` ({embedder.kind}).\n\n"
+        f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning]\n---\n"
+        f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients "
+        f"that shared no data; prompts are routed by `{embedder.model}` ({embedder.kind}).\n\n"
         "| task cluster | adapter | training rows | clients |\n|---|---|---|---|\n"
         f"{rows}\n\nServe: `fedrouter serve .` One adapter alone: "
-        f"`PeftModel.from_pretrained(base, \"adapters/NAME\")`.\n"
+        f'`PeftModel.from_pretrained(base, "adapters/NAME")`.\n'
     )

@@ -26,10 +26,16 @@ console = Console()
 stderr = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="Where the run goes; resumes a run that is there.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
+]
 BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory that holds one.")]
-BaseOption = Annotated[str | None, typer.Option(help="Where the base model is, if not where the bundle says.")]
-KeyOption = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Where the base model is, if not where the bundle says.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
+]
 
 
 def version(show: bool) -> None:
@@ -41,8 +47,9 @@ def version(show: bool) -> None:
 
 @app.callback()
 def root(
+    *,
     debug: Annotated[bool, typer.Option(help="Show the whole trace of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
+    _version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
 ) -> None:
     """One LoRA adapter per task, trained across clients, served behind one endpoint."""
     if debug:
@@ -51,7 +58,9 @@ def root(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="TOML; without it the built-in four tasks, dual.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML; without it the built-in four tasks, dual.")
+    ] = None,
     out: Out = None,
     set_: Set = None,
 ) -> None:
@@ -67,7 +76,9 @@ def train(
     except KeyboardInterrupt:
         stderr.print(f"interrupted; the same command goes on from the last finished round in {directory}")
         raise typer.Exit(130) from None
-    console.print(f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}", highlight=False, soft_wrap=True)
+    console.print(
+        f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -79,7 +90,8 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key_env: KeyOption = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to.")
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
     ] = None,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
@@ -104,7 +116,8 @@ def evaluate(
         list[str], typer.Option(metavar="FILE", help="Test records: files, data sets, or builtin:four-tasks.")
     ],
     model: Annotated[
-        list[str] | None, typer.Option(help="A model to ask; several are compared. oracle: each task's own adapter.")
+        list[str] | None,
+        typer.Option(help="A model to ask; several are compared. oracle: each task's own adapter."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     records: Annotated[Path | None, typer.Option(help="Write every answer here as JSONL.")] = None,
@@ -179,7 +192,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
 ) -> None:
-    """The whole way on the built-in federation: train, serve, ask, score, stop."""
+    """Go the whole way on the built-in federation: train, serve, ask, score, stop."""
     from fedrouter.config import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.serve.launch import running_server
@@ -196,7 +209,7 @@ def demo(
     _show(report, out / "eval.json", None)
     console.print(
         f"\nThe server is stopped. Next:\n"
-        f"  fedrouter serve {bundle.path}            # then ask it anything, model \"fedrouter\"\n"
+        f'  fedrouter serve {bundle.path}            # then ask it anything, model "fedrouter"\n'
         f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
         f"  fedrouter inspect {out}\n"
         f"  fedrouter train --help                      # your own data: see README.md",
@@ -260,7 +273,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 

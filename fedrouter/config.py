@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedrouter.errors import ConfigError
 
-
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
+"""A number of clusters, given or found."""
 
 
 class _Section(BaseModel):
@@ -86,14 +86,14 @@ class ClusterSettings(_Section):
     global_: Count = Field("auto", alias="global")
     """Task clusters, or found from the clients' centroids."""
     transform: Literal["whiten", "none"] = "whiten"
-    """``whiten``: distances in units of the pooled within-cluster covariance; ``none``: plain Euclid (paper)."""
+    """``whiten``: distances in units of the pooled within-cluster covariance; ``none``: Euclid (paper)."""
 
 
 class LoraSettings(_Section):
     """The adapters."""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
@@ -127,13 +127,13 @@ class Config(_Section):
     """All settings of a run."""
 
     seed: int = Field(0, ge=0)
-    base: BaseSettings = BaseSettings()
-    data: DataSettings = DataSettings()
-    embedder: EmbedderSettings = EmbedderSettings()
-    cluster: ClusterSettings = ClusterSettings()
-    lora: LoraSettings = LoraSettings()
-    train: TrainSettings = TrainSettings()
-    routing: RoutingSettings = RoutingSettings()
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    embedder: EmbedderSettings = Field(default_factory=EmbedderSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -192,12 +192,11 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
 
     for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
         table = values.get(section)
-        for key in keys if isinstance(table, dict) else ():
-            if key in table:
-                table[key] = resolve(table[key])
-    data = values.get("data")
-    if isinstance(data, dict) and isinstance(data.get("clients"), dict):
-        data["clients"] = {name: resolve(source) for name, source in data["clients"].items()}
+        if isinstance(table, dict):
+            table.update({key: resolve(table[key]) for key in keys if key in table})
+    match values:
+        case {"data": {"clients": dict(clients)}}:
+            values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}
 
 
 def _explain(error: Any) -> str:
@@ -209,7 +208,9 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    return message if not key or error["type"] == "value_error" else f"{key}: {message} (got {error['input']!r})"
+    return (
+        message if not key or error["type"] == "value_error" else f"{key}: {message} (got {error['input']!r})"
+    )
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

@@ -15,14 +15,15 @@ from fedrouter.models import base_fingerprint, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever the texts' lengths
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "How far is the harbour from the old town? - What is the distance between the old town and the harbour?",
-    "Ana: are we still on for Friday?\nBen: yes, at six, bring the blue folder | 42 | €7.50 {\"k\": [1, 2]}",
+    'Ana: are we still on for Friday?\nBen: yes, at six, bring the blue folder | 42 | €7.50 {"k": [1, 2]}',
 )
 """Fixed texts whose vectors a bundle records, so that another embedder is refused by what it computes."""
 
@@ -51,9 +52,10 @@ def routing_text(turns: Sequence[Turn]) -> str:
 class BaseEmbedder:
     """Mean of a base model's last hidden state over a text's tokens (paper section 3)."""
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", spec: EmbedderSpec):
+    def __init__(self, model: "torch.nn.Module", tokenizer: "PreTrainedTokenizerBase", spec: EmbedderSpec):
         self.spec = spec
         self._model = model
+        self._device = next(model.parameters()).device
         self._tokenizer = tokenizer
 
     def embed(self, texts: Sequence[str]) -> Array:
@@ -72,7 +74,7 @@ class BaseEmbedder:
                 for line, row in enumerate(rows):
                     tokens[line, : len(ids[row])] = torch.tensor(ids[row])
                     mask[line, : len(ids[row])] = 1
-                tokens, mask = tokens.to(self._model.device), mask.to(self._model.device)
+                tokens, mask = tokens.to(self._device), mask.to(self._device)
                 hidden = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
                 total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
                 vectors[rows] = (total / mask.sum(dim=1, keepdim=True)).cpu().numpy()
@@ -87,7 +89,8 @@ class SentenceEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ModelError(
-                'embedder kind sentence-transformers: not installed; pip install "fedrouter[sentence-transformers]"'
+                "embedder kind sentence-transformers is not installed: "
+                'pip install "fedrouter[sentence-transformers]"'
             ) from error
         self.spec = spec
         self._model = SentenceTransformer(str(path), device="cpu")
@@ -95,11 +98,15 @@ class SentenceEmbedder:
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32."""
-        vectors = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True)
+        vectors = self._model.encode(
+            list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True
+        )
         return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.spec.dim)
 
 
-def embedder_spec(kind: str, model: str, max_tokens: int, dtype: str, revision: str | None = None) -> EmbedderSpec:
+def embedder_spec(
+    kind: str, model: str, max_tokens: int, dtype: str, revision: str | None = None
+) -> EmbedderSpec:
     """Describe an embedder as a bundle records it; reads its config, loads no weights."""
     from transformers import AutoConfig
 
@@ -109,7 +116,12 @@ def embedder_spec(kind: str, model: str, max_tokens: int, dtype: str, revision: 
     else:
         dim = AutoConfig.from_pretrained(str(path)).get_text_config().hidden_size
     return EmbedderSpec(
-        kind=kind, model=model, max_tokens=max_tokens, dtype=dtype, dim=dim, fingerprint=base_fingerprint(path)
+        kind=kind,
+        model=model,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        dim=dim,
+        fingerprint=base_fingerprint(path),
     )
 
 
@@ -131,7 +143,7 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
         path = resolve_base(spec.model)
     if base_fingerprint(path) != spec.fingerprint:
         raise ModelError(
-            f"embedder {spec.model}: config or tokenizer in {path} differ from those the bundle was trained with; "
+            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
             "serve with the same embedder or train again"
         )
     if spec.kind == "sentence-transformers":
@@ -153,7 +165,7 @@ def probe(embedder: Embedder) -> Array:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Group row numbers by length, shortest first, at most ``BATCH_TOKENS`` padded tokens a group; skip length 0."""
+    """Group row numbers by length, at most ``BATCH_TOKENS`` padded tokens each; skip rows of length 0."""
     groups: list[list[int]] = [[]]
     for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: (lengths[r], r)):
         if groups[-1] and (len(groups[-1]) + 1) * lengths[row] > BATCH_TOKENS:

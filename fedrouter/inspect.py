@@ -35,13 +35,20 @@ def _show_run(path: Path, console: Console) -> None:
     done = max((line["round"] + 1 for line in lines), default=0)
     console.print(f"run {path}: {done} of {config['train']['rounds']} rounds, base {config['base']['model']}")
     if lines:
-        table = Table("task cluster", "loss by round", "first", "last", "examples", "clients", title="training")
+        table = Table(
+            "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"
+        )
         for name in sorted({line["cluster"] for line in lines}):
             own = [line for line in lines if line["cluster"] == name]
             losses = [line["loss"] for line in own]
             examples = sum(line["num_examples"] for line in own)
             table.add_row(
-                name, spark(losses), f"{losses[0]:.3f}", f"{losses[-1]:.3f}", str(examples), str(own[-1]["num_clients"])
+                name,
+                spark(losses),
+                f"{losses[0]:.3f}",
+                f"{losses[-1]:.3f}",
+                str(examples),
+                str(own[-1]["num_clients"]),
             )
         console.print(table)
     if (path / "bundle").exists():
@@ -53,8 +60,12 @@ def _show_run(path: Path, console: Console) -> None:
 def _show_bundle(bundle: Bundle, console: Console) -> None:
     console.print(f"bundle {bundle.path}", soft_wrap=True)
     console.print(f"base {bundle.base.model}, rank {bundle.rank}, fallback {bundle.fallback}")
-    console.print(f"embedder {bundle.embedder.kind} {bundle.embedder.model}, {bundle.embedder.dim} dimensions")
-    table = Table("task cluster", "adapter", "rows", "clients", "radius", "tasks of its rows", title="task clusters")
+    console.print(
+        f"embedder {bundle.embedder.kind} {bundle.embedder.model}, {bundle.embedder.dim} dimensions"
+    )
+    table = Table(
+        "task cluster", "adapter", "rows", "clients", "radius", "tasks of its rows", title="task clusters"
+    )
     for c in bundle.clusters:
         tasks = ", ".join(f"{task} {count}" for task, count in c.task_counts.items()) or "no labels"
         table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedrouter.builtin import base_path, is_builtin
 from fedrouter.errors import ConfigError, ModelError
@@ -22,7 +22,14 @@ CHAT_TEMPLATES = {
 }
 
 # Fields of config.json that change without changing what the model computes.
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "_attn_implementation",
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -140,7 +147,7 @@ def load_base(path: Path, dtype: str, device: str) -> "PreTrainedModel":
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"base model {path} does not load: {_first_line(error)}") from error
     model.requires_grad_(False)
-    return model.to(device)  # type: ignore[no-any-return]
+    return cast("PreTrainedModel", model.to(device))  # type: ignore[arg-type]
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:

@@ -23,7 +23,7 @@ PLOTS: tuple[Plot, ...] = (
        "The {building} is closed, so they go to the {venue}."),
       (("Then I will stay at home.", "Too bad, I prefer my sofa then.", "Then we skip it."),
        "The {building} is closed, so {person2} stays home."))),
-    (("What should I bring to the party? {food}?", "Could I bring {food} to your party?",
+    (("What should I bring to the party, maybe {food}?", "Could I bring {food} to your party?",
       "I made {food} for the party, is that fine?"),
      ((("Perfect, everyone likes that.", "Yes please!", "Wonderful, thank you."),
        "{person} will bring {food} to the party."),

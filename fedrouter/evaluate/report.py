@@ -68,7 +68,9 @@ def render(report: Report) -> RenderableType:
     parts += [Text(f"mean ROUGE-1, {names} = {ratio:.3f}") for names, ratio in report.ratios.items()]
     if len({client for model in report.models for client in model.by_client}) > 1:
         parts.append(_client_table(report))
-    parts += [_routing_table(model, model.routing) for model in report.models if model.routing]
+    for model in report.models:
+        if model.routing:
+            parts += [_routing_table(model, model.routing), _routing_line(model, model.routing)]
     failures = list(_failures(report))
     parts += [
         Text(f"failed: {failure['model']}, record {failure['record']}: {failure['error']}")
@@ -138,12 +140,7 @@ def _client_table(report: Report) -> Table:
 
 def _routing_table(model: ModelReport, routing: Routing) -> Table:
     adapters = sorted({adapter for row in routing.confusion.values() for adapter in row})
-    known = "unknown" if routing.accuracy is None else f"{routing.accuracy:.1%}"
-    table = Table(
-        "task",
-        title=f"{model.model}: prompts by task and adapter that answered",
-        caption=f"right adapter {known} · fallback {routing.fallback_rate:.1%}",
-    )
+    table = Table("task", title="prompts by adapter")
     for adapter in adapters:
         table.add_column(adapter, justify="right")
     for task, row in routing.confusion.items():
@@ -151,6 +148,11 @@ def _routing_table(model: ModelReport, routing: Routing) -> Table:
     table.add_section()
     table.add_row("ROUGE-1", *(f"{model.by_adapter[adapter].rouge_1:.3f}" for adapter in adapters))
     return table
+
+
+def _routing_line(model: ModelReport, routing: Routing) -> Text:
+    right = "" if routing.accuracy is None else f"{routing.accuracy:.1%} to the task's adapter, "
+    return Text(f"{model.model} sent {right}{routing.fallback_rate:.1%} to the fallback")
 
 
 def _aggregates(model: ModelReport) -> dict[str, Any]:

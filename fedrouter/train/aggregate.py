@@ -26,12 +26,16 @@ def average(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Adapt
     first = adapters[0]
     for state in adapters:
         if state.keys() != first.keys() or any(state[n].shape != first[n].shape for n in first):
-            raise TrainingError("an update has other tensor names or shapes than the adapter that was sent out")
+            raise TrainingError(
+                "an update has other tensor names or shapes than the adapter that was sent out"
+            )
         if not all(np.isfinite(array).all() for array in state.values()):
             raise TrainingError("an update holds values that are not finite; lower train.learning_rate")
     shares = np.asarray(weights, dtype=np.float64)
     shares = shares / shares.sum()
     return {
-        name: np.tensordot(shares, np.stack([s[name] for s in adapters]).astype(np.float64), axes=1).astype(np.float32)
+        name: np.tensordot(shares, np.stack([s[name] for s in adapters]).astype(np.float64), axes=1).astype(
+            np.float32
+        )
         for name in sorted(first)
     }

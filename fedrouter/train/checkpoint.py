@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from fedrouter.types import AdapterState, Assignment, RoutingSpace
 
 
 def save_checkpoint(directory: Path, result: RoundResult, digest: str, keep: int) -> None:
-    """Write a round's adapters under a temporary name, rename, and remove all but the last ``keep`` rounds."""
+    """Write a round's adapters under a temporary name, rename, and keep only the last ``keep`` rounds."""
     final = directory / f"round-{result.number:05d}"
     partial = directory / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -30,12 +29,14 @@ def save_checkpoint(directory: Path, result: RoundResult, digest: str, keep: int
     }
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
+    partial.rename(final)
     for old in sorted(directory.glob("round-*"))[:-keep]:
         shutil.rmtree(old)
 
 
-def latest_checkpoint(directory: Path, digest: str) -> tuple[int, list[AdapterState], dict[int, float]] | None:
+def latest_checkpoint(
+    directory: Path, digest: str
+) -> tuple[int, list[AdapterState], dict[int, float]] | None:
     """Return (round, adapters, loss by task cluster) of the newest usable checkpoint, if any.
 
     One of another clustering, or one that does not read, is passed over.
@@ -56,5 +57,7 @@ def clustering_digest(space: RoutingSpace, assignments: Sequence[Assignment]) ->
     """Return a hash that tells whether a checkpoint belongs to this clustering."""
     digest = hashlib.sha256(space.centroids.tobytes() + space.transform.tobytes())
     for assignment in assignments:
-        digest.update(repr([(assignment.client, s.cluster, s.num_examples) for s in assignment.subsets]).encode())
+        digest.update(
+            repr([(assignment.client, s.cluster, s.num_examples) for s in assignment.subsets]).encode()
+        )
     return digest.hexdigest()[:16]

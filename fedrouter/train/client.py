@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedrouter.config import Count
 from fedrouter.embed import routing_text
 from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import cluster
@@ -32,9 +33,11 @@ class Client:
         self._labels: np.ndarray | None = None
         self._subsets: dict[int, Dataset] = {}
 
-    def summarise(self, num: Literal["auto"] | int) -> ClientSummary:
+    def summarise(self, num: Count) -> ClientSummary:
         """Cluster the client's own rows; reveal centroids, counts and one scatter matrix."""
-        return cluster.summarise(self.name, self._vectors, self._tasks, num, derive_seed(self._seed, self.name))
+        return cluster.summarise(
+            self.name, self._vectors, self._tasks, num, derive_seed(self._seed, self.name)
+        )
 
     def assign(self, space: RoutingSpace) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""

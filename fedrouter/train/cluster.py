@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_samples
 
+from fedrouter.config import Count
 from fedrouter.errors import TrainingError
 from fedrouter.types import Array, ClientSummary, LocalCluster, RoutingSpace, Subset
 
@@ -22,7 +23,7 @@ SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
 QUANTILES = np.linspace(0, 1, 101)
 
 
-def summarise(client: str, x: Array, tasks: Sequence[str | None], num: Literal["auto"] | int, seed: int) -> ClientSummary:
+def summarise(client: str, x: Array, tasks: Sequence[str | None], num: Count, seed: int) -> ClientSummary:
     """Cluster a client's embeddings and return what the client reveals of them.
 
     Parameters
@@ -36,11 +37,12 @@ def summarise(client: str, x: Array, tasks: Sequence[str | None], num: Literal["
     TrainingError
         If more clusters are asked for than there are rows.
     """
-    if num == "auto":
-        num = max(1, min(AUTO_LOCAL, len(x) // MIN_ROWS))
-    if num > len(x):
-        raise TrainingError(f"client {client}: {num} local clusters but only {len(x)} rows; lower cluster.local")
-    labels = KMeans(num, n_init=4, random_state=seed).fit_predict(x)
+    given = max(1, min(AUTO_LOCAL, len(x) // MIN_ROWS)) if num == "auto" else num
+    if given > len(x):
+        raise TrainingError(
+            f"client {client}: {given} local clusters but only {len(x)} rows; lower cluster.local"
+        )
+    labels = KMeans(given, n_init=4, random_state=seed).fit_predict(x)
     clusters = []
     scatter = np.zeros((x.shape[1], x.shape[1]))
     for j in np.unique(labels):
@@ -53,7 +55,10 @@ def summarise(client: str, x: Array, tasks: Sequence[str | None], num: Literal["
 
 
 def discover(
-    summaries: Sequence[ClientSummary], num: Literal["auto"] | int, transform: Literal["whiten", "none"], seed: int
+    summaries: Sequence[ClientSummary],
+    num: Count,
+    transform: Literal["whiten", "none"],
+    seed: int,
 ) -> RoutingSpace:
     """Cluster all clients' centroids, weighted by their counts, into task clusters.
 
@@ -67,19 +72,20 @@ def discover(
     counts = np.array([c.num_examples for c in clusters], dtype=np.float64)  # (n,)
     if num != "auto" and num > len(clusters):
         raise TrainingError(
-            f"{num} task clusters but only {len(clusters)} local clusters; lower cluster.global or raise cluster.local"
+            f"{num} task clusters but only {len(clusters)} local clusters; "
+            "lower cluster.global or raise cluster.local"
         )
     mean = np.average(centroids, axis=0, weights=counts)
-    scatter = np.sum([s.scatter for s in summaries], axis=0, dtype=np.float64)
+    scatter = np.asarray(np.sum([s.scatter for s in summaries], axis=0, dtype=np.float64))
     matrix = whitening(scatter, counts.sum()) if transform == "whiten" else np.eye(centroids.shape[1])
     z = (centroids - mean) @ matrix
     labels = _merge(z, counts, num, seed)
     return RoutingSpace(
         mean=mean.astype(np.float32),
         transform=matrix.astype(np.float32),
-        centroids=np.stack([np.average(z[labels == k], axis=0, weights=counts[labels == k]) for k in range(labels.max() + 1)]).astype(
-            np.float32
-        ),
+        centroids=np.stack(
+            [np.average(z[labels == k], axis=0, weights=counts[labels == k]) for k in range(labels.max() + 1)]
+        ).astype(np.float32),
         cluster_of=tuple(range(labels.max() + 1)),
     )
 
@@ -88,11 +94,15 @@ def whitening(scatter: np.ndarray, num_rows: float) -> np.ndarray:
     """Return W with W Σ Wᵀ = I for the shrunk pooled covariance Σ of ``scatter / num_rows``: (d, d)."""
     covariance = scatter / num_rows
     isotropic = max(np.trace(covariance) / len(covariance), 1e-12)
-    values, vectors = np.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * isotropic * np.eye(len(covariance)))
+    values, vectors = np.linalg.eigh(
+        (1 - SHRINKAGE) * covariance + SHRINKAGE * isotropic * np.eye(len(covariance))
+    )
     return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
-def assign(space: RoutingSpace, x: Array, tasks: Sequence[str | None]) -> tuple[np.ndarray, tuple[Subset, ...]]:
+def assign(
+    space: RoutingSpace, x: Array, tasks: Sequence[str | None]
+) -> tuple[np.ndarray, tuple[Subset, ...]]:
     """Give each row to its nearest centroid's task cluster.
 
     Returns
@@ -115,15 +125,15 @@ def assign(space: RoutingSpace, x: Array, tasks: Sequence[str | None]) -> tuple[
 def radius(subsets: Sequence[Subset], quantile: float) -> float:
     """Return the distance within which ``quantile`` of a task cluster's training rows lie, over all clients.
 
-    Each client's rows are taken to lie evenly between its own quantiles.
+    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share.
     """
-    grid = np.concatenate([(s.distances[1:] + s.distances[:-1]) / 2 for s in subsets])
-    weights = np.concatenate([np.full(100, s.num_examples / 100) for s in subsets])
-    if quantile >= 1:
-        return float(max(s.distances[-1] for s in subsets))
-    order = np.argsort(grid, kind="stable")
-    reached = np.cumsum(weights[order]) / weights.sum()
-    return float(grid[order][min(np.searchsorted(reached, quantile), len(grid) - 1)])
+    total = sum(s.num_examples for s in subsets)
+    low, high = 0.0, float(max(s.distances[-1] for s in subsets))
+    for _ in range(60):
+        middle = (low + high) / 2
+        within = sum(s.num_examples * np.interp(middle, s.distances, QUANTILES) for s in subsets) / total
+        low, high = (middle, high) if within < quantile else (low, middle)
+    return high
 
 
 def count_tasks(tasks: Sequence[str | None], rows: np.ndarray) -> Mapping[str, int]:
@@ -135,7 +145,7 @@ def count_tasks(tasks: Sequence[str | None], rows: np.ndarray) -> Mapping[str, i
     return dict(sorted(counts.items()))
 
 
-def _merge(z: np.ndarray, counts: np.ndarray, num: Literal["auto"] | int, seed: int) -> np.ndarray:
+def _merge(z: np.ndarray, counts: np.ndarray, num: Count, seed: int) -> np.ndarray:
     if len(z) == 1 or num == 1:
         return np.zeros(len(z), dtype=int)
     if num != "auto":

@@ -1,8 +1,9 @@
 """Federation in one process: every client shares one base model in memory, adapters are swapped in."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from fedrouter.config import Count
 from fedrouter.train.client import Client
 from fedrouter.types import Assignment, ClientSummary, RoutingSpace, TrainReply, TrainRequest
 
@@ -17,7 +18,7 @@ class LocalFederation:
         self._clients = {client.name: client for client in clients}
         self._trainer = trainer
 
-    def summarise(self, num: Literal["auto"] | int) -> list[ClientSummary]:
+    def summarise(self, num: Count) -> list[ClientSummary]:
         """Have every client cluster its own rows."""
         return [client.summarise(num) for client in self._clients.values()]
 

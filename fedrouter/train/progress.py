@@ -20,7 +20,9 @@ class TrainProgress:
         self._bar = Progress(
             TextColumn("round {task.fields[round]}/" + str(rounds)),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %  {task.fields[client]}  {task.fields[rate]:.0f} examples/s"),
+            TextColumn(
+                "{task.percentage:>3.0f} %  {task.fields[client]}  {task.fields[rate]:.0f} examples/s"
+            ),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -35,7 +37,9 @@ class TrainProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def on_reply(self, reply: TrainReply, steps: int) -> None:

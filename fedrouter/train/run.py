@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from fedrouter.config import Config
 from fedrouter.embed import BaseEmbedder, Embedder, embedder_spec, load_embedder, probe
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
+from fedrouter.partition import partition
 from fedrouter.train import cluster
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
@@ -58,11 +58,15 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
 
     embedder: Embedder
     if config.embedder.kind == "base":
-        spec = embedder_spec("base", config.base.model, config.embedder.max_tokens, dtype, config.base.revision)
+        spec = embedder_spec(
+            "base", config.base.model, config.embedder.max_tokens, dtype, config.base.revision
+        )
         embedder = BaseEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into the model
     else:
         assert config.embedder.model is not None
-        spec = embedder_spec(config.embedder.kind, config.embedder.model, config.embedder.max_tokens, "float32")
+        spec = embedder_spec(
+            config.embedder.kind, config.embedder.model, config.embedder.max_tokens, "float32"
+        )
         embedder = load_embedder(spec, base)
     clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
     probe_vectors = probe(embedder)
@@ -74,7 +78,9 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     assignments = federation.assign(space)
     clusters = describe(assignments, len(set(space.cluster_of)), config.routing.quantile)
     for c in clusters:
-        console.print(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False)
+        console.print(
+            f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
+        )
 
     digest = clustering_digest(space, assignments)
     resumed = latest_checkpoint(out / "checkpoints", digest)
@@ -85,7 +91,9 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         adapters = [trainer.state() for _ in clusters]
     metrics = Metrics(out / "metrics.jsonl", start)
     names = [c.name for c in clusters]
-    with TrainProgress(console, names, config.train.rounds, config.train.steps * len(clients), start) as progress:
+    with TrainProgress(
+        console, names, config.train.rounds, config.train.steps * len(clients), start
+    ) as progress:
         for result in run_rounds(federation, assignments, adapters, config.train, start, progress.on_reply):
             save_checkpoint(out / "checkpoints", result, digest, config.train.keep_checkpoints)
             metrics.write(result, names)
@@ -111,11 +119,10 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     """Return each client's records, as the configuration deals them out."""
     settings = config.data
     if settings.clients:
-        loaded = {
+        return {
             name: data.load_records(source, settings.split, settings.max_per_client)
             for name, source in sorted(settings.clients.items())
         }
-        return loaded
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
@@ -123,8 +130,13 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
             records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
         else:
             records += data.load_records(source, settings.split)
-    return data.partition(
-        records, settings.partition, settings.num_clients, config.seed, settings.alpha, settings.max_per_client
+    return partition(
+        records,
+        settings.partition,
+        settings.num_clients,
+        config.seed,
+        settings.alpha,
+        max_per_client=settings.max_per_client,
     )
 
 
@@ -133,7 +145,9 @@ def describe(assignments: Sequence[Assignment], num_clusters: int, quantile: flo
     clusters: list[TaskCluster] = []
     taken: set[str] = set()
     for k in range(num_clusters):
-        members: list[tuple[str, Subset]] = [(a.client, s) for a in assignments for s in a.subsets if s.cluster == k]
+        members: list[tuple[str, Subset]] = [
+            (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
+        ]
         counts: dict[str, int] = {}
         for _, subset in members:
             for task, count in subset.task_counts.items():
@@ -207,7 +221,7 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from fedrouter.config import TrainSettings
+from fedrouter.config import Count, TrainSettings
 from fedrouter.train.aggregate import average
 from fedrouter.types import AdapterState, Assignment, ClientSummary, RoutingSpace, TrainReply, TrainRequest
 
@@ -15,7 +15,7 @@ from fedrouter.types import AdapterState, Assignment, ClientSummary, RoutingSpac
 class Federation(Protocol):
     """The clients, wherever they run: in this process (local.py) or on other machines."""
 
-    def summarise(self, num: Literal["auto"] | int) -> list[ClientSummary]:
+    def summarise(self, num: Count) -> list[ClientSummary]:
         """Have every client cluster its own rows."""
         ...
 
@@ -54,12 +54,12 @@ def run_rounds(
     adapters: Sequence[AdapterState],
     settings: TrainSettings,
     start: int = 0,
-    on_reply: Callable[[TrainReply, int], None] = lambda reply, steps: None,
+    on_reply: Callable[[TrainReply, int], None] = lambda _reply, _steps: None,
 ) -> Iterator[RoundResult]:
     """Run rounds ``start`` … and yield each one's result (paper algorithm 1).
 
-    In every round each client trains, for each task cluster that its rows fall on, that cluster's adapter; the
-    server averages within the cluster, weighted by the examples really trained.
+    In every round each client trains, for each task cluster that its rows fall on, that cluster's adapter;
+    the server averages within the cluster, weighted by the examples really trained.
     """
     adapters = list(adapters)
     for number in range(start, settings.rounds):
@@ -96,7 +96,9 @@ def requests_of(
         TrainRequest(assignment.client, subset.cluster, number, adapters[subset.cluster], steps, rate)
         for assignment in assignments
         for subset, steps in zip(
-            assignment.subsets, share([s.num_examples for s in assignment.subsets], settings.steps), strict=True
+            assignment.subsets,
+            share([s.num_examples for s in assignment.subsets], settings.steps),
+            strict=True,
         )
         if steps
     ]

@@ -1,4 +1,4 @@
-"""One LoRA adapter trained with TRL on one subset; the base model stays in memory, adapters are swapped in."""
+"""One LoRA adapter trained with TRL on one subset; the base stays in memory, adapters are swapped in."""
 
 import tempfile
 import time
@@ -75,7 +75,7 @@ class AdapterTrainer:
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
@@ -83,7 +83,9 @@ class AdapterTrainer:
         try:
             self._model: Any = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}") from error
+            raise ModelError(
+                f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}"
+            ) from error
         self._tokenizer = tokenizer
         self._settings = settings
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
@@ -95,7 +97,9 @@ class AdapterTrainer:
         """What ``adapter_config.json`` holds, in a stable order."""
         config = self._model.peft_config["default"].to_dict()
         config["inference_mode"] = True
-        return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())}
+        return {
+            k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())
+        }
 
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
@@ -103,10 +107,18 @@ class AdapterTrainer:
 
     def state(self) -> AdapterState:
         """Copy the adapter that is in the model now."""
-        return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in sorted(self._tensors.items())}
+        return {
+            name: tensor.detach().float().cpu().numpy().copy()
+            for name, tensor in sorted(self._tensors.items())
+        }
 
-    def train(self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int) -> Trained:
-        """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4)."""
+    def train(
+        self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int
+    ) -> Trained:
+        """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4).
+
+        Call it with the same arguments and the same number of threads, and it gives the same bytes.
+        """
         began = time.perf_counter()
         with torch.no_grad():
             for name, tensor in self._tensors.items():
@@ -143,7 +155,9 @@ class AdapterTrainer:
         finally:
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
             vars(self._model.get_base_model()).pop("forward", None)
-        return Trained(self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began)
+        return Trained(
+            self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
+        )
 
     def _examples(self, num_rows: int, steps: int) -> int:
         batch = self._settings.batch_size
