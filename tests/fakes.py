@@ -1,0 +1,95 @@
+"""Small honest fakes: they do what the real thing does, on a scale a test can check by hand."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fedrouter.bundle import Bundle, write_bundle
+from fedrouter.config import Count
+from fedrouter.train import cluster
+from fedrouter.types import (
+    AdapterState,
+    Array,
+    Assignment,
+    BaseSpec,
+    ClientSummary,
+    EmbedderSpec,
+    RoutingSpace,
+    TaskCluster,
+    TrainReply,
+    TrainRequest,
+)
+
+DIM = 8
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+class LetterEmbedder:
+    """Counts the letters a–h of a text: a real, deterministic embedding of eight dimensions."""
+
+    spec = EmbedderSpec(
+        kind="base", model="letters", max_tokens=512, dtype="float32", dim=DIM, fingerprint="letters"
+    )
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        return np.array([[t.count(c) for c in "abcdefgh"] for t in texts], dtype=np.float32).reshape(-1, DIM)
+
+
+def adapter(seed: int, rank: int = 2, width: int = 6) -> AdapterState:
+    """A LoRA state of one module with random factors."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"{MODULE}.lora_A.weight": rng.normal(size=(rank, width)).astype(np.float32),
+        f"{MODULE}.lora_B.weight": rng.normal(size=(width, rank)).astype(np.float32),
+    }
+
+
+def space(centroids: Array, cluster_of: Sequence[int] | None = None) -> RoutingSpace:
+    """A routing space without a transform."""
+    dim = centroids.shape[1]
+    return RoutingSpace(
+        mean=np.zeros(dim, dtype=np.float32),
+        transform=np.eye(dim, dtype=np.float32),
+        centroids=centroids.astype(np.float32),
+        cluster_of=tuple(range(len(centroids))) if cluster_of is None else tuple(cluster_of),
+    )
+
+
+def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: object) -> Bundle:
+    """Write a small bundle: one random adapter a task cluster."""
+    clusters = [TaskCluster(f"task-{k}", "", 10, ("client-0",), {}, radius) for k, radius in enumerate(radii)]
+    arguments: dict[str, object] = {
+        "base": BaseSpec("fake", None, "0" * 32),
+        "embedder": replace(LetterEmbedder.spec, dim=routing.transform.shape[0]),
+        "clusters": clusters,
+        "adapters": [adapter(k) for k in range(len(radii))],
+        "adapter_config": {"r": 2, "lora_alpha": 4, "peft_type": "LORA"},
+        "space": routing,
+        "probe_vectors": np.ones((3, routing.transform.shape[0]), dtype=np.float32),
+        "fallback": "base",
+        "versions": {},
+    }
+    return write_bundle(path, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+class PullFederation:
+    """Clients whose "training" moves the adapter, each step, half of the way to a target of their own."""
+
+    def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState], seconds: float = 0.0):
+        self.vectors, self.targets = vectors, targets
+        self.requests: list[TrainRequest] = []
+
+    def summarise(self, num: Count) -> list[ClientSummary]:
+        return [cluster.summarise(c, x, [None] * len(x), num, seed=0) for c, x in self.vectors.items()]
+
+    def assign(self, space: RoutingSpace) -> list[Assignment]:
+        return [Assignment(c, cluster.assign(space, x, [None] * len(x))[1]) for c, x in self.vectors.items()]
+
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
+        self.requests += requests
+        for r in reversed(requests):  # arrival order is nobody's promise
+            share = 1 - 0.5**r.steps
+            new = {n: a + np.float32(share) * (self.targets[r.client][n] - a) for n, a in r.adapter.items()}
+            yield TrainReply(r.client, r.cluster, new, r.steps * 4, 0.5**r.round, 0.0)

@@ -1,0 +1,127 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import MODULE, LetterEmbedder, adapter, space, write
+
+from fedrouter.bundle import Bundle, check_embedder, load_bundle
+from fedrouter.embed import probe
+from fedrouter.errors import BundleError
+from fedrouter.types import TaskCluster
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write(tmp_path / "bundle", space(np.eye(8)[:2]), [0.5, 0.5])
+
+
+def test_what_was_written_is_loaded(bundle: Bundle) -> None:
+    loaded = load_bundle(bundle.path)
+    np.testing.assert_array_equal(loaded.space.centroids, np.eye(8)[:2])
+    assert [c.name for c in loaded.clusters] == ["task-0", "task-1"]
+    assert all(c.adapter.startswith(f"{c.name}-") for c in loaded.clusters)
+    assert loaded.clusters[0].adapter != loaded.clusters[1].adapter
+    assert not list(bundle.path.parent.glob(".*")), "nothing half written stays behind"
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / n, space(np.eye(8)[:2]), [0.5, 0.5]).path for n in ("one", "two"))
+    files = [p.relative_to(one) for p in one.rglob("*") if p.is_file()]
+    assert len(files) == 7
+    assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
+
+
+def test_a_bundle_is_never_overwritten(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="never overwritten"):
+        write(bundle.path, space(np.eye(8)[:2]), [0.5, 0.5])
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    bad = adapter(0)
+    bad[f"{MODULE}.lora_B.weight"][0, 0] = np.nan  # type: ignore[index]
+    with pytest.raises(BundleError, match="not finite"):
+        write(tmp_path / "b", space(np.eye(8)[:1]), [1.0], adapters=[bad])
+    assert not (tmp_path / "b").exists()
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def first_adapter(path: Path) -> Path:
+    return sorted((path / "adapters").iterdir())[0]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "not a bundle"),
+    "manifest is not JSON": (lambda p: truncate(p / "manifest.json"), "not readable as JSON"),
+    "unknown schema": (lambda p: edit_manifest(p, schema_version=99), "schema version 99 is unknown"),
+    "unknown field": (lambda p: edit_manifest(p, base={"model": "x", "surprise": 1}), "unknown field"),
+    "unknown fallback": (lambda p: edit_manifest(p, fallback="guess"), "fallback 'guess'"),
+    "wrong rank": (lambda p: edit_manifest(p, rank=4), "rank 2, but the manifest says 4"),
+    "no adapter weights": (
+        lambda p: (first_adapter(p) / "adapter_model.safetensors").unlink(),
+        "no such file",
+    ),
+    "no adapter config": (
+        lambda p: (first_adapter(p) / "adapter_config.json").unlink(),
+        "missing or not JSON",
+    ),
+    "no adapter at all": (lambda p: shutil.rmtree(first_adapter(p)), "no such file"),
+    "truncated weights": (lambda p: truncate(first_adapter(p) / "adapter_model.safetensors"), "damaged"),
+    "changed weights": (lambda p: flip(first_adapter(p) / "adapter_model.safetensors"), "content differs"),
+    "truncated router": (lambda p: truncate(p / "router.safetensors"), "damaged"),
+    "changed router": (lambda p: flip(p / "router.safetensors"), "content differs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_refused_with_the_reason(bundle: Bundle, damage: str) -> None:
+    spoil, reason = DAMAGES[damage]
+    spoil(bundle.path)
+    with pytest.raises(BundleError, match=reason) as caught:
+        load_bundle(bundle.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_shapes_of_all_adapters_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="differ in name or shape"):
+        write(tmp_path / "b", space(np.eye(8)[:2]), [1, 1], adapters=[adapter(0), adapter(1, width=7)])
+
+
+def test_a_factor_without_counterpart_is_refused(tmp_path: Path) -> None:
+    alone = {k: v for k, v in adapter(0).items() if "lora_A" in k}
+    with pytest.raises(BundleError, match="no counterpart"):
+        write(tmp_path / "b", space(np.eye(8)[:1]), [1], adapters=[alone])
+
+
+def test_the_embedder_is_known_by_what_it_computes(tmp_path: Path) -> None:
+    letters = LetterEmbedder()
+    bundle = write(tmp_path / "b", space(np.eye(8)[:1]), [1], probe_vectors=probe(letters))
+    check_embedder(bundle, letters)
+
+    class Louder(LetterEmbedder):
+        def embed(self, texts):  # type: ignore[no-untyped-def]
+            return super().embed(texts) * 1.5
+
+    with pytest.raises(BundleError, match=r"differ by 50\.0%"):
+        check_embedder(bundle, Louder())
+
+
+def test_clusters_and_centroids_must_fit(tmp_path: Path) -> None:
+    one = [TaskCluster("only", "", 1, (), {}, 1.0)]
+    with pytest.raises(BundleError, match="shapes do not fit"):
+        write(tmp_path / "b", space(np.eye(8)[:2]), [1.0], clusters=one, adapters=[adapter(0)])

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from fedrouter.config import Config, load_config
+from fedrouter.errors import ConfigError
+
+
+def test_the_default_is_the_built_in_federation() -> None:
+    config = load_config(None)
+    assert (config.base.model, config.data.source, config.data.partition) == (
+        "builtin:tiny",
+        "builtin:four-tasks",
+        "dual",
+    )
+    assert (config.data.num_clients, config.cluster.global_) == (8, "auto")
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 3\n[train]\nrounds = 4\nsteps = 5\n[cluster]\nglobal = 4\n")
+    config = load_config(file, ["train.steps=6", "data.partition=single", "lora.target_modules=['q_proj']"])
+    assert (config.seed, config.train.rounds, config.train.steps) == (3, 4, 6)
+    assert (config.cluster.global_, config.data.partition, config.lora.target_modules) == (
+        4,
+        "single",
+        ["q_proj"],
+    )
+
+
+def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[base]\nmodel = "org/model"\n[data]\nclients = { north = "a.jsonl", south = "org/set" }\n'
+    )
+    config = load_config(file)
+    assert config.data.clients == {"north": str(tmp_path / "a.jsonl"), "south": "org/set"}
+    assert config.base.model == "org/model", "a hub id stays a hub id"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.stepz=1", "unknown key train.stepz; did you mean steps?"),
+        ("trian.steps=1", "unknown key trian; did you mean train?"),
+        ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
+        ("cluster.local=0", "cluster.local"),
+        ("data.partition=triple", "data.partition: Input should be 'single'"),
+        ("embedder.kind=sentence-transformers", "that kind needs it"),
+        ("train.steps", "expected section.key=value"),
+        ("seed.x=1", "seed"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("= 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_one_origin_of_data(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[data]\npartition = "iid"\nclients = { a = "a.jsonl" }\n')
+    with pytest.raises(ConfigError, match=r"remove data\.partition"):
+        load_config(file)
+
+
+def test_every_setting_of_the_defaults_survives_the_resolved_file() -> None:
+    resolved = load_config(None).model_dump(by_alias=True)
+    assert Config.model_validate(resolved) == load_config(None)
