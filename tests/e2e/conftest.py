@@ -1,0 +1,112 @@
+"""One real vLLM for the whole session, started and stopped as a user does it: with ``fedrouter serve``."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from fedrouter.bundle import Bundle
+from fedrouter.embed import load_embedder, routing_text
+from fedrouter.models import resolve_base
+from fedrouter.route import Router
+from fedrouter.serve.launch import free_port
+from fedrouter.types import Decision, Turn
+
+KEY_ENV, KEY = "FEDROUTER_TEST_KEY", "sesame-open"
+START_S = 450.0  # half a minute on two idle cores
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    key: str
+    bundle: Bundle
+    ready: list[str]  # what ``fedrouter serve`` printed
+    client: openai.OpenAI
+
+
+@pytest.fixture(scope="session")
+def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of ``small_bundle`` with one more adapter, "mine", and an API key.
+
+    Stopping it is a test as well: SIGTERM must end everything it started, with exit code 0.
+    """
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "server.log"
+    mine = small_bundle.adapter_path(small_bundle.clusters[0])
+    arguments = ["serve", str(small_bundle.path), "--port", str(port), "--api-key-env", KEY_ENV]
+    arguments += ["--adapter", f"mine={mine}", "--", "--disable-uvicorn-access-log"]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedrouter", *arguments],
+            env={**os.environ, KEY_ENV: KEY, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    group: set[int] = set()
+    try:
+        ready = _first_lines(process, 2)
+        assert len(ready) == 2, f"exit code {process.poll()}; {log.read_text()[-3000:]}"
+        group = _group_of_children(process.pid)
+        url = f"http://127.0.0.1:{port}"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+            yield Server(url, KEY, small_bundle, ready, client)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not group & _running(), "fedrouter serve left processes behind"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        for pid in group & _running():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def offline(small_bundle: Bundle) -> Callable[[str], Decision]:
+    """What the router decides without a server."""
+    base_path = resolve_base(small_bundle.base.model, small_bundle.base.revision)
+    embedder = load_embedder(small_bundle.embedder, small_bundle.base, base_path)
+    router = Router(small_bundle)
+    return lambda text: router.route(embedder.embed([routing_text([Turn("user", text)])]))[0]
+
+
+def _first_lines(process: subprocess.Popen[str], num_lines: int) -> list[str]:
+    """Read lines of a process's output until it ends or START_S have passed."""
+    assert process.stdout is not None
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
+    found = []
+    while len(found) < num_lines and (process.poll() is None or not lines.empty()):
+        try:
+            found.append(lines.get(timeout=START_S if process.poll() is None else 1))
+        except queue.Empty:
+            break
+    return found
+
+
+def _stat(pid: int) -> list[str] | None:
+    """State, parent, process group … of a process (man proc_pid_stat), None when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _running() -> set[int]:
+    pids = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
+    return {pid for pid in pids if (stat := _stat(pid)) and stat[0] != "Z"}
+
+
+def _group_of_children(parent: int) -> set[int]:
+    """Return the processes in the groups that a process's children lead."""
+    stats = {pid: stat for pid in _running() if (stat := _stat(pid))}
+    leaders = {pid for pid, stat in stats.items() if int(stat[1]) == parent}
+    return {pid for pid, stat in stats.items() if int(stat[2]) in leaders}
