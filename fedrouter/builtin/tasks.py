@@ -1,22 +1,25 @@
 """The built-in tasks: a seeded generator of (prompt, completion) records, any number on demand.
 
-``TASKS`` mirror the paper's four and make up ``builtin:four-tasks``.
+``TASKS`` mirror the paper's four and make up ``builtin:four-tasks``; ``EXTRA_TASKS`` are more, for
+studies of routing among many.
 """
 
 import random
 from collections.abc import Callable
 
-from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
+from fedrouter.builtin import data_to_text, dialogue, extra, headline, paraphrase
 from fedrouter.builtin.vocabulary import Slots, Split
 from fedrouter.errors import DataError
 from fedrouter.types import Record, Turn
 
 TASKS = ("paraphrase", "data_to_text", "dialogue_summary", "headline")
+EXTRA_TASKS = tuple(extra.EXAMPLES)
 
 _EXAMPLES: dict[str, Callable[[Slots], tuple[str, str]]] = {
     "data_to_text": data_to_text.example,
     "dialogue_summary": dialogue.example,
     "headline": headline.example,
+    **extra.EXAMPLES,
 }
 
 
@@ -31,7 +34,7 @@ def generate(task: str, split: Split, num_examples: int, seed: int) -> list[Reco
         If the task is unknown or the number negative.
     """
     if task != "paraphrase" and task not in _EXAMPLES:
-        known = ", ".join(("paraphrase", *_EXAMPLES))
+        known = ", ".join((*TASKS, *EXTRA_TASKS))
         raise DataError(f"unknown built-in task {task!r}: choose one of {known}")
     if num_examples < 0:
         raise DataError(f"cannot generate {num_examples} examples of {task}: ask for 0 or more")

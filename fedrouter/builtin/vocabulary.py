@@ -75,13 +75,17 @@ WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
         "Norway Spain Canada Peru Kenya Japan Ireland Poland Egypt Chile Greece India Mexico Sweden Turkey Austria",
         "Portugal Vietnam Morocco Finland Brazil Jordan Iceland Croatia",
     ),
+    "host": (
+        "web01 web02 db01 db04 cache07 mail05 node11 node14 edge08 edge10",
+        "web03 db06 cache09 mail12 node33 edge27",
+    ),
     "team": (
         "Lions Tigers Eagles Sharks Wolves Bears Hawks Rovers Rangers Knights Giants Comets",
         "Panthers Dragons Foxes Titans Pirates Badgers",
     ),
 }
 TOWN_ENDINGS = "ford field ton bury ham dale mouth wick port stead bridge well".split()
-RANGES = {"number": (3, 99), "amount": (100, 9999), "year": (1700, 2023)}
+RANGES = {"number": (3, 99), "amount": (100, 9999), "year": (1700, 2023), "date": (3, 27)}
 
 
 def words(kind: str, split: Split) -> tuple[str, ...]:

@@ -1,0 +1,147 @@
+"""Text that the built-in base is pretrained on: seeded, generated here, endless.
+
+Two sources. *Plain* text draws single sentences, questions, chats and headlines from the grammars of
+the built-in tasks, a prompt or an answer by itself and never the two of one example. *Generic* formats
+(repeat, list, look-up, marked span, membership, same or other, fill in, reorder, quote) run over
+made-up words, so that copying works for words never seen before. None is one of the tasks, none
+uses the chat template.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
+from fedrouter.builtin.vocabulary import WORDS, Slots, words
+
+ONSETS = "b c d f g h j k l m n p r s t v w z br cr dr fl gl gr kl pl pr sh sl st th tr ch sw qu".split()
+VOWELS = "a e i o u a e i o ai ea ee oa ou y io".split()
+CODAS = "b d g k l m n p r s t x ck ld ll nd ng nt rd rk rn rt ss st th sh rm lt".split() + [""] * 12
+FAMILIAR = tuple(word for kind in WORDS if kind != "host" for word in words(kind, "train"))
+MARKS = ("->", "=>", "=", ":", "|", "is", "gives", "then", "...", "//")
+PLAIN = (paraphrase.plain, data_to_text.plain, dialogue.plain, headline.plain)
+
+
+def made_up(rng: random.Random, capital: bool = False) -> str:
+    """Return an invented word of one to three syllables."""
+    syllables = rng.choices((1, 2, 3), (3, 5, 2))[0]
+    word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables))
+    return word.capitalize() if capital else word
+
+
+class InventedSlots(Slots):
+    """Training slot values, every second one replaced by an invented word or any number."""
+
+    def draw(self, kind: str) -> str:
+        """Draw one value of a kind."""
+        if self.rng.random() < 0.5:
+            return super().draw(kind)
+        if kind in ("number", "amount", "year"):
+            return str(self.rng.randrange(3, 10 ** self.rng.randint(1, 4) + 4))
+        named = kind == "place" or words(kind, "train")[0][0].isupper()
+        return made_up(self.rng, capital=named)
+
+
+def word(rng: random.Random) -> str:
+    """Return an invented word, an invented name, a familiar word or a number."""
+    kind = rng.random()
+    if kind < 0.6:
+        return made_up(rng, capital=kind < 0.3)
+    return rng.choice(FAMILIAR) if kind < 0.9 else str(rng.randrange(10 ** rng.randint(1, 4)))
+
+
+def some(rng: random.Random, low: int, high: int) -> list[str]:
+    """Return several different words."""
+    return list(dict.fromkeys(word(rng) for _ in range(rng.randint(low, high))))
+
+
+def plain(rng: random.Random) -> str:
+    return rng.choice(PLAIN)(InventedSlots(rng, "train"))
+
+
+def repeat(rng: random.Random) -> str:
+    text = plain(rng) if rng.random() < 0.3 else " ".join(some(rng, 1, 9))
+    return f"{text}{rng.choice((' ', chr(10)))}{rng.choice(MARKS)} {text}"
+
+
+def listed(rng: random.Random) -> str:
+    items = some(rng, 2, 6)
+    left, right = rng.sample((", ", "; ", " and ", "\n", " | ", " - ", "\n- "), 2)
+    return f"{left.join(items)}{rng.choice(MARKS)} {right.join(items)}"
+
+
+def look_up(rng: random.Random) -> str:
+    keys = some(rng, 2, 6)
+    values = {key: " ".join(some(rng, 1, 2)) for key in keys}
+    mark, between = rng.choice((": ", " | ", " = ", " is ")), rng.choice(("\n", ", ", "; "))
+    asked = rng.sample(keys, rng.randint(1, len(keys)))
+    table = between.join(f"{key}{mark}{value}" for key, value in values.items())
+    return table + "\n" + " ".join(f"{key}? {values[key]}" for key in asked)
+
+
+def span(rng: random.Random) -> str:
+    opening, closing = rng.choice(("[]", "()", "{}", "<>", "**", '""', "__"))
+    before, marked, after = (" ".join(some(rng, low, 4)) for low in (0, 1, 0))
+    return f"{before} {opening}{marked}{closing} {after} {rng.choice(MARKS)} {marked}"
+
+
+def member(rng: random.Random) -> str:
+    items = some(rng, 2, 8)
+    asked = [rng.choice(items) if rng.random() < 0.5 else word(rng) for _ in range(rng.randint(1, 4))]
+    yes, no = rng.choice((("in", "out"), ("here", "missing"), ("old", "new")))
+    return " ".join(items) + "\n" + " ".join(f"{ask}: {yes if ask in items else no}" for ask in asked)
+
+
+def same(rng: random.Random) -> str:
+    items = some(rng, 1, 4)
+    other = list(items)
+    if rng.random() < 0.5:
+        other[rng.randrange(len(other))] = word(rng)
+    frames = [" ".join(some(rng, 0, 2)) for _ in range(2)] if rng.random() < 0.4 else ["", ""]
+    verdicts = rng.choice((("same", "other"), ("equal", "unequal"), ("match", "differ")))
+    left, right = (" ".join(filter(None, (frame, *part))) for frame, part in zip(frames, (items, other), strict=True))
+    return f"{left}{rng.choice((' / ', ' & ', chr(10), ' ~ '))}{right} {rng.choice(MARKS)} {verdicts[items != other]}"
+
+
+def fill_in(rng: random.Random) -> str:
+    names = rng.sample("ABCDXYZ", rng.randint(1, 3))
+    values = dict(zip(names, (" ".join(some(rng, 1, 2)) for _ in names), strict=True))
+    frame = [*names, *(made_up(rng) if rng.random() < 0.6 else rng.choice(("the", "of", "to", "in", "and", "has", "is"))
+                       for _ in range(rng.randint(1, 5)))]  # fmt: skip
+    rng.shuffle(frame)
+    known = rng.choice((", ", "; ", "\n")).join(f"{name} = {value}" for name, value in values.items())
+    return f"{known}\n{' '.join(frame)}\n{' '.join(values.get(part, part) for part in frame)}"
+
+
+def reorder(rng: random.Random) -> str:
+    items = some(rng, 2, 5)
+    how, result = rng.choice((("backwards", items[::-1]), ("first", items[:1]), ("last", items[-1:]),
+                              ("second", items[1:2]), ("rest", items[1:])))  # fmt: skip
+    return f"{' '.join(items)} {rng.choice(MARKS)} {how} {' '.join(result)}"
+
+
+def quote(rng: random.Random) -> str:
+    text = " ".join(some(rng, 1, 5))
+    who, other = made_up(rng, capital=True), made_up(rng, capital=True)
+    return rng.choice((f'{who}: "{text}"\n{other}: did {who} say "{text}"?',
+                       f"{who}: {text}\n{other}: {word(rng)}\n{who} said {text}",
+                       f"{who}: {word(rng)}\n{other}: {text}\n{other} told {who} {text}"))  # fmt: skip
+
+
+def section(rng: random.Random) -> str:
+    return f"### {word(rng)}:\n{' '.join(some(rng, 1, 5))}\n\n### {word(rng)}:\n{' '.join(some(rng, 1, 5))}"
+
+
+MIX: dict[Callable[[random.Random], str], float] = {
+    plain: 5.0, repeat: 2.0, listed: 1.0, look_up: 1.5, span: 0.7, member: 1.5, same: 2.0, fill_in: 1.5,
+    reorder: 0.5, quote: 1.0, section: 0.3,
+}  # fmt: skip
+
+
+def documents(seed: str) -> Iterator[str]:
+    """Yield documents without end: plain texts singly, a generic format one to four times in a row."""
+    rng = random.Random(seed)
+    formats, weights = list(MIX), list(MIX.values())
+    while True:
+        chosen = rng.choices(formats, weights)[0]
+        times = 1 if chosen is plain else rng.randint(1, 4)
+        yield "\n".join(chosen(rng) for _ in range(times))

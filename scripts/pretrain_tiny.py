@@ -1,0 +1,135 @@
+"""Make ``builtin:tiny``: its tokenizer and weights, from nothing but text generated here.
+
+    torchrun --nproc-per-node 2 scripts/pretrain_tiny.py
+
+A Llama with 3.7 M parameters (4 layers, 256 wide, head size 64, tied embeddings, context 512) learns
+next-token prediction on ``pretrain_text.py``: STEPS steps of 8,192 tokens, seed SEED, hidden
+matrices by Muon, the rest by AdamW, weights held in float32 and computed with in bfloat16. Two
+single-threaded processes average their gradients; the number of processes changes the result,
+the machine's load does not. It never sees a (prompt, answer) pair of a built-in task.
+"""
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pretrain_text import documents
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SEED = 7
+STEPS = 1800
+ROWS, LENGTH = 16, 256  # per process and step
+MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 0.015, 3e-3, 60, 0.5
+VOCABULARY = 2048
+OUT = Path(__file__).parents[1] / "fedrouter" / "builtin" / "tiny"
+TEMPLATE = """{% for m in messages %}{% if m['role']=='user' %}### Instruction:
+{{m['content']}}
+
+### Response:
+{% elif m['role']=='assistant' %}{{m['content']}}</s>{% endif %}{% endfor %}"""
+# Capitalised words and digits never swallow the space before them: a name has the same tokens
+# wherever it stands, so copying it to the start of an answer needs no second spelling.
+PIECES = r" ?[a-z]+| ?[A-Z]?[^\sA-Za-z0-9]+|[A-Z][a-z]*|[0-9]|\s"
+
+
+def train_tokenizer() -> None:
+    """Train the byte-level BPE on 40,000 documents and write the tokenizer files."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    source = documents(f"{SEED}/tokenizer")
+    tokenizer.train_from_iterator((next(source) for _ in range(40_000)), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(OUT)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rank: int) -> Iterator[torch.Tensor]:
+    """Yield (ROWS, LENGTH) int64 token ids; documents end with ``</s>`` and follow each other."""
+    source, ids = documents(f"{SEED}/{rank}"), list[int]()
+    while True:
+        while len(ids) < ROWS * LENGTH:
+            ids += tokenizer.encode(next(source)) + [tokenizer.eos_token_id]
+        yield torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
+        ids = ids[ROWS * LENGTH :]
+
+
+def schedule(step: int) -> float:
+    """Return the learning rate's share at a step: linear warm-up, constant, linear to zero."""
+    return min((step + 1) / WARMUP, 1.0, (STEPS - step) / (COOLDOWN * STEPS))
+
+
+def main() -> None:
+    """Train tokenizer and model; rank 0 writes the folder every 100 steps."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+    if rank == 0:
+        train_tokenizer()
+    dist.barrier()
+    tokenizer = AutoTokenizer.from_pretrained(OUT)
+
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    masters = {name: p.detach().float() for name, p in model.named_parameters()}
+    matrices = {name for name, p in masters.items() if p.ndim == 2 and "embed" not in name}
+    groups = [
+        torch.optim.Muon([masters[name] for name in masters if name in matrices], lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW([masters[name] for name in masters if name not in matrices], lr=ADAM_LR, betas=(0.9, 0.95)),
+    ]
+    forward = torch.compile(model)
+    started = time.monotonic()
+    for step, ids in enumerate(batches(tokenizer, rank)):
+        logits = forward(ids, use_cache=False).logits[:, :-1]  # (ROWS, LENGTH - 1, VOCABULARY)
+        loss = cross_entropy(logits.float().reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+        model.zero_grad()
+        loss.backward()
+        flat = torch.cat([p.grad.float().view(-1) for p in model.parameters() if p.grad is not None])
+        dist.all_reduce(flat)
+        flat *= min(1.0 / world, 1.0 / (flat.norm().item() + 1e-6))  # mean, then clipped to unit norm
+        with torch.no_grad():
+            for master, grad in zip(masters.values(), flat.split([m.numel() for m in masters.values()]), strict=True):
+                master.grad = grad.view_as(master)
+            for optimizer, peak in zip(groups, (MUON_LR, ADAM_LR), strict=True):
+                optimizer.param_groups[0]["lr"] = peak * schedule(step)
+                optimizer.step()
+            for p, master in zip(model.parameters(), masters.values(), strict=True):
+                p.copy_(master)
+        if rank == 0 and (step % 20 == 0 or step + 1 == STEPS):
+            print(f"step {step} loss {loss.item():.3f} seconds {time.monotonic() - started:.0f}", flush=True)
+        if rank == 0 and (step % 100 == 99 or step + 1 == STEPS):
+            model.save_pretrained(OUT)
+        if step + 1 == STEPS:
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
