@@ -38,6 +38,8 @@ class FakeServer:
     )  # prompt → statuses to answer first; 0 hangs up
     dead_after: int | None = None  # chat requests after which every connection is dropped
     chats: list[dict[str, Any]] = field(default_factory=list)
+    meeting: threading.Barrier | None = None  # nobody is answered before so many are under way
+    under_way: int = 0
     most_at_once: int = 0
     port: int = 0
 
@@ -72,7 +74,6 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body in one packet
     fake: FakeServer
     lock = threading.Lock()
-    under_way = 0
 
     def do_GET(self) -> None:
         if not self._authorised():
@@ -92,16 +93,18 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.fake
         with self.lock:
             fake.chats.append(chat)
-            _Handler.under_way += 1
-            fake.most_at_once = max(fake.most_at_once, _Handler.under_way)
+            fake.under_way += 1
+            fake.most_at_once = max(fake.most_at_once, fake.under_way)
             statuses = fake.failing.get(chat["messages"][-1]["content"])
             status = statuses.pop(0) if statuses else 200
             dead = fake.dead_after is not None and len(fake.chats) > fake.dead_after
         try:
             time.sleep(fake.delay_s)
+            if fake.meeting is not None and chat["max_tokens"] > 1:  # the preflight comes alone
+                fake.meeting.wait()
         finally:
             with self.lock:
-                _Handler.under_way -= 1
+                fake.under_way -= 1
         if dead or status == 0:
             self.close_connection = True
         elif status != 200:

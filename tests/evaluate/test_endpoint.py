@@ -1,5 +1,6 @@
 import asyncio
 import socket
+import time
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_an_answer_carries_text_adapter_and_routing_facts(server, suffix):
     assert (answer.distance, answer.fallback, answer.routed) == (0.25, False, True)
     assert answer.num_tokens == 5
     assert answer.latency_s is not None
-    assert 0 < answer.latency_s < 1
+    assert answer.latency_s > 0
     assert answer.error is None
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
     assert server.chats == [{"model": "fedrouter", "messages": messages, "max_tokens": 7, "temperature": 0.5}]
@@ -73,8 +74,9 @@ def test_a_bad_request_is_not_retried(server):
 def test_latency_leaves_out_the_failed_attempts(server):
     server.failing = {"hello": [503]}
     server.delay_s = 0.2
+    began_s = time.perf_counter()
     latency_s = ask(server.url, "hello").latency_s
-    assert 0.2 <= latency_s < 0.4
+    assert 0.2 <= latency_s <= time.perf_counter() - began_s - 0.2
 
 
 def test_a_slow_answer_is_an_error(server):

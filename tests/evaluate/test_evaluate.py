@@ -1,5 +1,6 @@
 import io
 import json
+import threading
 
 import pytest
 from rich.console import Console
@@ -69,7 +70,8 @@ def test_named_models_have_no_routing(server):
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_concurrency_is_bounded_and_used(server, concurrency):
     server.delay_s = 0.02
-    evaluate(server.url, many(12), concurrency=concurrency)
+    server.meeting = threading.Barrier(concurrency, timeout=5)
+    assert evaluate(server.url, many(12), concurrency=concurrency, retries=0).num_failed == 0
     assert server.most_at_once == concurrency
     assert len(server.asked()) == 12
     assert set(server.asked().values()) == {1}
@@ -78,7 +80,7 @@ def test_concurrency_is_bounded_and_used(server, concurrency):
 def test_latency_and_tokens_per_second(server):
     server.delay_s = 0.05
     model = evaluate(server.url, many(8), concurrency=4).models[0]
-    assert 0.05 <= model.latency_p50_s <= model.latency_p95_s < 0.5
+    assert 0.05 <= model.latency_p50_s <= model.latency_p95_s <= model.seconds
     assert model.tokens_per_s == pytest.approx(8 * 5 / model.seconds)
     assert model.seconds >= 0.1  # two rounds of four
 
@@ -183,11 +185,10 @@ def text_of(report, width=120):
 def test_render_shows_scores_ratios_routing_and_clients(server):
     shown = text_of(evaluate(server.url, RECORDS, ["fedrouter", "oracle"]))
     for part in (
-        "mean ROUGE-1",
-        "fedrouter ÷ oracle = 0.667",
-        "right adapter 66.7%",
-        "fallback 16.7%",
+        "mean ROUGE-1, fedrouter ÷ oracle = 0.667",
+        "fedrouter sent 66.7% to the task's adapter, 16.7% to the fallback",
         "south",
+        "yes-no-1111",
     ):
         assert part in shown
 
