@@ -5,13 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
-from fedrouter.serve import process
-from fedrouter.serve.launch import free_port
+from fedrouter.serve import launch, process
+from fedrouter.serve.launch import free_port, running_server, serve
 from fedrouter.serve.process import Command, running
 
 SERVER = """
@@ -126,3 +131,33 @@ def test_the_environment_overrides_defaults_only(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "log").read_text().strip() == str(
         {"FEDROUTER_TEST_A": "user", "FEDROUTER_TEST_B": "ours"}
     )
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> None:
+    """Let the checks of a bundle pass and a small server start in vLLM's place."""
+
+    def prepare(_path: Path, _base: str | None, host: str, port: int, *_: object) -> tuple[Bundle, Command]:
+        return word_bundle, Command([sys.executable, "-c", SERVER, str(port)], {}, {}, host, port)
+
+    monkeypatch.setattr(launch, "prepare", prepare)
+
+
+def test_running_server_yields_an_address_that_answers(no_vllm: None, tmp_path: Path) -> None:
+    with running_server(tmp_path, log=tmp_path / "log", timeout_s=20) as url:
+        assert urllib.request.urlopen(f"{url}/health").status == 200
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{url}/health")
+
+
+def test_a_server_that_ends_by_itself_is_an_error(
+    no_vllm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_it(command: Command) -> Iterator[subprocess.Popen[bytes]]:
+        with running(command, tmp_path / "log", timeout_s=20) as server:
+            server.kill()
+            yield server
+
+    monkeypatch.setattr(launch, "running", contextmanager(end_it))
+    with pytest.raises(ServingError, match="by itself with exit code -9"):
+        serve(tmp_path, None, "127.0.0.1", free_port(), None, {}, ())
