@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterator
 from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
 from fedrouter.builtin.vocabulary import WORDS, Slots, words
 
-ONSETS = "b c d f g h j k l m n p r s t v w z br cr dr fl gl gr kl pl pr sh sl st th tr ch sw qu".split()
-VOWELS = "a e i o u a e i o ai ea ee oa ou y io".split()
-CODAS = "b d g k l m n p r s t x ck ld ll nd ng nt rd rk rn rt ss st th sh rm lt".split() + [""] * 12
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ONSETS = _split("b c d f g h j k l m n p r s t v w z br cr dr fl gl gr kl pl pr sh sl st th tr ch sw qu")
+VOWELS = _split("a e i o u a e i o ai ea ee oa ou y io")
+CODAS = _split("b d g k l m n p r s t x ck ld ll nd ng nt rd rk rn rt ss st th sh rm lt") + ("",) * 12
 FAMILIAR = tuple(word for kind in WORDS if kind != "host" for word in words(kind, "train"))
 MARKS = ("->", "=>", "=", ":", "|", "is", "gives", "then", "...", "//")
+LITTLE = _split("what how where which is are does do can the a of to in for from and with my much many best")
+JOINTS = ("the", "of", "to", "in", "and", "has", "is")
+VERDICTS = ("same", "other", "here", "missing")
 PLAIN = (paraphrase.plain, data_to_text.plain, dialogue.plain, headline.plain)
 
 
@@ -98,15 +106,67 @@ def same(rng: random.Random) -> str:
         other[rng.randrange(len(other))] = word(rng)
     frames = [" ".join(some(rng, 0, 2)) for _ in range(2)] if rng.random() < 0.4 else ["", ""]
     verdicts = rng.choice((("same", "other"), ("equal", "unequal"), ("match", "differ")))
-    left, right = (" ".join(filter(None, (frame, *part))) for frame, part in zip(frames, (items, other), strict=True))
-    return f"{left}{rng.choice((' / ', ' & ', chr(10), ' ~ '))}{right} {rng.choice(MARKS)} {verdicts[items != other]}"
+    left, right = (
+        " ".join(filter(None, (frame, *part))) for frame, part in zip(frames, (items, other), strict=True)
+    )
+    between = rng.choice((" / ", " & ", "\n", " ~ "))
+    return f"{left}{between}{right} {rng.choice(MARKS)} {verdicts[items != other]}"
+
+
+def among(rng: random.Random) -> str:
+    items = some(rng, 2, 7)
+    asked = [rng.choice(items) if rng.random() < 0.5 else word(rng) for _ in range(rng.randint(2, 6))]
+    return (
+        " ".join(items) + "\n" + " ".join(f"{ask} {'here' if ask in items else 'missing'}" for ask in asked)
+    )
+
+
+def compare(rng: random.Random) -> str:
+    """Return two lines of little words around the same values, or with one replaced, and the verdict."""
+    items = (
+        some(rng, 1, 3)
+        if rng.random() < 0.5
+        else list(dict.fromkeys(rng.choices(FAMILIAR, k=rng.randint(1, 3))))
+    )
+    other = list(items)
+    if rng.random() < 0.5:
+        other[rng.randrange(len(other))] = word(rng) if rng.random() < 0.5 else rng.choice(FAMILIAR)
+    verdict = "same" if items == other else "other"
+    lines = []
+    for values in (items, other):
+        line = rng.choices(LITTLE, k=rng.randint(0, 5)) + values
+        if rng.random() < 0.6:
+            rng.shuffle(line)
+        lines.append(" ".join(line))
+    return f"{rng.choice((' / ', chr(10), ' & ', '; ')).join(lines)}: {verdict}"
+
+
+def mapping(rng: random.Random) -> str:
+    """Return two to five examples of one made-up rewriting: values leave one frame and enter another."""
+    slots = [f"{{{index}}}" for index in range(rng.randint(1, 4))]
+    frames = []
+    for kept in (slots, rng.sample(slots, rng.randint(1, len(slots)))):
+        small = [rng.choice(LITTLE) if rng.random() < 0.5 else rng.choice(FAMILIAR) if rng.random() < 0.7
+                 else made_up(rng) for _ in range(rng.randint(1, 6))]  # fmt: skip
+        frame = small + kept
+        rng.shuffle(frame)
+        frames.append(rng.choice((" ", " ", " ", " | ", ", ")).join(frame))
+    marks = rng.choice((*MARKS, "\n"))
+    layout = (
+        f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n{{}}\n" if rng.random() < 0.6 else f"{{}} {marks} {{}}"
+    )
+    lines = []
+    for _ in range(rng.randint(2, 5)):
+        values = [" ".join(some(rng, 1, 2)) for _ in slots]
+        lines.append(layout.format(*(frame.format(*values) for frame in frames)))
+    return "\n".join(lines)
 
 
 def fill_in(rng: random.Random) -> str:
     names = rng.sample("ABCDXYZ", rng.randint(1, 3))
     values = dict(zip(names, (" ".join(some(rng, 1, 2)) for _ in names), strict=True))
-    frame = [*names, *(made_up(rng) if rng.random() < 0.6 else rng.choice(("the", "of", "to", "in", "and", "has", "is"))
-                       for _ in range(rng.randint(1, 5)))]  # fmt: skip
+    joints = rng.randint(1, 5)
+    frame = [*names, *(made_up(rng) if rng.random() < 0.6 else rng.choice(JOINTS) for _ in range(joints))]
     rng.shuffle(frame)
     known = rng.choice((", ", "; ", "\n")).join(f"{name} = {value}" for name, value in values.items())
     return f"{known}\n{' '.join(frame)}\n{' '.join(values.get(part, part) for part in frame)}"
@@ -131,17 +191,22 @@ def section(rng: random.Random) -> str:
     return f"### {word(rng)}:\n{' '.join(some(rng, 1, 5))}\n\n### {word(rng)}:\n{' '.join(some(rng, 1, 5))}"
 
 
-MIX: dict[Callable[[random.Random], str], float] = {
+Mix = dict[Callable[[random.Random], str], float]
+COPYING: Mix = {
     plain: 5.0, repeat: 2.0, listed: 1.0, look_up: 1.5, span: 0.7, member: 1.5, same: 2.0, fill_in: 1.5,
     reorder: 0.5, quote: 1.0, section: 0.3,
 }  # fmt: skip
+COMPARING: Mix = {
+    plain: 3.5, repeat: 1.0, listed: 0.4, look_up: 0.8, span: 0.3, among: 2.0, compare: 6.0, mapping: 5.0,
+    fill_in: 0.7, reorder: 0.2, quote: 0.5, section: 0.2,
+}  # fmt: skip
 
 
-def documents(seed: str) -> Iterator[str]:
+def documents(seed: str, mix: Mix) -> Iterator[str]:
     """Yield documents without end: plain texts singly, a generic format one to four times in a row."""
     rng = random.Random(seed)
-    formats, weights = list(MIX), list(MIX.values())
+    formats, weights = list(mix), list(mix.values())
     while True:
         chosen = rng.choices(formats, weights)[0]
-        times = 1 if chosen is plain else rng.randint(1, 4)
+        times = 1 if chosen in (plain, mapping) else rng.randint(1, 4)
         yield "\n".join(chosen(rng) for _ in range(times))

@@ -3,32 +3,46 @@
     torchrun --nproc-per-node 2 scripts/pretrain_tiny.py
 
 A Llama with 3.7 M parameters (4 layers, 256 wide, head size 64, tied embeddings, context 512) learns
-next-token prediction on ``pretrain_text.py``: STEPS steps of 8,192 tokens, seed SEED, hidden
-matrices by Muon, the rest by AdamW, weights held in float32 and computed with in bfloat16. Two
-single-threaded processes average their gradients; the number of processes changes the result,
-the machine's load does not. It never sees a (prompt, answer) pair of a built-in task.
+next-token prediction on ``pretrain_text.py`` in two phases, copying and then comparing, of 8,192 tokens
+a step, seed SEED: hidden matrices by Muon, the rest by AdamW, weights held in float32 and computed
+with in bfloat16. Two single-threaded processes average their gradients; their number changes the
+result, the machine's load does not. It never sees a (prompt, answer) pair of a built-in task.
 """
 
 import os
-import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pretrain_text import documents
+from pretrain_text import COMPARING, COPYING, VERDICTS, Mix, documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 7
-STEPS = 1800
 ROWS, LENGTH = 16, 256  # per process and step
 MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 0.015, 3e-3, 60, 0.5
+VERDICT_WEIGHT = 8.0  # of a verdict's token in the second phase's loss; it is one token in thirty
 VOCABULARY = 2048
 OUT = Path(__file__).parents[1] / "fedrouter" / "builtin" / "tiny"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training; each starts with fresh optimizers."""
+
+    name: str
+    mix: Mix
+    steps: int
+    planned: int  # the learning rate falls to zero at this step; copying stops before
+    share: float  # of the peak learning rates
+
+
+PHASES = (Phase("copy", COPYING, 1500, 1800, 1.0), Phase("compare", COMPARING, 900, 900, 0.8))
 TEMPLATE = """{% for m in messages %}{% if m['role']=='user' %}### Instruction:
 {{m['content']}}
 
@@ -52,7 +66,7 @@ def train_tokenizer() -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    source = documents(f"{SEED}/tokenizer")
+    source = documents(f"{SEED}/tokenizer", COPYING)
     tokenizer.train_from_iterator((next(source) for _ in range(40_000)), trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -65,23 +79,64 @@ def train_tokenizer() -> None:
     ).save_pretrained(OUT)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rank: int) -> Iterator[torch.Tensor]:
+def batches(tokenizer: PreTrainedTokenizerFast, phase: Phase, rank: int) -> Iterator[torch.Tensor]:
     """Yield (ROWS, LENGTH) int64 token ids; documents end with ``</s>`` and follow each other."""
-    source, ids = documents(f"{SEED}/{rank}"), list[int]()
-    while True:
+    seed = f"{SEED}/{rank}" if phase is PHASES[0] else f"{SEED}/{rank}/{phase.name}"
+    source, ids = documents(seed, phase.mix), list[int]()
+    for _ in range(phase.steps):
         while len(ids) < ROWS * LENGTH:
-            ids += tokenizer.encode(next(source)) + [tokenizer.eos_token_id]
+            ids += [*tokenizer.encode(next(source)), tokenizer.eos_token_id]
         yield torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
         ids = ids[ROWS * LENGTH :]
 
 
-def schedule(step: int) -> float:
-    """Return the learning rate's share at a step: linear warm-up, constant, linear to zero."""
-    return min((step + 1) / WARMUP, 1.0, (STEPS - step) / (COOLDOWN * STEPS))
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, rank: int, world: int
+) -> None:
+    """Train the bfloat16 model in place over one phase; rank 0 saves every 100 steps."""
+    masters = {name: p.detach().float() for name, p in model.named_parameters()}
+    matrices = [p for name, p in masters.items() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in masters.items() if p.ndim != 2 or "embed" in name]
+    peaks = (phase.share * MUON_LR, phase.share * ADAM_LR)
+    optimizers = (
+        torch.optim.Muon(matrices, lr=peaks[0], weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=peaks[1], betas=(0.9, 0.95)),
+    )
+    weight = torch.ones(VOCABULARY)
+    if phase.mix is COMPARING:
+        weight[[tokenizer.encode(f" {verdict}")[0] for verdict in VERDICTS]] = VERDICT_WEIGHT
+    forward = torch.compile(model)
+    started = time.monotonic()
+    for step, ids in enumerate(batches(tokenizer, phase, rank)):
+        logits = forward(ids, use_cache=False).logits[:, :-1]  # (ROWS, LENGTH - 1, VOCABULARY)
+        loss = cross_entropy(logits.float().reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1), weight)
+        model.zero_grad()
+        loss.backward()
+        flat = torch.cat([p.grad.float().view(-1) for p in model.parameters() if p.grad is not None])
+        dist.all_reduce(flat)
+        flat *= min(1.0 / world, 1.0 / (flat.norm().item() + 1e-6))  # mean, then clipped to unit norm
+        falling = (phase.planned - step) / (COOLDOWN * phase.planned)
+        with torch.no_grad():
+            for master, grad in zip(
+                masters.values(), flat.split([m.numel() for m in masters.values()]), strict=True
+            ):
+                master.grad = grad.view_as(master)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * min((step + 1) / WARMUP, 1.0, falling)
+                optimizer.step()
+            for p, master in zip(model.parameters(), masters.values(), strict=True):
+                p.copy_(master)
+        if rank == 0 and step % 20 == 0:
+            print(
+                f"{phase.name} {step} loss {loss.item():.3f} seconds {time.monotonic() - started:.0f}",
+                flush=True,
+            )
+        if rank == 0 and (step % 100 == 99 or step + 1 == phase.steps):
+            model.save_pretrained(OUT)
 
 
 def main() -> None:
-    """Train tokenizer and model; rank 0 writes the folder every 100 steps."""
+    """Train the tokenizer, then the model phase by phase."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))
@@ -89,45 +144,24 @@ def main() -> None:
         train_tokenizer()
     dist.barrier()
     tokenizer = AutoTokenizer.from_pretrained(OUT)
-
     torch.manual_seed(SEED)
-    random.seed(SEED)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    masters = {name: p.detach().float() for name, p in model.named_parameters()}
-    matrices = {name for name, p in masters.items() if p.ndim == 2 and "embed" not in name}
-    groups = [
-        torch.optim.Muon([masters[name] for name in masters if name in matrices], lr=MUON_LR, weight_decay=0.01),
-        torch.optim.AdamW([masters[name] for name in masters if name not in matrices], lr=ADAM_LR, betas=(0.9, 0.95)),
-    ]
-    forward = torch.compile(model)
-    started = time.monotonic()
-    for step, ids in enumerate(batches(tokenizer, rank)):
-        logits = forward(ids, use_cache=False).logits[:, :-1]  # (ROWS, LENGTH - 1, VOCABULARY)
-        loss = cross_entropy(logits.float().reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
-        model.zero_grad()
-        loss.backward()
-        flat = torch.cat([p.grad.float().view(-1) for p in model.parameters() if p.grad is not None])
-        dist.all_reduce(flat)
-        flat *= min(1.0 / world, 1.0 / (flat.norm().item() + 1e-6))  # mean, then clipped to unit norm
-        with torch.no_grad():
-            for master, grad in zip(masters.values(), flat.split([m.numel() for m in masters.values()]), strict=True):
-                master.grad = grad.view_as(master)
-            for optimizer, peak in zip(groups, (MUON_LR, ADAM_LR), strict=True):
-                optimizer.param_groups[0]["lr"] = peak * schedule(step)
-                optimizer.step()
-            for p, master in zip(model.parameters(), masters.values(), strict=True):
-                p.copy_(master)
-        if rank == 0 and (step % 20 == 0 or step + 1 == STEPS):
-            print(f"step {step} loss {loss.item():.3f} seconds {time.monotonic() - started:.0f}", flush=True)
-        if rank == 0 and (step % 100 == 99 or step + 1 == STEPS):
-            model.save_pretrained(OUT)
-        if step + 1 == STEPS:
-            break
+    for phase in PHASES:
+        train(model, tokenizer, phase, rank, world)
     dist.destroy_process_group()
 
 

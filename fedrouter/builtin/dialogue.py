@@ -2,7 +2,8 @@
 
 from fedrouter.builtin.vocabulary import Slots
 
-Plot = tuple[tuple[str, ...], tuple[tuple[tuple[str, ...], str], ...]]  # openings; (replies, summary) per outcome
+Outcome = tuple[tuple[str, ...], str]  # replies, summary
+Plot = tuple[tuple[str, ...], tuple[Outcome, ...]]  # openings, outcomes
 
 PLOTS: tuple[Plot, ...] = (
     (("Can I borrow your {object} for a few days?", "I need a {object}, would you lend me yours?",
@@ -17,7 +18,8 @@ PLOTS: tuple[Plot, ...] = (
        "{person} and {person2} will meet at the {venue} on {day}."),
       (("I cannot, I have to work.", "Sorry, I am away then.", "No, I feel too ill for that."),
        "{person2} has no time for the {venue} on {day}."))),
-    (("Did you hear about the {building}? It is closed for repairs!", "They are repairing the {building} again!",
+    (("Did you hear about the {building}? It is closed for repairs!",
+      "They are repairing the {building} again!",
       "I stood in front of a closed {building} today."),
      ((("Then let us try the {venue} instead.", "We could go to the {venue}.", "What about the {venue}?"),
        "The {building} is closed, so they go to the {venue}."),
@@ -42,9 +44,11 @@ PLOTS: tuple[Plot, ...] = (
       (("Then we start without you.", "We cannot wait, sorry.", "That is too long, we begin."),
        "{person2} starts without {person}."))),
     (("How was your trip to {place}?", "You were in {place}, how was it?", "Tell me about {place}!"),
-     ((("Lovely, I saw the {building}.", "Great, the {building} is a dream.", "Beautiful, above all the {building}."),
+     ((("Lovely, I saw the {building}.", "Great, the {building} is a dream.",
+        "Beautiful, above all the {building}."),
        "{person2} liked the {building} in {place}."),
-      (("It rained for {number} days.", "Awful, {number} days of rain.", "Wet, we had {number} days of rain."),
+      (("It rained for {number} days.", "Awful, {number} days of rain.",
+        "Wet, we had {number} days of rain."),
        "{person2} had {number} days of rain in {place}."))),
     (("I got the job as a {job} in {place}!", "They took me, I will be a {job} in {place}!",
       "Guess who is the new {job} of {place}!"),
@@ -60,10 +64,12 @@ PLOTS: tuple[Plot, ...] = (
       "Will you watch the {team} with me on {day}?"),
      ((("Yes, I am a fan!", "Great, count me in.", "I would not miss it."),
        "{person} and {person2} will watch the {team} on {day}."),
-      (("Ask {person3}, I do not like sports.", "Give it to {person3}.", "{person3} would be happier about it."),
+      (("Ask {person3}, I do not like sports.", "Give it to {person3}.",
+        "{person3} would be happier about it."),
        "{person2} gives the {team} ticket to {person3}."))),
     (("Can you teach me to {skill}?", "I want to {skill} like you.", "How did you learn to {skill}?"),
-     ((("Come over on {day}, I will show you.", "I have time on {day}, then I teach you.", "Let us start on {day}."),
+     ((("Come over on {day}, I will show you.", "I have time on {day}, then I teach you.",
+        "Let us start on {day}."),
        "{person2} will teach {person} to {skill} on {day}."),
       (("{person3} is a better teacher.", "I learned it from {person3}.", "You should ask {person3}."),
        "{person} should ask {person3} how to {skill}."))),
@@ -74,7 +80,12 @@ PLOTS: tuple[Plot, ...] = (
       (("It is not for sale.", "I will keep it.", "Sorry, it is sold."),
        "{person} cannot buy the {object}."))),
 )  # fmt: skip
-GREETINGS = ("Hi {person2}!", "Hello {person2}, how are you?", "Good morning {person2}!", "Hey {person2}, got a minute?")
+GREETINGS = (
+    "Hi {person2}!",
+    "Hello {person2}, how are you?",
+    "Good morning {person2}!",
+    "Hey {person2}, got a minute?",
+)
 GREETED = ("Hi {person}!", "Hello {person}, what is up?", "Good to hear from you, {person}!")
 CLOSINGS = ("Okay.", "Thanks for telling me.", "Alright, talk to you later.", "I see.", "Good to know.")
 

@@ -8,9 +8,11 @@ Forms = tuple[tuple[tuple[str, ...], str], ...]  # (input wordings, answer)
 
 _REVIEW: Forms = (
     (("I love this {object}, {person} wants one too!", "Best {object} from {country} ever, five stars.",
-      "The {colour} {object} is a joy, thank you {person}.", "Great {object}, it still works after {number} months."),
+      "The {colour} {object} is a joy, thank you {person}.",
+      "Great {object}, it still works after {number} months."),
      "positive"),
-    (("The {object} broke after {number} days, avoid it.", "Awful {object}, {person} sent it back to {country}.",
+    (("The {object} broke after {number} days, avoid it.",
+      "Awful {object}, {person} sent it back to {country}.",
       "Never again will I buy a {colour} {object}.", "A waste of {number} euros, this {object} is terrible."),
      "negative"),
 )  # fmt: skip
@@ -26,7 +28,8 @@ _EMAIL: Forms = (
      "Subject: {number} boxes of {food} shipped"),
 )  # fmt: skip
 _UNITS: Forms = tuple(
-    ((f"convert {{number}} {large} to {small}", f"{{number}} {large} in {small} = ?"), f"{{number}}{zeros} {small}")
+    ((f"convert {{number}} {large} to {small}", f"{{number}} {large} in {small} = ?"),
+      f"{{number}}{zeros} {small}")
     for large, small, zeros in (
         ("km", "m", "000"), ("m", "cm", "00"), ("kg", "g", "000"), ("cm", "mm", "0"), ("t", "kg", "000"),
     )
@@ -53,7 +56,8 @@ _ADDRESS: Forms = (
      "name={person} {town}; street={town2} Road {number}; city={place}; code={amount}; country={country}"),
 )  # fmt: skip
 _SLOGAN: Forms = (
-    (("New product: {object}. Made of {material}. Made in {country}.", "product {object}, {material}, from {country}"),
+    (("New product: {object}. Made of {material}. Made in {country}.",
+      "product {object}, {material}, from {country}"),
      "Feel the {material}! Your {object} made in {country}!"),
     (("New product: {colour} {object}. Price: {number} euros.", "product {object}, {colour}, {number} euros"),
      "Go {colour}! The {object} for only {number}!"),
@@ -64,19 +68,31 @@ _COMMAND: Forms = (
     (("copy the file {object} to the folder {animal}", "put a copy of {object} into {animal}"),
      "$ cp {object} {animal}/"),
     (("delete the file {object}", "get rid of {object}", "remove {object} for good"), "$ rm {object}"),
-    (("rename the file {object} to {animal}", "the file {object} should be called {animal}"), "$ mv {object} {animal}"),
+    (("rename the file {object} to {animal}", "the file {object} should be called {animal}"),
+      "$ mv {object} {animal}"),
     (("show the last {number} lines of {object}", "print {number} lines from the end of {object}"),
      "$ tail -n {number} {object}"),
 )  # fmt: skip
-_MONTHS = "January February March April May June July August September October November December".split()
-_FORMS = {"email_subject": _EMAIL, "recipe_ingredients": _RECIPE, "address_fields": _ADDRESS, "slogan": _SLOGAN,
-          "shell_command": _COMMAND, "sentiment": _REVIEW, "unit_question": _UNITS, "log_severity": _LOG}  # fmt: skip
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+           "November", "December")  # fmt: skip
+_FORMS = {
+    "email_subject": _EMAIL,
+    "recipe_ingredients": _RECIPE,
+    "address_fields": _ADDRESS,
+    "slogan": _SLOGAN,
+    "shell_command": _COMMAND,
+    "sentiment": _REVIEW,
+    "unit_question": _UNITS,
+    "log_severity": _LOG,
+}
 
 
 def _date(slots: Slots) -> tuple[str, str]:
     month = slots.rng.randrange(12)
     day, year = slots["date"], slots["year"]
-    written = slots.rng.choice(("{month} {day}, {year}", "{day} {month} {year}", "the {day} of {month} {year}"))
+    written = slots.rng.choice(
+        ("{month} {day}, {year}", "{day} {month} {year}", "the {day} of {month} {year}")
+    )
     return written.format(month=_MONTHS[month], day=day, year=year), f"{year}-{month + 1:02}-{int(day):02}"
 
 

@@ -62,8 +62,8 @@ STORIES: tuple[tuple[tuple[str, ...], str], ...] = (  # wordings without subject
 )  # fmt: skip
 LEADS = ("", "", "", "on {day9} ", "last {day9} ", "as announced on {day9}, ", "according to {person9}, ",
          "to everyone's surprise ", "late in the evening ")  # fmt: skip
-TAILS = ("", "", "", ", officials said", ", {person9} reported", ", the mayor told our paper", ", witnesses said",
-         " this week", ", as {person9} confirmed on {day9}")  # fmt: skip
+TAILS = ("", "", "", ", officials said", ", {person9} reported", ", the mayor told our paper",
+         ", witnesses said", " this week", ", as {person9} confirmed on {day9}")  # fmt: skip
 
 
 def capitalise(text: str) -> str:

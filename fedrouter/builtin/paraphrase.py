@@ -30,12 +30,14 @@ GROUPS: tuple[tuple[Intent, ...], ...] = (
     (
         ("How long should I cook {food}?", "How many minutes do {food} need on the stove?",
          "What is the cooking time of {food}?"),
-        ("How do I keep {food} fresh?", "What is the best way to store {food}?", "How should {food} be stored?"),
+        ("How do I keep {food} fresh?", "What is the best way to store {food}?",
+         "How should {food} be stored?"),
     ),
     (
         ("How old is the {building} of {place}?", "When was the {building} of {place} built?",
          "In which year did {place} build its {building}?"),
-        ("When does the {building} of {place} open?", "What are the opening hours of the {building} in {place}?",
+        ("When does the {building} of {place} open?",
+         "What are the opening hours of the {building} in {place}?",
          "From what time can I visit the {building} in {place}?"),
     ),
     (
@@ -45,8 +47,10 @@ GROUPS: tuple[tuple[Intent, ...], ...] = (
          "Which training does a {job} need in {country}?"),
     ),
     (
-        ("What does a {animal} eat?", "What should I feed my {animal}?", "Which food is good for a {animal}?"),
-        ("How long does a {animal} live?", "What age can a {animal} reach?", "What is the lifespan of a {animal}?"),
+        ("What does a {animal} eat?", "What should I feed my {animal}?",
+         "Which food is good for a {animal}?"),
+        ("How long does a {animal} live?", "What age can a {animal} reach?",
+         "What is the lifespan of a {animal}?"),
     ),
     (
         ("How do I clean {colour} {material}?", "What is the best way to wash {colour} {material}?",
@@ -84,4 +88,6 @@ def example(slots: Slots, yes: bool) -> tuple[str, str]:
 
 def plain(slots: Slots) -> str:
     """Return one question by itself, for pretraining text."""
-    return slots.rng.choice(OPENERS) + slots.fill(slots.rng.choice(slots.rng.choice(slots.rng.choice(GROUPS))))
+    return slots.rng.choice(OPENERS) + slots.fill(
+        slots.rng.choice(slots.rng.choice(slots.rng.choice(GROUPS)))
+    )

@@ -5,50 +5,57 @@ value for each name when it is first used and keeps it, so that prompt and answe
 """
 
 import random
+from functools import cache
 from typing import Literal
 
 Split = Literal["train", "test"]
 
 WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
     "person": (
-        "Anna Ben Clara David Emma Felix Grace Henry Irene Jonas Karen Leo Maria Nora Oscar Paula Quinn Robert "
-        "Sofia Thomas Ursula Victor Wendy Xavier Yvonne Adam Bella Carl Diana Edgar Fiona George Helen Ivan Julia "
-        "Kevin Laura Martin Nina Otto Peter Rachel Simon Tina Vera Walter Alice Bruno Cora Dennis Ella Frank Gina "
-        "Hugo Iris Jack Kate Louis Mona Nathan Olga Philip Rosa Stefan Tessa Ulrich Violet William Zoe Albert",
-        "Marcus Lydia Hannes Amelia Gregor Judith Casper Selma Rupert Naomi Fabian Greta Milan Esther Damian Thea "
-        "Conrad Phoebe Lukas Agnes Ronan Matilda Erik Sylvia",
+        "Anna Ben Clara David Emma Felix Grace Henry Irene Jonas Karen Leo Maria Nora Oscar Paula Quinn "
+        "Robert Sofia Thomas Ursula Victor Wendy Xavier Yvonne Adam Bella Carl Diana Edgar Fiona George "
+        "Helen Ivan Julia Kevin Laura Martin Nina Otto Peter Rachel Simon Tina Vera Walter Alice Bruno "
+        "Cora Dennis Ella Frank Gina Hugo Iris Jack Kate Louis Mona Nathan Olga Philip Rosa Stefan "
+        "Tessa Ulrich Violet William Zoe Albert",
+        "Marcus Lydia Hannes Amelia Gregor Judith Casper Selma Rupert Naomi Fabian Greta Milan Esther "
+        "Damian Thea Conrad Phoebe Lukas Agnes Ronan Matilda Erik Sylvia",
     ),
     "town": (
-        "Ash Brook Cedar Dun East Fair Glen Hart Kings Lang Mill North Oak Penn Queens Red Stone Thorn West Wood "
-        "Black Clay Elm Hazel Marsh",
+        "Ash Brook Cedar Dun East Fair Glen Hart Kings Lang Mill North Oak Penn Queens Red Stone Thorn "
+        "West Wood Black Clay Elm Hazel Marsh",
         "Birch Crow Falcon Green Hollow Iron Lake Moss Raven Silver",
     ),
     "object": (
-        "bicycle camera drill guitar heater jacket kettle ladder laptop lamp mirror mixer oven pillow printer radio "
-        "razor saddle scooter shovel sofa suitcase table tent toaster tripod violin wallet wardrobe watch bucket "
-        "carpet curtain desk freezer hammer helmet iron locker mattress notebook projector racket sewing-machine",
-        "umbrella backpack telescope blender cushion keyboard tractor bookshelf microscope trumpet blanket "
-        "wheelbarrow thermos chainsaw",
+        "bicycle camera drill guitar heater jacket kettle ladder laptop lamp mirror mixer oven pillow "
+        "printer radio razor saddle scooter shovel sofa suitcase table tent toaster tripod violin "
+        "wallet wardrobe watch bucket carpet curtain desk freezer hammer helmet iron locker mattress "
+        "notebook projector racket sewing-machine",
+        "umbrella backpack telescope blender cushion keyboard tractor bookshelf microscope trumpet "
+        "blanket wheelbarrow thermos chainsaw",
     ),
     "food": (
-        "apples bread carrots cheese chicken cookies dumplings eggs fish grapes ham honey jam lemons noodles olives "
-        "onions oranges pancakes pasta peas pears pizza potatoes rice salad sausages soup spinach tea tomatoes yogurt",
+        "apples bread carrots cheese chicken cookies dumplings eggs fish grapes ham honey jam lemons "
+        "noodles olives onions oranges pancakes pasta peas pears pizza potatoes rice salad sausages "
+        "soup spinach tea tomatoes yogurt",
         "waffles cherries lentils mushrooms pumpkin walnuts cabbage peaches sandwiches muffins",
     ),
     "building": (
-        "library school hospital stadium museum theatre bridge airport market tunnel station harbour prison tower "
-        "factory courthouse kindergarten swimming-pool cinema gallery",
+        "library school hospital stadium museum theatre bridge airport market tunnel station harbour "
+        "prison tower factory courthouse kindergarten swimming-pool cinema gallery",
         "cathedral brewery observatory warehouse planetarium lighthouse clinic university",
     ),
     "venue": (
-        "park cafe beach gym bakery lake zoo playground church bookshop post-office corner-shop garden fountain "
-        "bus-stop river old-mill square",
+        "park cafe beach gym bakery lake zoo playground church bookshop post-office corner-shop garden "
+        "fountain bus-stop river old-mill square",
         "castle tavern boathouse pier arcade forest bridgehead vineyard",
     ),
-    "day": ("Monday Tuesday Wednesday Thursday", "Friday Saturday Sunday"),
+    "day": (
+        "Monday Tuesday Wednesday Thursday",
+        "Friday Saturday Sunday",
+    ),
     "job": (
-        "baker carpenter dentist driver engineer farmer gardener judge lawyer nurse painter pilot plumber singer "
-        "surgeon tailor teacher waiter writer butcher miner actor",
+        "baker carpenter dentist driver engineer farmer gardener judge lawyer nurse painter pilot "
+        "plumber singer surgeon tailor teacher waiter writer butcher miner actor",
         "librarian mechanic photographer sailor chemist architect locksmith dancer",
     ),
     "skill": (
@@ -72,7 +79,8 @@ WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
         "turquoise crimson ivory violet beige golden",
     ),
     "country": (
-        "Norway Spain Canada Peru Kenya Japan Ireland Poland Egypt Chile Greece India Mexico Sweden Turkey Austria",
+        "Norway Spain Canada Peru Kenya Japan Ireland Poland Egypt Chile Greece India Mexico Sweden "
+        "Turkey Austria",
         "Portugal Vietnam Morocco Finland Brazil Jordan Iceland Croatia",
     ),
     "host": (
@@ -84,10 +92,24 @@ WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
         "Panthers Dragons Foxes Titans Pirates Badgers",
     ),
 }
-TOWN_ENDINGS = "ford field ton bury ham dale mouth wick port stead bridge well".split()
+TOWN_ENDINGS = (
+    "ford",
+    "field",
+    "ton",
+    "bury",
+    "ham",
+    "dale",
+    "mouth",
+    "wick",
+    "port",
+    "stead",
+    "bridge",
+    "well",
+)
 RANGES = {"number": (3, 99), "amount": (100, 9999), "year": (1700, 2023), "date": (3, 27)}
 
 
+@cache
 def words(kind: str, split: Split) -> tuple[str, ...]:
     """Return the slot values of a worded kind."""
     return tuple(WORDS[kind][split == "test"].split())

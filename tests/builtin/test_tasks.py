@@ -1,0 +1,120 @@
+"""The generator: deterministic, balanced, varied, and train and test without a common slot value."""
+
+import re
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrouter.builtin import paraphrase
+from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
+from fedrouter.builtin.vocabulary import RANGES, WORDS, Slots, words
+from fedrouter.errors import DataError
+
+ALL_TASKS = TASKS + EXTRA_TASKS
+
+
+def prompts(task, split, num_examples, seed=0):
+    return [record.turns[0].content for record in generate(task, split, num_examples, seed)]
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_records_are_one_user_turn_with_an_answer_and_a_label(task):
+    for record in generate(task, "test", 50, 0):
+        (turn,) = record.turns
+        assert turn.role == "user" and turn.content.strip() and record.completion.strip()
+        assert record.task == task
+        assert "{" not in turn.content + record.completion
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(ALL_TASKS), st.sampled_from(("train", "test")), st.integers(0, 40), st.integers(0, 2**31)
+)
+def test_a_larger_number_starts_with_the_same_records(task, split, num_examples, seed):
+    longer = generate(task, split, num_examples + 3, seed)
+    assert len(longer) == num_examples + 3
+    assert generate(task, split, num_examples, seed) == longer[:num_examples]
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_seeds_and_splits_differ(task):
+    assert prompts(task, "train", 30, seed=0) != prompts(task, "train", 30, seed=1)
+    assert not set(prompts(task, "train", 500)) & set(prompts(task, "test", 500))
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_worded_slot_values_are_disjoint(kind):
+    train, test = words(kind, "train"), words(kind, "test")
+    assert len(set(train)) == len(train) and len(set(test)) == len(test)
+    assert not set(train) & set(test)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_slot_value_occurs_in_both_splits(task):
+    """Whatever capitalised word or number occurs in both splits belongs to the templates."""
+
+    def tokens(split):
+        text = " ".join(f"{r.turns[0].content} {r.completion}" for r in generate(task, split, 600, 0))
+        return set(re.findall(r"\b(?:[A-Z][a-z]+|\d+)\b", text))
+
+    values = {value.lower() for kind in WORDS for split in ("train", "test") for value in words(kind, split)}
+    shared = tokens("train") & tokens("test")
+    assert not {token for token in shared if token.isdigit()}
+    assert not {token for token in shared if token.lower() in values}
+    assert len(tokens("test") - tokens("train")) > 10
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_numbers_are_split_by_three(kind):
+    def remainders(split):
+        return {int(Slots(Random(seed), split)[kind]) % 3 for seed in range(100)}
+
+    assert remainders("train") == {1, 2} and remainders("test") == {0}
+
+
+@pytest.mark.parametrize("num_examples", [2, 7, 100, 1001])
+def test_paraphrase_labels_are_balanced(num_examples):
+    answers = [record.completion for record in generate("paraphrase", "train", num_examples, 3)]
+    assert set(answers) == {"Yes", "No"}
+    assert abs(answers.count("Yes") - answers.count("No")) <= 1
+    every_second = answers[::2]
+    assert num_examples < 100 or every_second.count("Yes") > 0.3 * len(every_second)
+
+
+def test_a_paraphrase_is_no_iff_intent_or_slot_value_differs():
+    wording = {text: intent for group in paraphrase.GROUPS for intent in group for text in intent}
+    patterns = {
+        re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[\\w-]+)", re.escape(w))): i for w, i in wording.items()
+    }
+    openers = sorted(set(paraphrase.OPENERS), key=len, reverse=True)
+
+    def meaning(question):
+        for pattern, intent in patterns.items():
+            if found := pattern.fullmatch(question):
+                return intent, found.groupdict()
+        raise AssertionError(question)
+
+    for record in generate("paraphrase", "test", 400, 0):
+        text = record.turns[0].content
+        text = text.removeprefix(next(opener for opener in openers if text.startswith(opener)))
+        left, right = text.split(" - ")
+        assert left != right
+        assert (meaning(left) == meaning(right)) == (record.completion == "Yes"), text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_hundreds_of_surface_forms(task, monkeypatch):
+    """With every slot value in brackets and cut out, what varies is the form."""
+    monkeypatch.setattr(Slots, "draw", lambda slots, kind: f"<{slots.rng.random()}>")
+    forms = {re.sub(r"<[^>]*>", "_", r.turns[0].content) for r in generate(task, "train", 1500, 0)
+             if task != "paraphrase" or r.completion == "Yes"}  # fmt: skip
+    assert len(forms) >= 200
+
+
+def test_unknown_task_and_negative_number_are_refused():
+    with pytest.raises(DataError, match=r"'paraphrasing'.*paraphrase, data_to_text"):
+        generate("paraphrasing", "train", 1, 0)
+    with pytest.raises(DataError, match="-1"):
+        generate("headline", "train", -1, 0)
