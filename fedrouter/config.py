@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedrouter.errors import ConfigError
 
+BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
+
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 """A number of clusters, given or found."""
 
@@ -64,29 +66,41 @@ class DataSettings(_Section):
 class EmbedderSettings(_Section):
     """The vectors that clustering and routing see."""
 
-    kind: Literal["base", "sentence-transformers"] = "base"
-    """``base``: mean last hidden state of the base model (the paper's); or a sentence embedder."""
+    kind: Literal["base", "encoder", "sentence-transformers"] = "base"
+    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output."""
     model: str | None = None
-    """The sentence embedder: a local directory or a hub id."""
+    """The other model: a local directory or a hub id."""
+    layer: Literal["middle", "last"] | Annotated[int, Field(ge=0)] = "middle"
+    """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
     max_tokens: int = Field(512, ge=8)
     """Longer prompts are cut, in training and serving alike."""
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
         if (self.kind == "base") != (self.model is None):
-            raise ValueError("embedder.model belongs to kind sentence-transformers, and that kind needs it")
+            raise ValueError(
+                "embedder.model belongs to kinds encoder and sentence-transformers, and they need it"
+            )
+        if self.kind == "sentence-transformers" and "layer" in self.model_fields_set:
+            raise ValueError("embedder.layer belongs to kinds base and encoder; remove it")
         return self
 
 
 class ClusterSettings(_Section):
     """Local clustering on the clients, global clustering on the server."""
 
+    method: Literal["separation", "kmeans"] = "separation"
+    """``separation``: join fine local clusters until tasks stand apart; ``kmeans``: twice k-means (paper)."""
     local: Count = "auto"
-    """Local clusters a client, or found from its data."""
+    """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
-    """Task clusters, or found from the clients' centroids."""
-    transform: Literal["whiten", "none"] = "whiten"
-    """``whiten``: distances in units of the pooled within-cluster covariance; ``none``: Euclid (paper)."""
+    """Task clusters, or found from what the clients reveal."""
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> "ClusterSettings":
+        if self.method == "kmeans" and "auto" in (self.local, self.global_):
+            raise ValueError("cluster.method kmeans needs numbers for cluster.local and cluster.global")
+        return self
 
 
 class LoraSettings(_Section):
@@ -117,8 +131,10 @@ class TrainSettings(_Section):
 class RoutingSettings(_Section):
     """What the bundle says about far prompts."""
 
-    quantile: float = Field(0.995, gt=0.5, le=1)
-    """A task cluster's radius holds this share of its training rows."""
+    quantile: float = Field(0.97, gt=0.5, le=1)
+    """A task cluster's radius holds this share of its rows that were set aside."""
+    slack: float = Field(1.0, gt=0)
+    """Widens every radius: above 1 where prompts to come differ more than clients' rows do."""
     fallback: Literal["base", "nearest"] = "base"
     """What answers beyond the radius."""
 
@@ -137,7 +153,7 @@ class Config(_Section):
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply ``section.key=value`` overrides, validate.
+    """Read a TOML file (without one, the built-in federation's), apply ``section.key=value`` overrides, validate.
 
     Relative data and model paths in the file are resolved against the file's directory.
 
@@ -147,7 +163,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         For a missing file, TOML that does not parse, an unknown key or a value that does not fit.
     """
     values: dict[str, Any] = {}
-    if path is not None:
+    if path is None:
+        values = tomllib.loads(BUILTIN_CONFIG.read_text(encoding="utf-8"))
+    else:
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -1,16 +1,16 @@
 """Text to vectors: the one embedder that training, serving and offline routing share.
 
-Paper section 3: φ(x) is the mean of the base model's last hidden state over the prompt's tokens, adapters
-off. The raw prompt is embedded, without the chat template.
+φ(x) is the mean of the base model's hidden states over the prompt's tokens, adapters off: of its middle
+layer, or of its last (paper section 3). The raw prompt is embedded, without the chat template.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from fedrouter.errors import ModelError
+from fedrouter.errors import ConfigError, ModelError
 from fedrouter.models import base_fingerprint, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
 
@@ -49,8 +49,8 @@ def routing_text(turns: Sequence[Turn]) -> str:
     return ""
 
 
-class BaseEmbedder:
-    """Mean of a base model's last hidden state over a text's tokens (paper section 3)."""
+class HiddenStateEmbedder:
+    """Mean of one layer's hidden states over a text's tokens."""
 
     def __init__(self, model: "torch.nn.Module", tokenizer: "PreTrainedTokenizerBase", spec: EmbedderSpec):
         self.spec = spec
@@ -77,7 +77,8 @@ class BaseEmbedder:
                     tokens[line, : len(ids[row])] = torch.tensor(ids[row])
                     mask[line, : len(ids[row])] = 1
                 tokens, mask = tokens.to(self._device), mask.to(self._device)
-                hidden = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+                states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+                hidden = states.hidden_states[self.spec.layer]  # (B, T, d)
                 total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
                 vectors[rows] = (total / mask.sum(dim=1, keepdim=True)).cpu().numpy()
         return vectors
@@ -107,22 +108,36 @@ class SentenceEmbedder:
 
 
 def embedder_spec(
-    kind: str, model: str, max_tokens: int, dtype: str, revision: str | None = None
+    kind: str,
+    model: str,
+    max_tokens: int,
+    dtype: str,
+    layer: Literal["middle", "last"] | int = "middle",
+    revision: str | None = None,
 ) -> EmbedderSpec:
-    """Describe an embedder as a bundle records it; reads its config, loads no weights."""
+    """Describe an embedder as a bundle records it; reads its config, loads no weights.
+
+    Raises
+    ------
+    ConfigError
+        If the model has fewer layers than ``layer``.
+    """
     from transformers import AutoConfig
 
     path = resolve_base(model, revision)
-    if kind == "sentence-transformers":
-        dim = _sentence_dim(path)
-    else:
-        dim = AutoConfig.from_pretrained(str(path)).get_text_config().hidden_size
+    config = AutoConfig.from_pretrained(str(path)).get_text_config()
+    layers = config.num_hidden_layers
+    chosen = layer if isinstance(layer, int) else layers if layer == "last" else layers // 2
+    if chosen > layers:
+        raise ConfigError(f"embedder.layer {chosen}: {model} has {layers} layers")
+    sentence = kind == "sentence-transformers"
     return EmbedderSpec(
         kind=kind,
         model=model,
+        layer=layers if sentence else chosen,
         max_tokens=max_tokens,
         dtype=dtype,
-        dim=dim,
+        dim=_sentence_dim(path) if sentence else config.hidden_size,
         fingerprint=base_fingerprint(path),
     )
 
@@ -158,7 +173,7 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise ModelError(f"embedder {path} does not load: {str(error).splitlines()[0]}") from error
-    return BaseEmbedder(model.eval(), tokenizer, spec)
+    return HiddenStateEmbedder(model.eval(), tokenizer, spec)
 
 
 def probe(embedder: Embedder) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Float64s = NDArray[np.float64]
 AdapterState = Mapping[str, Array]
 """LoRA tensors by PEFT's names (``base_model.model…lora_A.weight``), float32."""
 
@@ -33,21 +34,21 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalCluster:
-    """What a client reveals of one of its local clusters (paper: μ_{c,j}, n_{c,j})."""
+class LocalClusters:
+    """What a client reveals of its rows in groups: its local clusters (paper: μ_{c,j}, n_{c,j})."""
 
-    centroid: Array  # (d,)
-    num_examples: int
-    task_counts: Mapping[str, int]  # empty when the records carry no ``task``
+    counts: Float64s  # (m,) rows in each
+    centroids: Float64s  # (m, d); zeros where the count is 0
+    scatter: Float64s  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
 
 
 @dataclass(frozen=True, slots=True)
-class ClientSummary:
-    """What a client reveals before the first round."""
+class Moments:
+    """What a client reveals of its set-aside rows: moments in the few dimensions that the groups span."""
 
-    client: str
-    clusters: tuple[LocalCluster, ...]
-    scatter: Array  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all local clusters
+    counts: Float64s  # (m,)
+    sums: Float64s  # (m, r)
+    squares: Float64s  # (m, r, r)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Subset:
 
     cluster: int  # the task cluster
     num_examples: int
+    num_set_aside: int  # rows behind ``distances``: those that the space was not fitted to
     distances: Array  # (101,), to the nearest centroid, at quantiles 0 %, 1 % … 100 %
     task_counts: Mapping[str, int]
 
@@ -115,8 +117,9 @@ class BaseSpec:
 class EmbedderSpec:
     """The embedder that a bundle's centroids belong to."""
 
-    kind: str  # "base" (mean last hidden state of the base model) | "sentence-transformers"
+    kind: str  # "base" (hidden states of the base model) | "encoder" (of another) | "sentence-transformers"
     model: str  # the base's name, a hub id or a path
+    layer: int  # whose hidden states are averaged over tokens; 0 is the token embedding
     max_tokens: int
     dtype: str  # of the forward pass; vectors are float32
     dim: int

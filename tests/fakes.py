@@ -14,8 +14,10 @@ from fedrouter.types import (
     Array,
     Assignment,
     BaseSpec,
-    ClientSummary,
     EmbedderSpec,
+    Float64s,
+    LocalClusters,
+    Moments,
     RoutingSpace,
     TaskCluster,
     TrainReply,
@@ -30,7 +32,7 @@ class LetterEmbedder:
     """Counts the letters a–h of a text: a real, deterministic embedding of eight dimensions."""
 
     spec = EmbedderSpec(
-        kind="base", model="letters", max_tokens=512, dtype="float32", dim=DIM, fingerprint="letters"
+        kind="base", model="letters", layer=1, max_tokens=512, dtype="float32", dim=DIM, fingerprint="letters"
     )
 
     def embed(self, texts: Sequence[str]) -> Array:
@@ -81,11 +83,26 @@ class PullFederation:
         self.vectors, self.targets = vectors, targets
         self.requests: list[TrainRequest] = []
 
-    def summarise(self, num: Count) -> list[ClientSummary]:
-        return [cluster.summarise(c, x, [None] * len(x), num, seed=0) for c, x in self.vectors.items()]
+    def summarise(self, num: Count) -> list[LocalClusters]:
+        return [cluster.summarise(x[self._fit(x)], num, seed=0) for x in self.vectors.values()]
+
+    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
+        return [cluster.regroup(x[self._fit(x)], space) for x in self.vectors.values()]
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+        return [cluster.moments(x[self._held(x)], space, basis) for x in self.vectors.values()]
+
+    def _fit(self, x: Array) -> cluster.Labels:
+        return cluster.set_aside(len(x), 0)[0]
+
+    def _held(self, x: Array) -> cluster.Labels:
+        return cluster.set_aside(len(x), 0)[1]
 
     def assign(self, space: RoutingSpace) -> list[Assignment]:
-        return [Assignment(c, cluster.assign(space, x, [None] * len(x))[1]) for c, x in self.vectors.items()]
+        return [
+            Assignment(c, cluster.assign(x, self._held(x), space, [None] * len(x))[1])
+            for c, x in self.vectors.items()
+        ]
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
         self.requests += requests

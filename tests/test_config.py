@@ -47,7 +47,7 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
         ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
         ("cluster.local=0", "cluster.local"),
         ("data.partition=triple", "data.partition: Input should be 'single'"),
-        ("embedder.kind=sentence-transformers", "that kind needs it"),
+        ("embedder.kind=sentence-transformers", "they need it"),
         ("train.steps", "expected section.key=value"),
         ("seed.x=1", "seed"),
     ],

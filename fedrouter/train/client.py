@@ -10,7 +10,17 @@ from fedrouter.config import Count
 from fedrouter.embed import routing_text
 from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import cluster
-from fedrouter.types import Array, Assignment, ClientSummary, Record, RoutingSpace, TrainReply, TrainRequest
+from fedrouter.types import (
+    Array,
+    Assignment,
+    Float64s,
+    LocalClusters,
+    Moments,
+    Record,
+    RoutingSpace,
+    TrainReply,
+    TrainRequest,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,18 +40,29 @@ class Client:
         self._tasks = [record.task for record in records]
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
-        self._labels: np.ndarray | None = None
+        self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
+        self._labels: cluster.Labels | None = None
         self._subsets: dict[int, Dataset] = {}
 
-    def summarise(self, num: Count) -> ClientSummary:
-        """Cluster the client's own rows; reveal centroids, counts and one scatter matrix."""
-        return cluster.summarise(
-            self.name, self._vectors, self._tasks, num, derive_seed(self._seed, self.name)
-        )
+    def summarise(self, num: Count) -> LocalClusters:
+        """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
+        seed = derive_seed(self._seed, self.name)
+        try:
+            return cluster.summarise(self._vectors[self._fit], num, seed)
+        except TrainingError as error:
+            raise TrainingError(f"client {self.name}: {error}") from error
+
+    def regroup(self, space: RoutingSpace) -> LocalClusters:
+        """Give each row to the nearest centroid; reveal what came together."""
+        return cluster.regroup(self._vectors[self._fit], space)
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> Moments:
+        """Reveal moments of the rows set aside."""
+        return cluster.moments(self._vectors[self._held], space, basis)
 
     def assign(self, space: RoutingSpace) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
-        self._labels, subsets = cluster.assign(space, self._vectors, self._tasks)
+        self._labels, subsets = cluster.assign(self._vectors, self._held, space, self._tasks)
         self._subsets.clear()
         return Assignment(self.name, subsets)
 

@@ -1,142 +1,103 @@
-"""Local clustering on the clients, global clustering on the server, and the space both meet in.
+"""What a client computes of its own rows, and all that it reveals before the first round: never a row.
 
-A client reveals centroids, counts and one pooled scatter matrix; never a row. Distances are measured in units
-of the pooled within-cluster covariance (``whiten``), or plainly (``none``, paper section 3).
+The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
+from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_samples
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
-from fedrouter.types import Array, ClientSummary, LocalCluster, RoutingSpace, Subset
+from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
-AUTO_LOCAL = 8  # "auto" over-segments; the server merges
+Labels = NDArray[np.int64]
+
+MAX_LOCAL = 32  # local clusters of "auto"
 MIN_ROWS = 10  # a local cluster of "auto" holds at least so many rows on average
-MAX_TASKS = 16  # the most task clusters that "auto" considers
-SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
+SET_ASIDE = 3  # every third row judges the space that the others made
 QUANTILES = np.linspace(0, 1, 101)
 
 
-def summarise(client: str, x: Array, tasks: Sequence[str | None], num: Count, seed: int) -> ClientSummary:
-    """Cluster a client's embeddings and return what the client reveals of them.
+def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
+    """Return (fit, held): row numbers that the space is fitted to, and those that it is judged on."""
+    order = np.random.default_rng(seed).permutation(num_rows)
+    cut = num_rows // SET_ASIDE
+    return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+def summarise(x: Array, num: Count, seed: int) -> LocalClusters:
+    """Cut a client's rows into local clusters by k-means.
 
     Parameters
     ----------
-    x : (n, d) float32, the client's embedded prompts.
-    tasks : their task labels, for names and scores only.
-    num : local clusters; "auto" cuts finer than tasks, the server puts together what belongs together.
+    x : (n, d) float32, embedded prompts.
+    num : local clusters; "auto" cuts much finer than tasks, the server joins what belongs together.
 
     Raises
     ------
     TrainingError
         If more clusters are asked for than there are rows.
     """
-    given = max(1, min(AUTO_LOCAL, len(x) // MIN_ROWS)) if num == "auto" else num
+    given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
-        raise TrainingError(
-            f"client {client}: {given} local clusters but only {len(x)} rows; lower cluster.local"
-        )
-    labels = KMeans(given, n_init=4, random_state=seed).fit_predict(x)
-    clusters = []
-    scatter = np.zeros((x.shape[1], x.shape[1]))
-    for j in np.unique(labels):
-        rows = np.flatnonzero(labels == j)
-        centroid = x[rows].mean(axis=0, dtype=np.float64)
-        centred = x[rows] - centroid
-        scatter += centred.T @ centred
-        clusters.append(LocalCluster(centroid.astype(np.float32), len(rows), count_tasks(tasks, rows)))
-    return ClientSummary(client, tuple(clusters), scatter.astype(np.float32))
+        raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
+    rows = x.astype(np.float64)
+    if num == "auto":
+        # Mended later, so one attempt is enough; in units in which no few dimensions decide alone.
+        labels = KMeans(given, n_init=1, random_state=seed).fit_predict(rows / np.maximum(rows.std(0), 1e-12))
+    else:
+        labels = KMeans(given, n_init=10, random_state=seed).fit_predict(rows)
+    groups = _gather(rows, labels, given)
+    full = groups.counts > 0
+    return LocalClusters(groups.counts[full], groups.centroids[full], groups.scatter)
 
 
-def discover(
-    summaries: Sequence[ClientSummary],
-    num: Count,
-    transform: Literal["whiten", "none"],
-    seed: int,
-) -> RoutingSpace:
-    """Cluster all clients' centroids, weighted by their counts, into task clusters.
-
-    Raises
-    ------
-    TrainingError
-        If more task clusters are asked for than there are local clusters.
-    """
-    clusters = [cluster for summary in summaries for cluster in summary.clusters]
-    centroids = np.stack([c.centroid for c in clusters]).astype(np.float64)  # (n, d)
-    counts = np.array([c.num_examples for c in clusters], dtype=np.float64)  # (n,)
-    if num != "auto" and num > len(clusters):
-        raise TrainingError(
-            f"{num} task clusters but only {len(clusters)} local clusters; "
-            "lower cluster.global or raise cluster.local"
-        )
-    mean = np.average(centroids, axis=0, weights=counts)
-    scatter = np.asarray(np.sum([s.scatter for s in summaries], axis=0, dtype=np.float64))
-    matrix = whitening(scatter, counts.sum()) if transform == "whiten" else np.eye(centroids.shape[1])
-    z = (centroids - mean) @ matrix
-    labels = _merge(z, counts, num, seed)
-    return RoutingSpace(
-        mean=mean.astype(np.float32),
-        transform=matrix.astype(np.float32),
-        centroids=np.stack(
-            [np.average(z[labels == k], axis=0, weights=counts[labels == k]) for k in range(labels.max() + 1)]
-        ).astype(np.float32),
-        cluster_of=tuple(range(labels.max() + 1)),
-    )
+def regroup(x: Array, space: RoutingSpace) -> LocalClusters:
+    """Give each row to the nearest centroid; reveal what came together."""
+    return _gather(x.astype(np.float64), nearest(x, space)[0], len(space.centroids))
 
 
-def whitening(scatter: np.ndarray, num_rows: float) -> np.ndarray:
-    """Return W with W Σ Wᵀ = I for the shrunk pooled covariance Σ of ``scatter / num_rows``: (d, d)."""
-    covariance = scatter / num_rows
-    isotropic = max(np.trace(covariance) / len(covariance), 1e-12)
-    values, vectors = np.linalg.eigh(
-        (1 - SHRINKAGE) * covariance + SHRINKAGE * isotropic * np.eye(len(covariance))
-    )
-    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+def moments(x: Array, space: RoutingSpace, basis: Float64s) -> Moments:
+    """Reveal first and second moments of rows set aside, by nearest centroid, in coordinates ``basis``."""
+    member = np.eye(len(space.centroids))[nearest(x, space)[0]]  # (n, m)
+    z = (x.astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
+    return Moments(member.sum(0), member.T @ z, np.einsum("nm,nr,ns->mrs", member, z, z, optimize=True))
 
 
 def assign(
-    space: RoutingSpace, x: Array, tasks: Sequence[str | None]
-) -> tuple[np.ndarray, tuple[Subset, ...]]:
+    x: Array, held: Labels, space: RoutingSpace, tasks: Sequence[str | None]
+) -> tuple[Labels, tuple[Subset, ...]]:
     """Give each row to its nearest centroid's task cluster.
 
     Returns
     -------
     labels : (n,) the task cluster of each row; stays with the client.
-    subsets : what the client reveals: counts and quantiles of distances.
+    subsets : what the client reveals: counts, and quantiles of the distances of rows set aside.
     """
-    z = (x - space.mean) @ space.transform
-    distances = np.sqrt(np.maximum(((z[:, None, :] - space.centroids[None]) ** 2).sum(axis=2), 0))  # (n, K)
-    nearest = distances.argmin(axis=1)
-    labels = np.asarray(space.cluster_of)[nearest]
+    centroid, distance = nearest(x, space)
+    labels = np.asarray(space.cluster_of)[centroid]
     subsets = []
     for k in np.unique(labels):
         rows = np.flatnonzero(labels == k)
-        quantiles = np.quantile(distances[rows].min(axis=1), QUANTILES).astype(np.float32)
-        subsets.append(Subset(int(k), len(rows), quantiles, count_tasks(tasks, rows)))
+        aside = np.intersect1d(rows, held)
+        quantiles = np.quantile(distance[aside if len(aside) else rows], QUANTILES).astype(np.float32)
+        subsets.append(Subset(int(k), len(rows), len(aside), quantiles, count_tasks(tasks, rows)))
     return labels, tuple(subsets)
 
 
-def radius(subsets: Sequence[Subset], quantile: float) -> float:
-    """Return the distance within which ``quantile`` of a task cluster's training rows lie, over all clients.
-
-    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share.
-    """
-    total = sum(s.num_examples for s in subsets)
-    low, high = 0.0, float(max(s.distances[-1] for s in subsets))
-    for _ in range(60):
-        middle = (low + high) / 2
-        within = sum(s.num_examples * np.interp(middle, s.distances, QUANTILES) for s in subsets) / total
-        low, high = (middle, high) if within < quantile else (low, middle)
-    return high
+def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
+    """Return each row's nearest centroid and the distance to it."""
+    z = (x.astype(np.float64) - space.mean) @ space.transform
+    centroids = space.centroids.astype(np.float64)
+    squared = (z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T
+    found = squared.argmin(1)
+    return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
 
 
-def count_tasks(tasks: Sequence[str | None], rows: np.ndarray) -> Mapping[str, int]:
+def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
     """Count the task labels among ``rows``."""
     counts: dict[str, int] = {}
     for row in rows:
@@ -145,12 +106,10 @@ def count_tasks(tasks: Sequence[str | None], rows: np.ndarray) -> Mapping[str, i
     return dict(sorted(counts.items()))
 
 
-def _merge(z: np.ndarray, counts: np.ndarray, num: Count, seed: int) -> np.ndarray:
-    if len(z) == 1 or num == 1:
-        return np.zeros(len(z), dtype=int)
-    if num != "auto":
-        return np.asarray(KMeans(num, n_init=50, random_state=seed).fit_predict(z, sample_weight=counts))
-    tree = linkage(z, method="ward")
-    cuts = [fcluster(tree, k, criterion="maxclust") - 1 for k in range(2, min(MAX_TASKS, len(z) - 1) + 1)]
-    scores = [np.average(silhouette_samples(z, labels), weights=counts) for labels in cuts]
-    return np.asarray(cuts[int(np.argmax(scores))])
+def _gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
+    counts = np.bincount(labels, minlength=num).astype(np.float64)
+    sums = np.zeros((num, x.shape[1]))
+    np.add.at(sums, labels, x)
+    centroids = sums / np.maximum(counts, 1)[:, None]
+    centred = x - centroids[labels]
+    return LocalClusters(counts, centroids, centred.T @ centred)

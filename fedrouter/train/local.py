@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 
 from fedrouter.config import Count
 from fedrouter.train.client import Client
-from fedrouter.types import Assignment, ClientSummary, RoutingSpace, TrainReply, TrainRequest
+from fedrouter.types import (
+    Assignment,
+    Float64s,
+    LocalClusters,
+    Moments,
+    RoutingSpace,
+    TrainReply,
+    TrainRequest,
+)
 
 if TYPE_CHECKING:
     from fedrouter.train.sft import AdapterTrainer
@@ -18,9 +26,17 @@ class LocalFederation:
         self._clients = {client.name: client for client in clients}
         self._trainer = trainer
 
-    def summarise(self, num: Count) -> list[ClientSummary]:
+    def summarise(self, num: Count) -> list[LocalClusters]:
         """Have every client cluster its own rows."""
         return [client.summarise(num) for client in self._clients.values()]
+
+    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
+        """Have every client give its rows to the nearest centroid."""
+        return [client.regroup(space) for client in self._clients.values()]
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+        """Have every client reveal moments of its set-aside rows."""
+        return [client.moments(space, basis) for client in self._clients.values()]
 
     def assign(self, space: RoutingSpace) -> list[Assignment]:
         """Tell every client the task clusters."""

@@ -15,14 +15,14 @@ from rich.console import Console
 from fedrouter import __version__, data
 from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
-from fedrouter.config import Config
-from fedrouter.embed import BaseEmbedder, Embedder, embedder_spec, load_embedder, probe
+from fedrouter.config import Config, RoutingSettings
+from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
-from fedrouter.train import cluster
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
+from fedrouter.train.discover import discover, radius
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.progress import TrainProgress
 from fedrouter.train.server import RoundResult, run_rounds
@@ -56,27 +56,22 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     model = load_base(path, dtype, device)
     base = base_spec(config.base.model, config.base.revision, path)
 
+    wanted = config.embedder
     embedder: Embedder
-    if config.embedder.kind == "base":
-        spec = embedder_spec(
-            "base", config.base.model, config.embedder.max_tokens, dtype, config.base.revision
-        )
-        embedder = BaseEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into the model
+    if wanted.model is None:
+        spec = embedder_spec("base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision)
+        embedder = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
     else:
-        assert config.embedder.model is not None
-        spec = embedder_spec(
-            config.embedder.kind, config.embedder.model, config.embedder.max_tokens, "float32"
-        )
+        spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
         embedder = load_embedder(spec, base)
     clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
     probe_vectors = probe(embedder)
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
-    summaries = federation.summarise(config.cluster.local)
-    space = cluster.discover(summaries, config.cluster.global_, config.cluster.transform, config.seed)
+    space = discover(federation, config.cluster, config.seed)
     assignments = federation.assign(space)
-    clusters = describe(assignments, len(set(space.cluster_of)), config.routing.quantile)
+    clusters = describe(assignments, len(set(space.cluster_of)), config.routing)
     for c in clusters:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
@@ -140,7 +135,9 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     )
 
 
-def describe(assignments: Sequence[Assignment], num_clusters: int, quantile: float) -> list[TaskCluster]:
+def describe(
+    assignments: Sequence[Assignment], num_clusters: int, routing: RoutingSettings
+) -> list[TaskCluster]:
     """Describe each task cluster by what its clients revealed; name it after its commonest task label."""
     clusters: list[TaskCluster] = []
     taken: set[str] = set()
@@ -163,7 +160,7 @@ def describe(assignments: Sequence[Assignment], num_clusters: int, quantile: flo
                 num_examples=sum(s.num_examples for _, s in members),
                 clients=tuple(client for client, _ in members),
                 task_counts=dict(sorted(counts.items())),
-                radius=cluster.radius([s for _, s in members], quantile) if members else 0.0,
+                radius=routing.slack * radius([s for _, s in members], routing.quantile) if members else 0.0,
             )
         )
     return clusters

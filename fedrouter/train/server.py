@@ -9,14 +9,31 @@ import numpy as np
 
 from fedrouter.config import Count, TrainSettings
 from fedrouter.train.aggregate import average
-from fedrouter.types import AdapterState, Assignment, ClientSummary, RoutingSpace, TrainReply, TrainRequest
+from fedrouter.types import (
+    AdapterState,
+    Assignment,
+    Float64s,
+    LocalClusters,
+    Moments,
+    RoutingSpace,
+    TrainReply,
+    TrainRequest,
+)
 
 
 class Federation(Protocol):
     """The clients, wherever they run: in this process (local.py) or on other machines."""
 
-    def summarise(self, num: Count) -> list[ClientSummary]:
+    def summarise(self, num: Count) -> list[LocalClusters]:
         """Have every client cluster its own rows."""
+        ...
+
+    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
+        """Have every client give its rows to the nearest centroid."""
+        ...
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+        """Have every client reveal moments of its set-aside rows, in coordinates ``basis``."""
         ...
 
     def assign(self, space: RoutingSpace) -> list[Assignment]:

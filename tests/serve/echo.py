@@ -26,7 +26,7 @@ class WordEmbedder:
     """Counts words by hash: texts that share words are close. Remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.spec = EmbedderSpec("base", "words", 128, "float32", DIM, "words-1")
+        self.spec = EmbedderSpec("base", "words", 1, 128, "float32", DIM, "words-1")
         self.batches: list[list[str]] = []
         self.broken = False
 

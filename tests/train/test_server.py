@@ -10,7 +10,7 @@ from fedrouter.types import Assignment, Subset
 
 
 def subset(cluster: int, num: int) -> Subset:
-    return Subset(cluster, num, np.zeros(101, dtype=np.float32), {})
+    return Subset(cluster, num, num // 3, np.zeros(101, dtype=np.float32), {})
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), total=st.integers(1, 200))

@@ -1,0 +1,296 @@
+"""What the server computes: from what clients reveal to the space in which prompts are routed.
+
+The exchanges, in order; no row leaves its client in any of them:
+
+1. Each client sets a third of its rows aside, cuts the rest into many small local clusters and reveals their
+   centroids, counts and one pooled scatter matrix (``cluster.summarise``).
+2. The server joins local clusters, always the two whose union raises log det of the pooled within-cluster
+   covariance least, until ``NUM_COMPONENTS`` are left (``condense``). The criterion does not depend on the
+   embedder's scale or axes: large dimensions do not dominate.
+3. Each client gives its rows to the nearest component, in units of that covariance, and reveals what came
+   together (``cluster.regroup``); the server pools (``pool``). It mends what k-means mixed.
+4. Each client reveals moments of the rows set aside, within the few dimensions that the components span
+   (``cluster.moments``). The server joins components until every two task clusters stand ``SEPARATION``
+   standard deviations apart on rows that nothing was fitted to (``separate``): that is their number.
+5. The routing space: whitened by the covariance within task clusters, the directions between them stretched
+   so that abstention sees them, all components kept as centroids of their task cluster (``routing_space``).
+6. Each client reveals quantiles of its set-aside rows' distances (``cluster.assign``); their pooled quantile
+   is a task cluster's ``radius``.
+
+The paper's way (section 3) is ``kmeans``: k-means on each client, k-means over the centroids, plain Euclid.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from fedrouter.config import ClusterSettings, Count
+from fedrouter.errors import TrainingError
+from fedrouter.train.cluster import QUANTILES, Labels
+from fedrouter.train.server import Federation
+from fedrouter.types import Float64s, LocalClusters, Moments, RoutingSpace, Subset
+
+MAX_JOINED = 512  # local clusters that the server joins one by one
+NUM_COMPONENTS = 16  # what local clusters are condensed to before tasks are looked for
+MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
+SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
+PASSES = 2  # of regrouping
+SEPARATION = 6.4  # standard deviations between two task clusters
+PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
+PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
+PRIOR_SHARE = 10.0  # pseudo-rows that damp the shares of very small clients
+RIDGE = 0.05  # isotropic part of the covariance within the components' span
+
+
+def discover(federation: Federation, settings: ClusterSettings, seed: int) -> RoutingSpace:
+    """Find the task clusters of a federation.
+
+    Raises
+    ------
+    TrainingError
+        If more task clusters are asked for than can be told apart.
+    """
+    clients = federation.summarise(settings.local)
+    if settings.method == "kmeans":
+        return kmeans_space(clients, settings.global_, seed)
+    components = condense(clients, max(NUM_COMPONENTS, 0 if settings.global_ == "auto" else settings.global_))
+    for _ in range(PASSES):
+        components, support = pool(federation.regroup(component_space(components)))
+    space = component_space(components)
+    basis = span(space)
+    labels = separate(federation.moments(space, basis), space.centroids @ basis, support, settings.global_)
+    return routing_space(components, labels)
+
+
+def kmeans_space(clients: Sequence[LocalClusters], num: Count, seed: int) -> RoutingSpace:
+    """Cluster all centroids by k-means, weighted by counts; distances are Euclidean (paper section 3)."""
+    counts = np.concatenate([c.counts for c in clients])
+    centroids = np.concatenate([c.centroids for c in clients])
+    assert num != "auto", "the configuration refuses this"
+    if num > len(counts):
+        raise TrainingError(
+            f"{num} task clusters but only {len(counts)} local clusters; "
+            "lower cluster.global or raise cluster.local"
+        )
+    found = KMeans(num, n_init=50, random_state=seed).fit(centroids, sample_weight=counts)
+    d = centroids.shape[1]
+    return _space(np.zeros(d), np.eye(d), found.cluster_centers_, np.arange(num))
+
+
+def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
+    """Join all clients' local clusters into ``num`` components.
+
+    Always the pair whose union raises log det of the pooled within-cluster covariance least (Friedman and
+    Rubin 1967), kept up to date by rank-one updates of its inverse: O(m² + m d + d²) a union.
+    """
+    counts: Float64s = np.concatenate([c.counts for c in clients])
+    centroids: Float64s = np.concatenate([c.centroids for c in clients])
+    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    total = counts.sum()
+    if len(counts) > MAX_JOINED:  # joining is quadratic: what lies closest goes together first
+        counts, centroids, scatter = _prejoin(counts, centroids, scatter)
+    inverse = np.linalg.inv(_shrink(scatter / max(total - len(counts), 1))).astype(np.float64)
+    squared = _squared_distances(centroids, inverse)
+    alive = np.ones(len(counts), bool)
+    for _ in range(len(counts) - num):
+        cost = squared * counts[:, None] * counts / np.maximum(counts[:, None] + counts, 1)
+        cost[~alive] = cost[:, ~alive] = np.inf
+        np.fill_diagonal(cost, np.inf)
+        a, b = np.unravel_index(cost.argmin(), cost.shape)
+        difference = centroids[a] - centroids[b]
+        weight = counts[a] * counts[b] / (counts[a] + counts[b])
+        scatter = scatter + weight * np.outer(difference, difference)
+        # Sherman and Morrison: the union adds one rank to the covariance.
+        step = inverse @ difference
+        gain = (1 - SHRINKAGE) * weight / total
+        gain /= 1 + gain * (difference @ step)
+        inverse -= gain * np.outer(step, step)
+        along = centroids @ step
+        squared -= gain * (along[:, None] - along) ** 2
+        centroids[a] = (counts[a] * centroids[a] + counts[b] * centroids[b]) / (counts[a] + counts[b])
+        counts[a] += counts[b]
+        alive[b] = False
+        from_a = centroids - centroids[a]
+        squared[a] = squared[:, a] = np.einsum("md,md->m", from_a @ inverse, from_a)
+    return LocalClusters(counts[alive], centroids[alive], scatter)
+
+
+def pool(clients: Sequence[LocalClusters]) -> tuple[LocalClusters, Float64s]:
+    """Pool the clients' components; drop those that lost their rows.
+
+    Returns
+    -------
+    components : over all clients, scatter about the pooled centroids.
+    support : (clients, m) rows of each client in each component.
+    """
+    support = np.stack([c.counts for c in clients])
+    counts = support.sum(0)
+    sums = np.sum([c.counts[:, None] * c.centroids for c in clients], axis=0)
+    centroids = sums / np.maximum(counts, 1)[:, None]
+    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    for c in clients:
+        offset = (c.centroids - centroids) * np.sqrt(c.counts)[:, None]
+        scatter = scatter + offset.T @ offset
+    kept = counts >= min(MIN_COMPONENT, counts.max())
+    return LocalClusters(counts[kept], centroids[kept], scatter), support[:, kept]
+
+
+def component_space(components: LocalClusters) -> RoutingSpace:
+    """Whiten by the covariance within components; every component is its own cluster."""
+    mean = np.average(components.centroids, axis=0, weights=components.counts)
+    dof = max(components.counts.sum() - len(components.counts), 1)
+    transform = whitening(components.scatter / dof)
+    return _space(
+        mean, transform, (components.centroids - mean) @ transform, np.arange(len(components.counts))
+    )
+
+
+def span(space: RoutingSpace) -> Float64s:
+    """Return an orthonormal basis (m, r) of the space that the centroids span."""
+    centroids = space.centroids.astype(np.float64)
+    _, values, vectors = np.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
+    return np.asarray(vectors[: max(1, int((values > 1e-4 * max(values[0], 1e-12)).sum()))].T)
+
+
+def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
+    """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
+
+    "auto" stops when all stand ``SEPARATION`` apart: the distance of two means along Fisher's direction, in
+    units of the wider one's standard deviation there, on set-aside rows; times 2√(p(1-p)), where p : 1-p are
+    the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
+    small, is not taken for a task, while a task that few clients hold counts in full.
+    """
+    n: Float64s = PRIOR_MEAN + np.sum([m.counts for m in clients], axis=0)
+    s: Float64s = PRIOR_MEAN * centres + np.sum([m.sums for m in clients], axis=0)
+    q: Float64s = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :]
+    q = q + np.sum([m.squares for m in clients], axis=0)
+    rows = support.sum(1, keepdims=True)
+    groups = [[i] for i in range(len(n))]
+    if num != "auto" and num > len(groups):
+        raise TrainingError(
+            f"{num} task clusters but only {len(groups)} groups of rows; lower cluster.global"
+        )
+    while len(groups) > (1 if num == "auto" else num):
+        share = (support / (rows + PRIOR_SHARE)).max(0)
+        apart = _separations(n, s, q)
+        # Balance says only whether two join, never which two come first.
+        closest = apart.argmin(1)
+        p = share / np.maximum(share + share[closest], 1e-12)
+        balanced = apart[np.arange(len(p)), closest] * 2 * np.sqrt(p * (1 - p))
+        if num == "auto" and balanced.min() >= SEPARATION:
+            break
+        joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
+        a = int(np.where(joins, apart.min(1), np.inf).argmin())
+        i, j = sorted((a, int(closest[a])))
+        for array in (n, s, q):
+            array[i] += array[j]
+        n, s, q = (np.delete(a, j, 0) for a in (n, s, q))
+        support[:, i] += support[:, j]
+        support = np.delete(support, j, 1)
+        groups[i] += groups.pop(j)
+    labels = np.empty(sum(map(len, groups)), dtype=np.int64)
+    for k, group in enumerate(groups):
+        labels[group] = k
+    return labels
+
+
+def routing_space(components: LocalClusters, labels: Labels) -> RoutingSpace:
+    """Return the space that prompts are routed in: every component a centroid of its task cluster.
+
+    Directions between task clusters are few among d; stretched by (d / (K-1))^¼ they add as much spread to an
+    in-distribution row's squared distance as all others together. A prompt between the task clusters then
+    lies far out; which centroid is nearest hardly changes.
+    """
+    counts, centroids = components.counts, components.centroids
+    num = labels.max() + 1
+    means = np.stack(
+        [np.average(centroids[labels == k], axis=0, weights=counts[labels == k]) for k in range(num)]
+    )
+    offset = (centroids - means[labels]) * np.sqrt(counts)[:, None]
+    mean = np.average(centroids, axis=0, weights=counts)
+    dof = max(counts.sum() - num, 1)
+    transform = whitening((components.scatter + offset.T @ offset) / dof)
+    if num > 1:
+        z = (means - mean) @ transform
+        between = np.linalg.svd(z - z.mean(0), full_matrices=False)[2][: num - 1].T  # (d, K-1)
+        stretch = (transform.shape[1] / between.shape[1]) ** 0.25
+        transform = transform + (stretch - 1) * transform @ between @ between.T
+    return _space(mean, transform, (centroids - mean) @ transform, labels)
+
+
+def whitening(covariance: Float64s) -> Float64s:
+    """Return W with Wᵀ Σ W = I for the shrunk covariance Σ: (d, d)."""
+    values, vectors = np.linalg.eigh(_shrink(covariance))
+    return np.asarray(vectors / np.sqrt(values))
+
+
+def radius(subsets: Sequence[Subset], quantile: float) -> float:
+    """Return the distance within which ``quantile`` of a task cluster's set-aside rows lie, over all clients.
+
+    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share.
+    """
+    weights = (
+        [s.num_set_aside for s in subsets] if any(s.num_set_aside for s in subsets) else [1] * len(subsets)
+    )
+    low, high = 0.0, float(max(s.distances[-1] for s in subsets))
+    for _ in range(60):
+        middle = (low + high) / 2
+        within = np.average([np.interp(middle, s.distances, QUANTILES) for s in subsets], weights=weights)
+        low, high = (middle, high) if within < quantile else (low, middle)
+    return high
+
+
+def _space(mean: Float64s, transform: Float64s, centroids: Float64s, cluster_of: Labels) -> RoutingSpace:
+    return RoutingSpace(
+        mean=mean.astype(np.float32),
+        transform=transform.astype(np.float32),
+        centroids=centroids.astype(np.float32),
+        cluster_of=tuple(int(k) for k in cluster_of),
+    )
+
+
+def _shrink(covariance: Float64s) -> Float64s:
+    d = len(covariance)
+    isotropic = max(float(np.trace(covariance)) / d, 1e-12)
+    return np.asarray((1 - SHRINKAGE) * covariance + SHRINKAGE * isotropic * np.eye(d))
+
+
+def _prejoin(counts: Float64s, centroids: Float64s, scatter: Float64s) -> tuple[Float64s, Float64s, Float64s]:
+    z = centroids @ whitening(scatter / max(counts.sum() - len(counts), 1))
+    labels = KMeans(MAX_JOINED, n_init=1, random_state=0).fit_predict(z, sample_weight=counts)
+    _, labels = np.unique(labels, return_inverse=True)
+    pooled = np.zeros((labels.max() + 1, centroids.shape[1]))
+    np.add.at(pooled, labels, centroids * counts[:, None])
+    joined = np.bincount(labels, weights=counts).astype(np.float64)
+    pooled /= joined[:, None]
+    offset = (centroids - pooled[labels]) * np.sqrt(counts)[:, None]
+    return joined, pooled, np.asarray(scatter + offset.T @ offset)
+
+
+def _squared_distances(x: Float64s, metric: Float64s) -> Float64s:
+    gram = x @ metric @ x.T
+    return np.asarray(np.diag(gram)[:, None] + np.diag(gram) - 2 * gram)
+
+
+def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
+    """(m, m) distances of means in standard deviations along Fisher's direction; infinite on the diagonal."""
+    m, r = s.shape
+    mean = s / np.maximum(n, 1)[:, None]
+    covariance = q / np.maximum(n, 1)[:, None, None] - mean[:, :, None] * mean[:, None, :]
+    covariance *= (n / np.maximum(n - 1, 1))[:, None, None]
+    pooled = np.tensordot(n, covariance, 1) / max(n.sum(), 1)
+    pooled = (1 - RIDGE) * pooled + RIDGE * max(float(np.trace(pooled)) / r, 1e-12) * np.eye(r)
+    inverse = np.linalg.inv(pooled)
+    apart = np.full((m, m), np.inf)
+    for i in range(m):
+        for j in range(i):
+            difference = mean[i] - mean[j]
+            direction = inverse @ difference
+            gap = direction @ difference  # also the pooled variance along the direction
+            own = [n[k] * (direction @ covariance[k] @ direction) for k in (i, j)]
+            wider = max(
+                (o + PRIOR_ROWS * gap) / (n[k] + PRIOR_ROWS) for o, k in zip(own, (i, j), strict=True)
+            )
+            apart[i, j] = apart[j, i] = gap / np.sqrt(max(wider, 1e-12))
+    return apart

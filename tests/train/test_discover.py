@@ -1,0 +1,157 @@
+"""Client and server together: blobs whose truth is known, dealt out to clients."""
+
+import numpy as np
+import pytest
+from fakes import PullFederation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrouter.config import ClusterSettings
+from fedrouter.errors import TrainingError
+from fedrouter.train.cluster import QUANTILES, assign, nearest, regroup, set_aside, summarise
+from fedrouter.train.discover import condense, discover, radius, whitening
+from fedrouter.types import Array, LocalClusters, RoutingSpace, Subset
+
+DIM = 12
+AUTO = ClusterSettings()
+
+
+def blob(task: int, num: int, seed: int) -> Array:
+    """Rows of one task: correlated noise around a centre; one dimension far larger than all others."""
+    rng = np.random.default_rng([task, seed])
+    centre = np.random.default_rng(task).normal(size=DIM) * 7
+    noise = rng.normal(size=(num, DIM)) @ (
+        np.eye(DIM) + 0.3 * np.random.default_rng(99).normal(size=(DIM, DIM))
+    )
+    scale = np.where(np.arange(DIM) == 0, 50.0, 1.0)
+    return ((centre + noise) * scale).astype(np.float32)
+
+
+def federation(tasks: list[list[int]], num: int = 90) -> tuple[PullFederation, dict[str, np.ndarray]]:
+    rows = {f"c{c}": np.concatenate([blob(t, num, c) for t in own]) for c, own in enumerate(tasks)}
+    truth = {f"c{c}": np.repeat(own, num) for c, own in enumerate(tasks)}
+    return PullFederation(rows, {}), truth
+
+
+SCENARIOS = {
+    "single": [[c % 4] for c in range(8)],
+    "dual": [[c % 4, (c + 1) % 4] for c in range(8)],
+    "all": [[0, 1, 2, 3]] * 8,
+    "two clients": [[0, 1], [1, 2]],
+    "one holds a task alone": [[0, 1], [0, 1], [0, 1, 2]],
+    "one task": [[0], [0], [0]],
+}
+
+
+def purity(space: RoutingSpace, rows: dict[str, Array], truth: dict[str, np.ndarray]) -> float:
+    labels = np.concatenate([np.asarray(space.cluster_of)[nearest(x, space)[0]] for x in rows.values()])
+    tasks = np.concatenate(list(truth.values()))
+    return sum(np.bincount(tasks[labels == k]).max() for k in np.unique(labels)) / len(tasks)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_tasks_are_found_and_so_is_their_number(scenario: str) -> None:
+    clients, truth = federation(SCENARIOS[scenario])
+    space = discover(clients, AUTO, seed=0)
+    assert len(set(space.cluster_of)) == len({t for own in SCENARIOS[scenario] for t in own})
+    assert purity(space, clients.vectors, truth) == 1.0
+
+
+def test_a_number_that_is_given_is_kept() -> None:
+    clients, _ = federation(SCENARIOS["dual"])
+    for num in (1, 2, 6):
+        space = discover(clients, ClusterSettings.model_validate({"global": num}), seed=0)
+        assert len(set(space.cluster_of)) == num
+
+
+def test_a_small_client_beside_a_large_one() -> None:
+    rows = {"large": np.concatenate([blob(t, 1500, 0) for t in (0, 1)]), "small": blob(2, 20, 1)}
+    space = discover(PullFederation(rows, {}), AUTO, seed=0)
+    assert len(set(space.cluster_of)) == 3
+
+
+def test_the_same_seed_gives_the_same_space() -> None:
+    one, two = (discover(federation(SCENARIOS["all"])[0], AUTO, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(one.centroids, two.centroids)
+    np.testing.assert_array_equal(one.transform, two.transform)
+
+
+def test_the_papers_way_is_kmeans_over_centroids_weighted_by_counts() -> None:
+    heavy, light = blob(0, 400, 0), blob(0, 10, 1) + 1
+    settings_ = ClusterSettings.model_validate({"method": "kmeans", "local": 1, "global": 1})
+    clients = PullFederation({"a": heavy, "b": light}, {})
+    space = discover(clients, settings_, seed=0)
+    fitted = np.concatenate([x[set_aside(len(x), 0)[0]] for x in (heavy, light)])
+    np.testing.assert_allclose(space.centroids[0], fitted.mean(axis=0), rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(space.transform, np.eye(DIM))
+    with pytest.raises(TrainingError, match="9 task clusters but only 2 local clusters"):
+        discover(clients, settings_.model_copy(update={"global_": 9}), seed=0)
+
+
+def test_more_local_clusters_than_rows() -> None:
+    with pytest.raises(TrainingError, match="6 local clusters but only 5 rows"):
+        summarise(blob(0, 5, 0), 6, seed=0)
+
+
+def test_more_task_clusters_than_groups_of_rows() -> None:
+    with pytest.raises(TrainingError, match="40 task clusters but only"):
+        discover(federation([[0], [1]], 30)[0], ClusterSettings.model_validate({"global": 40}), seed=0)
+
+
+def test_joining_keeps_the_total_scatter() -> None:
+    """Fine clusters, joined: within + between must stay what the rows have, or distances lose their unit."""
+    x = np.concatenate([blob(t, 60, 0) for t in range(3)])
+    joined = condense([summarise(x[:90], "auto", 0), summarise(x[90:], "auto", 1)], 3)
+    offset = joined.centroids - x.mean(axis=0, dtype=float)
+    between = (offset * joined.counts[:, None]).T @ offset
+    centred = x - x.mean(axis=0, dtype=float)
+    np.testing.assert_allclose(joined.scatter + between, centred.T @ centred, rtol=1e-3, atol=1.0)
+
+
+@settings(max_examples=10)
+@given(cut=st.integers(1, 179))
+def test_what_clients_reveal_adds_up_wherever_the_rows_lie(cut: int) -> None:
+    x = np.concatenate([blob(0, 90, 0), blob(1, 90, 0)])
+    space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), x[[0, 179]], (0, 1))
+    whole, parts = regroup(x, space), [regroup(x[:cut], space), regroup(x[cut:], space)]
+    np.testing.assert_array_equal(whole.counts, sum(p.counts for p in parts))
+    np.testing.assert_allclose(
+        whole.centroids * whole.counts[:, None],
+        sum(p.centroids * p.counts[:, None] for p in parts),
+        rtol=1e-6,
+        atol=1e-3,
+    )
+
+
+def test_what_a_client_reveals_does_not_grow_with_its_rows() -> None:
+    def size(revealed: LocalClusters) -> int:
+        return revealed.scatter.nbytes + revealed.centroids.nbytes + revealed.counts.nbytes
+
+    assert size(summarise(blob(0, 400, 0), "auto", 0)) == size(summarise(blob(0, 4000, 0), "auto", 0))
+
+
+@given(seed=st.integers(0, 1000))
+def test_whitening_makes_the_covariance_round(seed: int) -> None:
+    mix = np.random.default_rng(seed).normal(size=(4, 4)) + 3 * np.eye(4)
+    x = np.random.default_rng(seed + 1).normal(size=(500, 4)) @ mix
+    before, after = (np.linalg.cond(np.cov(z.T)) for z in (x, x @ whitening(x.T @ x / len(x))))
+    assert after < max(2.0, 0.5 * before)
+
+
+@given(sizes=st.lists(st.integers(50, 400), min_size=1, max_size=4), quantile=st.floats(0.6, 0.99))
+def test_radius_is_the_quantile_of_all_clients_rows_together(sizes: list[int], quantile: float) -> None:
+    distances = [np.random.default_rng(i).gamma(2 + i, size=n) for i, n in enumerate(sizes)]
+    subsets = [Subset(0, len(d), len(d), np.quantile(d, QUANTILES).astype(np.float32), {}) for d in distances]
+    within = np.mean(np.concatenate(distances) <= radius(subsets, quantile))
+    assert within == pytest.approx(quantile, abs=0.02)
+
+
+def test_distances_are_those_of_rows_set_aside() -> None:
+    x = blob(0, 90, 0)
+    space = discover(PullFederation({"a": x}, {}), AUTO, seed=0)
+    fit, held = set_aside(len(x), 0)
+    assert sorted([*fit, *held]) == list(range(90))
+    assert len(held) == 30
+    _, (subset,) = assign(x, held, space, ["t"] * 90)
+    assert (subset.num_examples, subset.num_set_aside, subset.task_counts) == (90, 30, {"t": 90})
+    assert subset.distances[-1] == pytest.approx(nearest(x[held], space)[1].max(), rel=1e-6)
