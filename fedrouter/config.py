@@ -134,7 +134,7 @@ class RoutingSettings(_Section):
     quantile: float = Field(0.97, gt=0.5, le=1)
     """A task cluster's radius holds this share of its rows that were set aside."""
     slack: float = Field(1.0, gt=0)
-    """Widens every radius: above 1 where prompts to come differ more than clients' rows do."""
+    """Widens every radius; above 1 where prompts to come differ more than rows do."""
     fallback: Literal["base", "nearest"] = "base"
     """What answers beyond the radius."""
 
@@ -153,7 +153,7 @@ class Config(_Section):
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file (without one, the built-in federation's), apply ``section.key=value`` overrides, validate.
+    """Read a TOML file, or the built-in federation's; apply ``section.key=value`` overrides; validate.
 
     Relative data and model paths in the file are resolved against the file's directory.
 

@@ -13,7 +13,7 @@ def test_the_default_is_the_built_in_federation() -> None:
         "builtin:four-tasks",
         "dual",
     )
-    assert (config.data.num_clients, config.cluster.global_) == (8, "auto")
+    assert (config.data.num_clients, config.cluster.global_) == (8, 4)
 
 
 def test_file_then_overrides(tmp_path: Path) -> None:

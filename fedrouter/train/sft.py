@@ -1,5 +1,6 @@
 """One LoRA adapter trained with TRL on one subset; the base stays in memory, adapters are swapped in."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,9 @@ class AdapterTrainer:
         self._settings = settings
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
+        # Every trainer ends with a full garbage collection: what lives as long as this one need not be visited.
+        gc.collect()
+        gc.freeze()
         self._scratch = tempfile.TemporaryDirectory(prefix="fedrouter-")
 
     @property
