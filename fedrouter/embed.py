@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from fedrouter.errors import ConfigError, ModelError
-from fedrouter.models import base_fingerprint, resolve_base
+from fedrouter.models import base_fingerprint, quieten, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    quieten()
     try:
         model = AutoModel.from_pretrained(str(path), dtype=getattr(torch, spec.dtype))
         tokenizer = AutoTokenizer.from_pretrained(str(path))

@@ -137,11 +137,20 @@ def read_chat_template(name: str) -> str:
     return Path(name).read_text(encoding="utf-8")
 
 
+def quieten() -> None:
+    """Keep transformers' own progress bars and advice out of our output; its errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_base(path: Path, dtype: str, device: str) -> "PreTrainedModel":
     """Load a base model for training: frozen, in ``dtype``, on ``device``."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    quieten()
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:

@@ -57,6 +57,7 @@ class TrainProgress:
             f"round {result.number + 1}/{self._rounds}  loss: {losses}  "
             f"{self._rate():.0f} examples/s  {left:.0f} s left",
             highlight=False,
+            soft_wrap=True,
         )
         self._bar.update(self._task, round=min(result.number + 2, self._rounds))
 

@@ -1,5 +1,6 @@
 """One LoRA adapter trained with TRL on one subset; the base stays in memory, adapters are swapped in."""
 
+import atexit
 import gc
 import tempfile
 import time
@@ -13,7 +14,6 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from fedrouter.config import LoraSettings, TrainSettings
@@ -71,8 +71,6 @@ class AdapterTrainer:
         seed: int,
     ):
         disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.rank,
@@ -91,9 +89,10 @@ class AdapterTrainer:
         self._settings = settings
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
-        # Every trainer ends with a full garbage collection: what lives as long as this one need not be visited.
+        # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # what is left frozen at exit is reported as leaked
         self._scratch = tempfile.TemporaryDirectory(prefix="fedrouter-")
 
     @property
