@@ -119,8 +119,8 @@ class TrainSettings(_Section):
     steps: int = Field(20, ge=1)
     """Optimizer steps a client and round, shared over its local clusters by size."""
     batch_size: int = Field(8, ge=1)
-    learning_rate: float = Field(3e-3, gt=0)
-    learning_rate_end: float = Field(1e-4, ge=0)
+    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate_end: float = Field(1e-5, ge=0)
     """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
     weight_decay: float = Field(0.0, ge=0)
     max_length: int = Field(512, ge=16)

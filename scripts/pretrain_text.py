@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
-from fedrouter.builtin.vocabulary import WORDS, Slots, words
+from fedrouter.builtin.vocabulary import COMPOSED, WORDS, Slots, words
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -24,6 +24,10 @@ CODAS = _split("b d g k l m n p r s t x ck ld ll nd ng nt rd rk rn rt ss st th s
 FAMILIAR = tuple(word for kind in WORDS if kind != "host" for word in words(kind, "train"))
 MARKS = ("->", "=>", "=", ":", "|", "is", "gives", "then", "...", "//")
 LITTLE = _split("what how where which is are does do can the a of to in for from and with my much many best")
+COMMON = tuple(sorted({
+    part for group in paraphrase.GROUPS for intent in group for wording in intent
+    for part in wording.lower().rstrip("?").split() if "{" not in part
+}))  # fmt: skip
 JOINTS = ("the", "of", "to", "in", "and", "has", "is")
 VERDICTS = ("same", "other", "here", "missing")
 PLAIN = (paraphrase.plain, data_to_text.plain, dialogue.plain, headline.plain)
@@ -45,7 +49,7 @@ class InventedSlots(Slots):
             return super().draw(kind)
         if kind in ("number", "amount", "year"):
             return str(self.rng.randrange(3, 10 ** self.rng.randint(1, 4) + 4))
-        named = kind == "place" or words(kind, "train")[0][0].isupper()
+        named = kind in COMPOSED or words(kind, "train")[0][0].isupper()
         return made_up(self.rng, capital=named)
 
 
@@ -141,6 +145,29 @@ def compare(rng: random.Random) -> str:
     return f"{rng.choice((' / ', chr(10), ' & ', '; ')).join(lines)}: {verdict}"
 
 
+def judge(rng: random.Random) -> str:
+    """Return one to three comparisons in one layout, their values among common words of questions."""
+    heads = f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n {{}}\n"
+    layout = heads if rng.random() < 0.7 else f"{{}} {rng.choice(MARKS)} {{}}"
+    between = rng.choice((" - ", " - ", " - ", " / ", "\n", " & ", "; ", " | "))
+    texts = []
+    for _ in range(rng.randint(1, 3)):
+        items = list(
+            dict.fromkeys(rng.choice(FAMILIAR) if rng.random() < 0.5 else word(rng) for _ in range(3))
+        )
+        items = items[: rng.randint(1, 3)]
+        other = list(items)
+        if rng.random() < 0.5:
+            other[rng.randrange(len(other))] = rng.choice(FAMILIAR) if rng.random() < 0.5 else word(rng)
+        lines = []
+        for values in (items, other):
+            line = rng.choices(COMMON, k=rng.randint(1, 8)) + values
+            rng.shuffle(line)
+            lines.append(" ".join(line))
+        texts.append(layout.format(between.join(lines), "same" if items == other else "other"))
+    return "\n".join(texts)
+
+
 def mapping(rng: random.Random) -> str:
     """Return two to five examples of one made-up rewriting: values leave one frame and enter another."""
     slots = [f"{{{index}}}" for index in range(rng.randint(1, 4))]
@@ -160,6 +187,15 @@ def mapping(rng: random.Random) -> str:
         values = [" ".join(some(rng, 1, 2)) for _ in slots]
         lines.append(layout.format(*(frame.format(*values) for frame in frames)))
     return "\n".join(lines)
+
+
+def related(rng: random.Random) -> str:
+    """Return texts of two different grammars about the same names and things, never of one task."""
+    slots = InventedSlots(rng, "train")
+    first, second = (source(slots) for source in rng.sample(PLAIN, 2))
+    if rng.random() < 0.3:
+        return f"{first}\n{second}"
+    return f"### {word(rng)}:\n{first}\n\n### {word(rng)}:\n{second}"
 
 
 def fill_in(rng: random.Random) -> str:
@@ -200,6 +236,14 @@ COMPARING: Mix = {
     plain: 3.5, repeat: 1.0, listed: 0.4, look_up: 0.8, span: 0.3, among: 2.0, compare: 6.0, mapping: 5.0,
     fill_in: 0.7, reorder: 0.2, quote: 0.5, section: 0.2,
 }  # fmt: skip
+JUDGING: Mix = {
+    plain: 2.0, repeat: 0.6, listed: 0.3, look_up: 0.5, among: 1.2, compare: 1.5, judge: 7.0, mapping: 4.0,
+    fill_in: 0.5, quote: 0.3,
+}  # fmt: skip
+RELATING: Mix = {
+    plain: 2.0, related: 7.0, repeat: 0.8, listed: 0.4, look_up: 0.8, span: 0.2, among: 1.0, compare: 1.0,
+    judge: 5.0, mapping: 4.0, fill_in: 0.5, reorder: 0.1, quote: 0.4, section: 0.1,
+}  # fmt: skip
 
 
 def documents(seed: str, mix: Mix) -> Iterator[str]:
@@ -208,5 +252,5 @@ def documents(seed: str, mix: Mix) -> Iterator[str]:
     formats, weights = list(mix), list(mix.values())
     while True:
         chosen = rng.choices(formats, weights)[0]
-        times = 1 if chosen in (plain, mapping) else rng.randint(1, 4)
+        times = 1 if chosen in (plain, mapping, judge, related) else rng.randint(1, 4)
         yield "\n".join(chosen(rng) for _ in range(times))

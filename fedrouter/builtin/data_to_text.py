@@ -4,44 +4,32 @@ from fedrouter.builtin.vocabulary import Slots
 
 PROPERTIES: dict[str, dict[str, str]] = {  # kind of subject: property | value: clause
     "{place}": {
-        "population | {amount}": "has {amount} inhabitants",
-        "mayor | {person}": "is run by mayor {person}",
+        "population | {amount}": "has a population of {amount}",
+        "mayor | {person}": "has {person} as mayor",
         "country | {country}": "lies in {country}",
-        "founded | {year}": "dates back to {year}",
-        "twin town | {place2}": "is twinned with {place2}",
-        "landmark | {building}": "is famous for its {building}",
-        "football club | {team}": "cheers for the {team}",
-        "product | {food}": "sells {food} to the world",
+        "founded | {year}": "was founded in {year}",
+        "landmark | {building}": "has a {building} as landmark",
     },
     "{person}": {
         "occupation | {job}": "works as a {job}",
         "birth place | {place}": "was born in {place}",
-        "age | {number}": "is {number} years old",
-        "pet | {animal}": "owns a {animal}",
-        "mother tongue | {language}": "grew up with {language}",
-        "dish | {food}": "loves to eat {food}",
-        "hobby | {skill}": "likes to {skill}",
-        "spouse | {person2}": "is married to {person2}",
+        "age | {number}": "has reached the age of {number}",
+        "pet | {animal}": "has a {animal} as pet",
+        "favourite dish | {food}": "has {food} as favourite dish",
     },
     "The {object}": {
-        "price | {number}": "costs {number} euros",
-        "weight | {amount}": "weighs {amount} grams",
+        "price | {number}": "has a price of {number} euros",
+        "weight | {amount}": "has a weight of {amount} grams",
         "material | {material}": "is made of {material}",
-        "colour | {colour}": "comes in {colour}",
-        "designer | {person}": "was designed by {person}",
-        "origin | {country}": "is built in {country}",
-        "in stock | {number2}": "is there {number2} times",
-        "since | {year}": "has been sold since {year}",
+        "designer | {person}": "has {person} as designer",
+        "origin | {country}": "comes from {country}",
     },
     "The {building}": {
-        "height | {number}": "rises {number} metres",
+        "height | {number}": "has a height of {number} metres",
         "location | {place}": "stands in {place}",
-        "visitors | {amount}": "draws {amount} guests a day",
-        "architect | {person}": "was drawn by {person}",
-        "closed on | {day}": "stays shut on {day}",
-        "opened | {year}": "opened its doors in {year}",
-        "facade | {material}": "shows a front of {material}",
-        "owner | {person2}": "belongs to {person2}",
+        "architect | {person}": "has {person} as architect",
+        "closed on | {day}": "is closed on {day}",
+        "opened | {year}": "was opened in {year}",
     },
 }
 
@@ -59,5 +47,5 @@ def example(slots: Slots) -> tuple[str, str]:
 
 
 def plain(slots: Slots) -> str:
-    """Return a sentence by itself, for pretraining text."""
-    return example(slots)[1]
+    """Return triples or a sentence by themselves, for pretraining text."""
+    return slots.rng.choice(example(slots))

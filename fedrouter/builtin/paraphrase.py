@@ -75,7 +75,7 @@ def example(slots: Slots, yes: bool) -> tuple[str, str]:
     intent = rng.randrange(len(group))
     first, second = rng.sample(group[intent], 2)
     left = slots.fill(first)
-    if not yes and rng.random() < 0.5:
+    if not yes and rng.random() < 0.3:
         second = rng.choice(group[1 - intent])
     elif not yes:
         name = rng.choice(list(slots))

@@ -11,14 +11,10 @@ from typing import Literal
 Split = Literal["train", "test"]
 
 WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
-    "person": (
-        "Anna Ben Clara David Emma Felix Grace Henry Irene Jonas Karen Leo Maria Nora Oscar Paula Quinn "
-        "Robert Sofia Thomas Ursula Victor Wendy Xavier Yvonne Adam Bella Carl Diana Edgar Fiona George "
-        "Helen Ivan Julia Kevin Laura Martin Nina Otto Peter Rachel Simon Tina Vera Walter Alice Bruno "
-        "Cora Dennis Ella Frank Gina Hugo Iris Jack Kate Louis Mona Nathan Olga Philip Rosa Stefan "
-        "Tessa Ulrich Violet William Zoe Albert",
-        "Marcus Lydia Hannes Amelia Gregor Judith Casper Selma Rupert Naomi Fabian Greta Milan Esther "
-        "Damian Thea Conrad Phoebe Lukas Agnes Ronan Matilda Erik Sylvia",
+    "stem": (
+        "Mar Jul Kar Vik Tor Sam Nor Wil Hel Ros Dan Ed Fel Lor Mil Os Ren Sel Tam Val Al Ber Cor Dor "
+        "El Fior Gil Hed Ingr Jess Kath Leon Mat Nat",
+        "Han Per Gust Ol Brig Cel Jon Luc Patr Tim Arn Vinc",
     ),
     "town": (
         "Ash Brook Cedar Dun East Fair Glen Hart Kings Lang Mill North Oak Penn Queens Red Stone Thorn "
@@ -92,20 +88,13 @@ WORDS: dict[str, tuple[str, str]] = {  # kind: (train, test)
         "Panthers Dragons Foxes Titans Pirates Badgers",
     ),
 }
-TOWN_ENDINGS = (
-    "ford",
-    "field",
-    "ton",
-    "bury",
-    "ham",
-    "dale",
-    "mouth",
-    "wick",
-    "port",
-    "stead",
-    "bridge",
-    "well",
-)
+COMPOSED = {  # kind: (kind of its first part, endings)
+    "person": ("stem", ("a", "en", "ia", "ie", "on", "us", "ina", "ette", "ard", "o")),
+    "place": (
+        "town",
+        ("ford", "field", "ton", "bury", "ham", "dale", "mouth", "wick", "port", "stead", "bridge", "well"),
+    ),
+}
 RANGES = {"number": (3, 99), "amount": (100, 9999), "year": (1700, 2023), "date": (3, 27)}
 
 
@@ -133,8 +122,9 @@ class Slots(dict[str, str]):
 
     def draw(self, kind: str) -> str:
         """Draw one value of a kind; train numbers are no multiples of three, test numbers are."""
-        if kind == "place":
-            return self.rng.choice(words("town", self.split)) + self.rng.choice(TOWN_ENDINGS)
+        if kind in COMPOSED:
+            first, endings = COMPOSED[kind]
+            return self.rng.choice(words(first, self.split)) + self.rng.choice(endings)
         if kind in RANGES:
             low, high = RANGES[kind]
             number = self.rng.randrange(low, high) // 3 * 3
