@@ -108,7 +108,9 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path) -> None:
     import signal
 
     out = tmp_path / "run"
-    overrides = [part for setting in [*SMALL, "train.rounds=50"] for part in ("--set", setting)]
+    overrides = [
+        part for setting in [*SMALL, "data.partition=all", "train.rounds=50"] for part in ("--set", setting)
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedrouter", "train", "--out", str(out), *overrides],
         stdout=subprocess.DEVNULL,
