@@ -124,9 +124,9 @@ def write_bundle(
     }
     (partial / "manifest.json").write_bytes(_json_bytes(manifest))
     (partial / "README.md").write_text(_model_card(base, embedder, named), encoding="utf-8")
-    load_bundle(partial)
+    bundle = load_bundle(partial)
     partial.rename(path)
-    return load_bundle(path)
+    return replace(bundle, path=path)
 
 
 def load_bundle(path: Path) -> Bundle:

@@ -79,7 +79,7 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
 class PullFederation:
     """Clients whose "training" moves the adapter, each step, half of the way to a target of their own."""
 
-    def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState], seconds: float = 0.0):
+    def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState]):
         self.vectors, self.targets = vectors, targets
         self.requests: list[TrainRequest] = []
 
