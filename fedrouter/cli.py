@@ -189,6 +189,21 @@ def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")]) ->
 
 
 @app.command()
+def push(
+    bundle: BundleDir,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository has to be made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+) -> None:
+    """Upload a bundle to the Hugging Face hub, with a model card for each adapter."""
+    from fedrouter.bundle import load_bundle
+    from fedrouter.push import push as run
+
+    url = run(load_bundle(bundle_directory(bundle)), repo, private=private, revision=revision)
+    console.print(url, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
