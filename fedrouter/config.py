@@ -110,6 +110,8 @@ class LoraSettings(_Section):
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    freeze_a: bool = False
+    """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
 
 
 class TrainSettings(_Section):
@@ -123,9 +125,41 @@ class TrainSettings(_Section):
     learning_rate_end: float = Field(1e-5, ge=0)
     """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
     weight_decay: float = Field(0.0, ge=0)
+    proximal: float = Field(0.0, ge=0)
+    """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     keep_checkpoints: int = Field(2, ge=1)
+
+
+class AggregateSettings(_Section):
+    """What the server makes of one round's updates of a task cluster."""
+
+    method: Literal["average", "exact"] = "average"
+    """Mean of A and mean of B (paper), or the mean of the products BA cut back to the rank."""
+    robust: Literal["none", "median", "trimmed"] = "none"
+    """Instead of a mean, for each weight: median, or mean without the extremes. Each client counts alike."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Share of clients that ``trimmed`` leaves out at each end, at least one."""
+    clip: float | None = Field(None, gt=0)
+    """Shorten longer updates to this L2 norm, over all weights of an adapter; metrics show norms."""
+    outlier: float = Field(10.0, gt=1)
+    """Refuse updates so many times as long as their round's median, a step; among four clients or more."""
+    server: Literal["none", "momentum", "adam"] = "none"
+    """Server optimizer over the rounds: FedAvgM or FedAdam."""
+    server_learning_rate: float | None = Field(None, gt=0)
+    """Of the server optimizer; without: 1 for momentum, 0.001 for adam."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "AggregateSettings":
+        if self.method == "exact" and (self.robust != "none" or self.server != "none"):
+            other = "robust" if self.robust != "none" else "server"
+            raise ValueError(f"aggregate.{other} works on A and B apart; it needs aggregate.method average")
+        if self.trim != 0.2 and self.robust != "trimmed":
+            raise ValueError("aggregate.trim belongs to aggregate.robust trimmed; remove it")
+        if self.server_learning_rate is not None and self.server == "none":
+            raise ValueError("aggregate.server_learning_rate belongs to aggregate.server; remove it")
+        return self
 
 
 class RoutingSettings(_Section):
@@ -149,6 +183,7 @@ class Config(_Section):
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    aggregate: AggregateSettings = Field(default_factory=AggregateSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
 

@@ -38,8 +38,9 @@ def _show_run(path: Path, console: Console) -> None:
         table = Table(
             "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"
         )
-        for name in sorted({line["cluster"] for line in lines}):
-            own = [line for line in lines if line["cluster"] == name]
+        trained = [line for line in lines if line["loss"] is not None]  # null: no update could be used
+        for name in sorted({line["cluster"] for line in trained}):
+            own = [line for line in trained if line["cluster"] == name]
             losses = [line["loss"] for line in own]
             examples = sum(line["num_examples"] for line in own)
             table.add_row(

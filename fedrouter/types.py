@@ -105,6 +105,15 @@ class TrainReply:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainFailure:
+    """The client could not do it; it costs this round, not the run."""
+
+    client: str
+    cluster: int
+    reason: str  # one line
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """The base model that a bundle's adapters belong to."""
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 from fedrouter.config import Count
 from fedrouter.train.client import Client
+from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
     Float64s,
     LocalClusters,
     Moments,
     RoutingSpace,
+    TrainFailure,
     TrainReply,
     TrainRequest,
 )
@@ -42,7 +44,16 @@ class LocalFederation:
         """Tell every client the task clusters."""
         return [client.assign(space) for client in self._clients.values()]
 
-    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
-        """Train each request in turn."""
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
+        """Train each request in turn; a client's failure is an answer, running out of memory is not."""
         for request in requests:
-            yield self._clients[request.client].train(request, self._trainer)
+            yield self._train(self._clients[request.client], request)
+
+    def _train(self, client: Client, request: TrainRequest) -> TrainReply | TrainFailure:
+        try:
+            return client.train(request, self._trainer)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            return TrainFailure(request.client, request.cluster, f"{type(error).__name__}: {reason}")

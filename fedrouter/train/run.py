@@ -20,19 +20,21 @@ from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_e
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
-from fedrouter.train.aggregate import average
+from fedrouter.train.aggregate import mean
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.discover import discover, radius
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import RoundResult, run_rounds
+from fedrouter.train.server import RoundResult, fresh_state, run_rounds
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import Assignment, Record, Subset, TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
 
 
+@explained_out_of_memory()
 def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
@@ -41,7 +43,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     Raises
     ------
     TrainingError
-        If ``out`` holds a run with another configuration.
+        If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
     _claim(config, out)
     if (out / "bundle").exists():
@@ -79,36 +81,38 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         )
 
     digest = clustering_digest(space, assignments)
-    resumed = latest_checkpoint(out / "checkpoints", digest)
-    start, adapters, losses = (resumed[0] + 1, resumed[1], resumed[2]) if resumed else (0, [], {})
-    if resumed:
-        console.print(f"going on after round {start}", highlight=False)
+    state = latest_checkpoint(out / "checkpoints", digest)
+    if state:
+        console.print(f"going on after round {state.number}", highlight=False)
     else:
-        adapters = [trainer.state() for _ in clusters]
-    metrics = Metrics(out / "metrics.jsonl", start)
+        state = fresh_state([trainer.state() for _ in clusters])
+    metrics = Metrics(out / "metrics.jsonl", state.number)
     names = [c.name for c in clusters]
     with TrainProgress(
-        console, names, config.train.rounds, config.train.steps * len(clients), start
+        console, names, config.train.rounds, config.train.steps * len(clients), state.number
     ) as progress:
-        for result in run_rounds(federation, assignments, adapters, config.train, start, progress.on_reply):
-            save_checkpoint(out / "checkpoints", result, digest, config.train.keep_checkpoints)
+        for result in run_rounds(federation, assignments, state, config, progress.on_reply):
+            state = result.state
+            save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints)
             metrics.write(result, names)
             progress.on_round(result)
-            adapters = list(result.adapters)
-            losses = {**losses, **{c.cluster: c.loss for c in result.clusters}}
+    if not any(loss is not None for loss in state.losses):
+        raise TrainingError(
+            f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
+        )
     return write_bundle(
         out / "bundle",
         base=base,
         embedder=spec,
-        clusters=[_with_loss(c, losses.get(k)) for k, c in enumerate(clusters)],
-        adapters=adapters,
+        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=True)],
+        adapters=state.adapters,
         adapter_config={**trainer.adapter_config, "base_model_name_or_path": config.base.model},
         space=space,
         probe_vectors=probe_vectors,
         fallback=config.routing.fallback,
         versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
-        generalist=average(adapters, [c.num_examples for c in clusters]),
+        generalist=mean(state.adapters, [c.num_examples for c in clusters], config.aggregate.method)[0],
     )
 
 
@@ -185,10 +189,13 @@ class Metrics:
                 line = {
                     "round": result.number,
                     "cluster": names[c.cluster],
-                    "loss": round(c.loss, 5),
+                    "loss": None if c.loss is None else round(c.loss, 5),
                     "num_examples": c.num_examples,
                     "num_clients": c.num_clients,
                     "drift": round(c.drift, 5),
+                    "norm": round(c.norm, 5),
+                    **({} if c.residual is None else {"residual": round(c.residual, 7)}),
+                    **({"refused": dict(c.refused)} if c.refused else {}),
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")

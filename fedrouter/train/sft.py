@@ -4,7 +4,7 @@ import atexit
 import gc
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,9 @@ class AdapterTrainer:
             ) from error
         self._tokenizer = tokenizer
         self._settings = settings
+        if lora.freeze_a:
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
         # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
@@ -153,14 +156,26 @@ class AdapterTrainer:
             processing_class=self._tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
         try:
             loss = trainer.train().training_loss
         finally:
+            for hook in hooks:
+                hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
             vars(self._model.get_base_model()).pop("forward", None)
         return Trained(
             self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
         )
+
+    def _pull_back(self, mu: float) -> list[Any]:
+        """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""
+
+        def towards(parameter: torch.Tensor, start: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda gradient: gradient + mu * (parameter.detach() - start)
+
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        return [p.register_hook(towards(p, p.detach().clone())) for p in trained]
 
     def _examples(self, num_rows: int, steps: int) -> int:
         batch = self._settings.batch_size
