@@ -118,8 +118,18 @@ class TrainSettings(_Section):
     """The rounds."""
 
     rounds: int = Field(10, ge=1)
-    steps: int = Field(20, ge=1)
-    """Optimizer steps a client and round, shared over its local clusters by size."""
+    steps: int | None = Field(20, ge=1)
+    """Optimizer steps a client and round, shared over its subsets by size."""
+    epochs: int | None = Field(None, ge=1)
+    """Instead of ``steps``: how often a client goes over each subset in a round."""
+    schedule: Literal["all", "one"] = "all"
+    """A client trains all of its subsets in every round, or one in turn (the paper's reference code)."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that is asked in a round, drawn anew in each; at least one."""
+    validation: float = Field(0.0, ge=0, le=0.5)
+    """Share of each subset's rows not trained on; with it the bundle gets each adapter's best round."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many rounds in which no task cluster's validation loss fell."""
     batch_size: int = Field(8, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     learning_rate_end: float = Field(1e-5, ge=0)
@@ -130,6 +140,21 @@ class TrainSettings(_Section):
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_in_place_of_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is not None and "steps" not in values:
+            return {**values, "steps": None}
+        return values
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "TrainSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give train.steps or train.epochs, one of them")
+        if self.patience is not None and not self.validation:
+            raise ValueError("train.patience needs rows to judge by: set train.validation, 0.1 say")
+        return self
 
 
 class AggregateSettings(_Section):

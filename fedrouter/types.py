@@ -114,6 +114,25 @@ class TrainFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationRequest:
+    """The server asks a client how well an adapter does on the rows of a subset that are not trained on."""
+
+    client: str
+    cluster: int
+    adapter: AdapterState
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReply:
+    """The client answers with a mean."""
+
+    client: str
+    cluster: int
+    loss: float  # nats a completion token
+    num_tokens: int  # completion tokens behind it: the weight; 0 where no row was held back
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """The base model that a bundle's adapters belong to."""
 

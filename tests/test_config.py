@@ -48,6 +48,8 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
         ("cluster.local=0", "cluster.local"),
         ("data.partition=triple", "data.partition: Input should be 'single'"),
         ("embedder.kind=sentence-transformers", "they need it"),
+        ("train={epochs=2, steps=3}", "give train.steps or train.epochs, one of them"),
+        ("train.patience=2", "train.patience needs rows to judge by"),
         ("aggregate.trim=0.1", "aggregate.trim belongs to aggregate.robust trimmed"),
         ("aggregate={method='exact', robust='median'}", "it needs aggregate.method average"),
         ("aggregate={method='exact', server='adam'}", "aggregate.server works on A and B apart"),
@@ -76,6 +78,12 @@ def test_one_origin_of_data(tmp_path: Path) -> None:
     file.write_text('[data]\npartition = "iid"\nclients = { a = "a.jsonl" }\n')
     with pytest.raises(ConfigError, match=r"remove data\.partition"):
         load_config(file)
+
+
+def test_epochs_stand_in_for_steps() -> None:
+    config = load_config(None, ["train={epochs=2}"])
+    assert (config.train.epochs, config.train.steps) == (2, None)
+    assert Config.model_validate(config.model_dump(by_alias=True)) == config
 
 
 def test_every_setting_of_the_defaults_survives_the_resolved_file() -> None:

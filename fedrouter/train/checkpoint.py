@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedrouter.train.server import RunState
+from fedrouter.train.server import Best, RunState
 from fedrouter.types import AdapterState, Assignment, RoutingSpace
 
 
@@ -23,9 +23,14 @@ def save_checkpoint(directory: Path, state: RunState, digest: str, keep: int) ->
         save_file(dict(adapter), partial / f"cluster-{k}.safetensors")
         if moments:
             save_file(dict(moments), partial / f"moments-{k}.safetensors")
-    (partial / "state.json").write_text(
-        json.dumps({"clustering": digest, "losses": state.losses}), encoding="utf-8"
-    )
+        if best := state.best[k]:
+            save_file(dict(best.adapter), partial / f"best-{k}.safetensors")
+    record = {
+        "clustering": digest,
+        "losses": state.losses,
+        "best": [best and {"round": best.round, "loss": best.loss} for best in state.best],
+    }
+    (partial / "state.json").write_text(json.dumps(record), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in sorted(directory.glob("round-*"))[:-keep]:
@@ -48,6 +53,10 @@ def latest_checkpoint(directory: Path, digest: str) -> RunState | None:
                 adapters=tuple(load_file(path / f"cluster-{k}.safetensors") for k in range(len(losses))),
                 moments=tuple(_load_if_there(path / f"moments-{k}.safetensors") for k in range(len(losses))),
                 losses=losses,
+                best=tuple(
+                    best and Best(best["round"], best["loss"], load_file(path / f"best-{k}.safetensors"))
+                    for k, best in enumerate(saved["best"])
+                ),
             )
         except (OSError, ValueError, KeyError, SafetensorError):
             continue

@@ -20,6 +20,8 @@ from fedrouter.types import (
     RoutingSpace,
     TrainReply,
     TrainRequest,
+    ValidationReply,
+    ValidationRequest,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Client:
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
         self._labels: cluster.Labels | None = None
-        self._subsets: dict[int, Dataset] = {}
+        self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 
     def summarise(self, num: Count) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
@@ -68,18 +70,32 @@ class Client:
 
     def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""
-        if self._labels is None:
-            raise TrainingError(f"client {self.name}: asked to train before its rows were assigned")
-        if request.cluster not in self._subsets:
-            rows = [self._records[i] for i in np.flatnonzero(self._labels == request.cluster)]
-            self._subsets[request.cluster] = trainer.tokenise(rows)
+        rows, _ = self._subset(request.cluster, trainer)
         seed = derive_seed(self._seed, self.name, request.cluster, request.round)
-        trained = trainer.train(
-            request.adapter, self._subsets[request.cluster], request.steps, request.learning_rate, seed
-        )
+        trained = trainer.train(request.adapter, rows, request.steps, request.learning_rate, seed)
         return TrainReply(
             self.name, request.cluster, trained.adapter, trained.num_examples, trained.loss, trained.seconds
         )
+
+    def validate(self, request: ValidationRequest, trainer: "AdapterTrainer") -> ValidationReply:
+        """Judge the adapter that came with ``request`` on rows of its subset that are not trained on."""
+        _, rows = self._subset(request.cluster, trainer)
+        loss, num_tokens = trainer.loss(request.adapter, rows) if rows else (0.0, 0)
+        return ValidationReply(self.name, request.cluster, loss, num_tokens)
+
+    def _subset(self, number: int, trainer: "AdapterTrainer") -> "tuple[Dataset, Dataset | None]":
+        """Return a task cluster's rows, tokenised: those to train on, and those to validate on, if any."""
+        if self._labels is None:
+            raise TrainingError(f"client {self.name}: asked to train before its rows were assigned")
+        if number not in self._subsets:
+            rows = np.flatnonzero(self._labels == number)
+            order = np.random.default_rng(derive_seed(self._seed, self.name, number, "validation"))
+            num = cluster.num_validation(len(rows), trainer.validation)
+            held = set(order.permutation(rows)[:num])
+            train = trainer.tokenise([self._records[i] for i in rows if i not in held])
+            judge = trainer.tokenise([self._records[i] for i in sorted(held)]) if held else None
+            self._subsets[number] = train, judge
+        return self._subsets[number]
 
 
 def derive_seed(seed: int, *parts: object) -> int:

@@ -28,6 +28,11 @@ def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
+def num_validation(num_rows: int, share: float) -> int:
+    """Return how many of a subset's rows are not trained on; one row at least is."""
+    return min(int(share * num_rows), num_rows - 1)
+
+
 def summarise(x: Array, num: Count, seed: int) -> LocalClusters:
     """Cut a client's rows into local clusters by k-means.
 

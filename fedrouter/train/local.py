@@ -1,7 +1,7 @@
 """Federation in one process: every client shares one base model in memory, adapters are swapped in."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from fedrouter.config import Count
 from fedrouter.train.client import Client
@@ -15,10 +15,15 @@ from fedrouter.types import (
     TrainFailure,
     TrainReply,
     TrainRequest,
+    ValidationReply,
+    ValidationRequest,
 )
 
 if TYPE_CHECKING:
     from fedrouter.train.sft import AdapterTrainer
+
+Request = TypeVar("Request", TrainRequest, ValidationRequest)
+Reply = TypeVar("Reply")
 
 
 class LocalFederation:
@@ -47,11 +52,18 @@ class LocalFederation:
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
         """Train each request in turn; a client's failure is an answer, running out of memory is not."""
         for request in requests:
-            yield self._train(self._clients[request.client], request)
+            yield self._ask(self._clients[request.client].train, request)
 
-    def _train(self, client: Client, request: TrainRequest) -> TrainReply | TrainFailure:
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        """Have each request's client judge an adapter."""
+        for request in requests:
+            yield self._ask(self._clients[request.client].validate, request)
+
+    def _ask(
+        self, what: Callable[[Request, "AdapterTrainer"], Reply], request: Request
+    ) -> Reply | TrainFailure:
         try:
-            return client.train(request, self._trainer)
+            return what(request, self._trainer)
         except Exception as error:
             if out_of_memory(error):
                 raise

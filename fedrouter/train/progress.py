@@ -13,7 +13,7 @@ from fedrouter.types import TrainFailure, TrainReply
 class TrainProgress:
     """Shows rounds, clients, loss, examples a second and the time left."""
 
-    def __init__(self, console: Console, names: list[str], rounds: int, steps_a_round: int, start: int):
+    def __init__(self, console: Console, names: list[str], rounds: int, steps: int, start: int):
         self._console = console
         self._names = names
         self._rounds = rounds
@@ -27,9 +27,7 @@ class TrainProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            "train", total=(rounds - start) * steps_a_round, round=start + 1, client="", rate=0.0
-        )
+        self._task = self._bar.add_task("train", total=steps, round=start + 1, client="", rate=0.0)
         self._start, self._began = start, time.perf_counter()
         self._examples = 0
 

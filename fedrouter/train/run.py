@@ -27,7 +27,7 @@ from fedrouter.train.discover import discover, radius
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import RoundResult, fresh_state, run_rounds
+from fedrouter.train.server import RoundResult, exhausted, fresh_state, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import Assignment, Record, Subset, TaskCluster
 
@@ -88,14 +88,18 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         state = fresh_state([trainer.state() for _ in clusters])
     metrics = Metrics(out / "metrics.jsonl", state.number)
     names = [c.name for c in clusters]
-    with TrainProgress(
-        console, names, config.train.rounds, config.train.steps * len(clients), state.number
-    ) as progress:
+    rounds = range(state.number, config.train.rounds)
+    steps = sum(n for number in rounds for _, _, n in plan(assignments, config, number))
+    with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
         for result in run_rounds(federation, assignments, state, config, progress.on_reply):
             state = result.state
             save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints)
             metrics.write(result, names)
             progress.on_round(result)
+    if exhausted(state, config.train.patience):
+        console.print(
+            f"stopped after round {state.number}: no validation loss fell any more", highlight=False
+        )
     if not any(loss is not None for loss in state.losses):
         raise TrainingError(
             f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
@@ -105,14 +109,14 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         base=base,
         embedder=spec,
         clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=True)],
-        adapters=state.adapters,
+        adapters=state.best_adapters,
         adapter_config={**trainer.adapter_config, "base_model_name_or_path": config.base.model},
         space=space,
         probe_vectors=probe_vectors,
         fallback=config.routing.fallback,
         versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
-        generalist=mean(state.adapters, [c.num_examples for c in clusters], config.aggregate.method)[0],
+        generalist=mean(state.best_adapters, [c.num_examples for c in clusters], config.aggregate.method)[0],
     )
 
 
@@ -194,6 +198,7 @@ class Metrics:
                     "num_clients": c.num_clients,
                     "drift": round(c.drift, 5),
                     "norm": round(c.norm, 5),
+                    **({} if c.validation is None else {"validation": round(c.validation, 5)}),
                     **({} if c.residual is None else {"residual": round(c.residual, 7)}),
                     **({"refused": dict(c.refused)} if c.refused else {}),
                     "time": round(time.time(), 3),

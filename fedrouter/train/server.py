@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from fedrouter.config import AggregateSettings, Config, Count, TrainSettings
 from fedrouter.train.aggregate import aggregate, clip, distance
+from fedrouter.train.cluster import num_validation
 from fedrouter.train.optimizer import server_step
 from fedrouter.train.screen import refusals
 from fedrouter.types import (
@@ -21,6 +22,8 @@ from fedrouter.types import (
     TrainFailure,
     TrainReply,
     TrainRequest,
+    ValidationReply,
+    ValidationRequest,
 )
 
 
@@ -47,6 +50,19 @@ class Federation(Protocol):
         """Have the named clients train; yield replies as they come, or that a client could not."""
         ...
 
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        """Have the named clients judge adapters; asked for only with ``train.validation``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The round in which a task cluster's adapter did best on validation rows."""
+
+    round: int  # from 0
+    loss: float
+    adapter: AdapterState
+
 
 @dataclass(frozen=True, slots=True)
 class RunState:
@@ -56,6 +72,14 @@ class RunState:
     adapters: tuple[AdapterState, ...]
     moments: tuple[AdapterState, ...]  # of the server optimizer; empty without one
     losses: tuple[float | None, ...]  # of the last round in which each trained
+    best: tuple[Best | None, ...]  # None: not validated
+
+    @property
+    def best_adapters(self) -> tuple[AdapterState, ...]:
+        """What goes into the bundle: each task cluster's best adapter, or its last one."""
+        return tuple(
+            best.adapter if best else last for best, last in zip(self.best, self.adapters, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +94,7 @@ class ClusterRound:
     norm: float  # L2, of the longest update that was taken
     residual: float | None  # of the exact mean: what the rank leaves out
     refused: Mapping[str, str]  # client → why its update was not taken, or why it could not train
+    validation: float | None = None  # mean loss of the new adapter on rows held back, nats a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +112,8 @@ class RoundResult:
 
 def fresh_state(adapters: Sequence[AdapterState]) -> RunState:
     """Return the state before the first round."""
-    return RunState(0, tuple(adapters), ({},) * len(adapters), (None,) * len(adapters))
+    num = len(adapters)
+    return RunState(0, tuple(adapters), ({},) * num, (None,) * num, (None,) * num)
 
 
 def run_rounds(
@@ -101,10 +127,12 @@ def run_rounds(
 
     In every round each client trains, for each task cluster that its rows fall on, that cluster's adapter;
     the server aggregates within the cluster. An update that cannot be used costs its client the round; a
-    task cluster without a usable one keeps its adapter.
+    task cluster without a usable one keeps its adapter. With ``train.patience`` the rounds may end early.
     """
     for number in range(state.number, config.train.rounds):
-        requests = requests_of(assignments, state.adapters, config.train, number)
+        if exhausted(state, config.train.patience):
+            return
+        requests = requests_of(assignments, state.adapters, config, number)
         replies = collect(federation, requests, on_reply)
         adapters, moments, losses = list(state.adapters), list(state.moments), list(state.losses)
         results = []
@@ -114,8 +142,46 @@ def run_rounds(
             adapters[k], moments[k], result = combine(group, moments[k], config)
             losses[k] = losses[k] if result.loss is None else result.loss
             results.append(result)
-        state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses))
+        best = state.best
+        if config.train.validation:
+            found = validate(federation, assignments, adapters)
+            best = tuple(_better(*one, number) for one in zip(best, found, adapters, strict=True))
+            results = [replace(result, validation=found[result.cluster]) for result in results]
+        state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses), best)
         yield RoundResult(state, tuple(results))
+
+
+def exhausted(state: RunState, patience: int | None) -> bool:
+    """Tell whether no task cluster's validation loss fell in the last ``patience`` rounds."""
+    rounds = [best.round for best in state.best if best]
+    return patience is not None and bool(rounds) and state.number - 1 - max(rounds) >= patience
+
+
+def validate(
+    federation: Federation, assignments: Sequence[Assignment], adapters: Sequence[AdapterState]
+) -> list[float | None]:
+    """Return each adapter's mean loss on its clients' validation rows, weighted by tokens, nats a token."""
+    requests = [
+        ValidationRequest(a.client, s.cluster, adapters[s.cluster]) for a in assignments for s in a.subsets
+    ]
+    asked = {(request.client, request.cluster) for request in requests}
+    replies = {
+        (reply.client, reply.cluster): reply
+        for reply in federation.validate(requests)
+        if isinstance(reply, ValidationReply) and (reply.client, reply.cluster) in asked
+    }
+    losses: list[float | None] = []
+    for k in range(len(adapters)):
+        group = [
+            r for _, r in sorted(replies.items()) if r.cluster == k and r.num_tokens and math.isfinite(r.loss)
+        ]
+        weights = [reply.num_tokens for reply in group]
+        losses.append(float(np.average([r.loss for r in group], weights=weights)) if group else None)
+    return losses
+
+
+def _better(best: Best | None, loss: float | None, adapter: AdapterState, number: int) -> Best | None:
+    return Best(number, loss, adapter) if loss is not None and (best is None or loss < best.loss) else best
 
 
 def collect(
@@ -175,20 +241,41 @@ def combine(
 
 
 def requests_of(
-    assignments: Sequence[Assignment], adapters: Sequence[AdapterState], settings: TrainSettings, number: int
+    assignments: Sequence[Assignment], adapters: Sequence[AdapterState], config: Config, number: int
 ) -> list[TrainRequest]:
     """Return what the server asks for in one round."""
-    rate = cosine(number, settings)
+    rate = cosine(number, config.train)
     return [
-        TrainRequest(assignment.client, subset.cluster, number, adapters[subset.cluster], steps, rate)
-        for assignment in assignments
-        for subset, steps in zip(
-            assignment.subsets,
-            share([s.num_examples for s in assignment.subsets], settings.steps),
-            strict=True,
-        )
-        if steps
+        TrainRequest(client, cluster, number, adapters[cluster], steps, rate)
+        for client, cluster, steps in plan(assignments, config, number)
     ]
+
+
+def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list[tuple[str, int, int]]:
+    """Return a round's (client, task cluster, steps): the same on every call."""
+    settings = config.train
+    planned = []
+    for assignment in participants(assignments, settings.participation, config.seed, number):
+        subsets = assignment.subsets
+        if settings.schedule == "one":
+            subsets = (subsets[number % len(subsets)],)
+        if settings.epochs is None:
+            assert settings.steps is not None, "the configuration refuses this"
+            steps = share([s.num_examples for s in subsets], settings.steps)
+        else:
+            trained = [s.num_examples - num_validation(s.num_examples, settings.validation) for s in subsets]
+            steps = [settings.epochs * math.ceil(rows / settings.batch_size) for rows in trained]
+        planned += [(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n]
+    return planned
+
+
+def participants(assignments: Sequence[Assignment], part: float, seed: int, number: int) -> list[Assignment]:
+    """Draw the clients of a round, in their own order."""
+    num = max(1, round(part * len(assignments)))
+    if num == len(assignments):
+        return list(assignments)
+    drawn = np.random.default_rng((seed, number)).choice(len(assignments), num, replace=False)
+    return [assignments[i] for i in sorted(drawn)]
 
 
 def cosine(number: int, settings: TrainSettings) -> float:

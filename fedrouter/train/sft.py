@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -107,6 +108,11 @@ class AdapterTrainer:
             k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())
         }
 
+    @property
+    def validation(self) -> float:
+        """Share of a subset's rows that is not trained on."""
+        return self._settings.validation
+
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
         return tokenise(records, self._tokenizer, self._settings.max_length)
@@ -126,9 +132,7 @@ class AdapterTrainer:
         Call it with the same arguments and the same number of threads, and it gives the same bytes.
         """
         began = time.perf_counter()
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(torch.from_numpy(adapter[name]))
+        self._put_in(adapter)
         device = self._model.device.type
         trainer = SFTTrainer(
             model=self._model,
@@ -167,6 +171,31 @@ class AdapterTrainer:
         return Trained(
             self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
         )
+
+    @torch.no_grad()
+    def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
+        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
+        self._put_in(adapter)
+        self._model.eval()
+        total = num_tokens = 0.0
+        for rows in data.batch(self._settings.batch_size):
+            ids = [torch.tensor(row) for row in rows["input_ids"]]
+            labels = pad_sequence([torch.tensor(row) for row in rows["labels"]], True, IGNORED)
+            mask = pad_sequence([torch.ones_like(row) for row in ids], True)
+            inputs = pad_sequence(ids, True).to(self._model.device)
+            logits = self._model(input_ids=inputs, attention_mask=mask.to(self._model.device)).logits
+            flat = logits[:, :-1].float().flatten(0, 1)
+            wanted = labels[:, 1:].flatten().to(flat.device)
+            total += float(
+                torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
+            )
+            num_tokens += int((wanted != IGNORED).sum())
+        return total / max(num_tokens, 1), int(num_tokens)
+
+    def _put_in(self, adapter: AdapterState) -> None:
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(torch.from_numpy(adapter[name]))
 
     def _pull_back(self, mu: float) -> list[Any]:
         """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings, Config, TrainSettings
 from fedrouter.train.checkpoint import latest_checkpoint, save_checkpoint
-from fedrouter.train.server import ClusterRound, cosine, fresh_state, run_rounds, share
-from fedrouter.types import AdapterState, Assignment, Subset, TrainFailure, TrainReply, TrainRequest
+from fedrouter.train.server import ClusterRound, cosine, fresh_state, plan, run_rounds, share
+from fedrouter.types import (
+    AdapterState,
+    Assignment,
+    Subset,
+    TrainFailure,
+    TrainReply,
+    TrainRequest,
+    ValidationReply,
+    ValidationRequest,
+)
 
 
 def config(aggregate: AggregateSettings | None = None, **train: object) -> Config:
@@ -150,3 +159,59 @@ def test_a_subset_too_small_for_a_step_does_not_train() -> None:
     assert [r.cluster for r in federation.requests] == [0]
     assert result.state.adapters[1] is start
     assert pytest.approx(1.0) == result.clusters[0].loss
+
+
+def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:
+    assignments = [Assignment("a", (subset(0, 30), subset(1, 10))), Assignment("b", (subset(1, 9),))]
+    return [plan(assignments, config(**train), number) for number in range(num_rounds)]
+
+
+def test_the_schedule_takes_all_subsets_or_one_in_turn() -> None:
+    assert plans(2, steps=4) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
+    turns = [[("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]]
+    assert plans(4, steps=4, schedule="one") == turns * 2
+
+
+def test_epochs_count_whole_passes_over_the_rows_trained_on() -> None:
+    assert plans(1, epochs=2, batch_size=8) == [[("a", 0, 8), ("a", 1, 4), ("b", 1, 4)]]
+    assert plans(1, epochs=1, batch_size=8, validation=0.2) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 1)]]
+
+
+def test_participation_draws_clients_anew_each_round_and_alike_each_time() -> None:
+    half = plans(40, steps=4, participation=0.5)
+    asked = [{client for client, _, _ in one} for one in half]
+    assert all(len(clients) == 1 for clients in asked)
+    assert 8 <= sum("a" in clients for clients in asked) <= 32
+    assert half == plans(40, steps=4, participation=0.5)
+    assert plans(1, participation=0.01)[0], "one client at least"
+
+
+class Judged(PullFederation):
+    """Validation losses as written down here, by round."""
+
+    def __init__(self, losses: list[list[float]]):
+        super().__init__({}, {"a": adapter(1)})
+        self.losses = iter(losses)
+
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        for request, loss in zip(requests, next(self.losses), strict=True):
+            yield ValidationReply(request.client, request.cluster, loss, 3)
+
+
+def test_each_task_cluster_keeps_its_best_round_and_patience_ends_the_run(tmp_path: Path) -> None:
+    losses = [[3.0, 3.0], [2.0, 1.0], [2.5, 1.5], [1.75, 1.25], [2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]
+    assignments = [Assignment("a", (subset(0, 10), subset(1, 10)))]
+    settings = config(rounds=7, steps=4, validation=0.2, patience=2)
+    rounds = list(run_rounds(Judged(losses), assignments, fresh_state([adapter(8), adapter(9)]), settings))
+    assert len(rounds) == 6, "round 3 was the last in which a loss fell"
+    assert [[c.validation for c in r.clusters] for r in rounds] == losses[:6]
+    last = rounds[-1].state
+    assert last.best_adapters[0] is rounds[3].state.adapters[0]
+    assert last.best_adapters[1] is rounds[1].state.adapters[1]
+    save_checkpoint(tmp_path, last, "digest", keep=1)
+    loaded = latest_checkpoint(tmp_path, "digest")
+    assert loaded is not None
+    assert [(b.round, b.loss) for b in loaded.best if b] == [(3, 1.75), (1, 1.0)]
+    for mine, theirs in zip(loaded.best_adapters, last.best_adapters, strict=True):
+        assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
+    assert list(run_rounds(Judged([]), assignments, loaded, settings)) == []
