@@ -94,7 +94,9 @@ class ClusterSettings(_Section):
     local: Count = "auto"
     """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
-    """Task clusters, or found from what the clients reveal."""
+    """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    warmup: int = Field(1, ge=1)
+    """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "ClusterSettings":
@@ -201,6 +203,8 @@ class RoutingSettings(_Section):
 class Config(_Section):
     """All settings of a run."""
 
+    method: Literal["fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle"] = "fedrouter"
+    """The paper's method or a baseline under the same loop, data, steps and seeds; see docs/training.md."""
     seed: int = Field(0, ge=0)
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings = Field(default_factory=DataSettings)
@@ -210,6 +214,42 @@ class Config(_Section):
     train: TrainSettings = Field(default_factory=TrainSettings)
     aggregate: AggregateSettings = Field(default_factory=AggregateSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_method(self) -> "Config":
+        method = self.method
+        own = {"fedrouter": {"method", "local", "global_"}, "clustered": {"global_", "warmup"}}.get(
+            method, set()
+        )
+        for name, field in ClusterSettings.model_fields.items():
+            if name not in own and getattr(self.cluster, name) != field.default:
+                key = field.alias or name
+                raise ValueError(
+                    f"method {method} has no use for cluster.{key}; "
+                    "remove it, or empty a file's section with --set cluster={}"
+                )
+        if method == "local" and self.aggregate != AggregateSettings():
+            raise ValueError("method local averages nothing; remove [aggregate]")
+        if method == "fedprox" and not self.train.proximal:
+            raise ValueError("method fedprox needs train.proximal above 0; 0.01 to 1 are common")
+        if method in ("fedavg", "local") and self.train.proximal:
+            raise ValueError(
+                f"method {method} has no use for train.proximal; FedAvg with it is method fedprox"
+            )
+        if method not in ("fedrouter", "oracle", "feddpa") and self.train.schedule == "one":
+            raise ValueError(f"method {method} gives a client one subset; remove train.schedule")
+        if method == "clustered" and (
+            self.train.participation < 1 or self.cluster.warmup >= self.train.rounds
+        ):
+            raise ValueError(
+                "method clustered needs every client in its warm-up, and rounds after it: "
+                "remove train.participation, raise train.rounds"
+            )
+        if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
+            raise ValueError(
+                f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'
+            )
+        return self
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:

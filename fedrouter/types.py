@@ -62,6 +62,15 @@ class RoutingSpace:
 
 
 @dataclass(frozen=True, slots=True)
+class Membership:
+    """Task clusters told instead of found, for the baselines: by client, or by task label."""
+
+    clients: Mapping[str, tuple[int, ...]]  # all rows of a client: to each of these; prompts go to the first
+    tasks: Mapping[str, int]  # all rows with a label
+    num: int  # task clusters that prompts go to; any beyond are trained only
+
+
+@dataclass(frozen=True, slots=True)
 class Subset:
     """What a client reveals of its rows that belong to one task cluster (paper: D_{c,j})."""
 

@@ -50,6 +50,9 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
         ("embedder.kind=sentence-transformers", "they need it"),
         ("train={epochs=2, steps=3}", "give train.steps or train.epochs, one of them"),
         ("train.patience=2", "train.patience needs rows to judge by"),
+        ("method=fedavg", "method fedavg has no use for cluster.global; remove it"),
+        ("method=clusterd", "method: Input should be"),
+        ("cluster={warmup=2}", "method fedrouter has no use for cluster.warmup"),
         ("aggregate.trim=0.1", "aggregate.trim belongs to aggregate.robust trimmed"),
         ("aggregate={method='exact', robust='median'}", "it needs aggregate.method average"),
         ("aggregate={method='exact', server='adam'}", "aggregate.server works on A and B apart"),
@@ -63,6 +66,28 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) ->
         load_config(None, [override])
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["method=local", "aggregate.method=exact"], "method local averages nothing"),
+        (["method=fedprox"], "needs train.proximal above 0"),
+        (["method=fedavg", "train.proximal=0.1"], "FedAvg with it is method fedprox"),
+        (["method=fedavg", "train.schedule=one"], "method fedavg gives a client one subset"),
+        (["method=clustered", "train.participation=0.5"], "needs every client in its warm-up"),
+        (["method=clustered", "cluster.warmup=10"], "needs every client in its warm-up"),
+        (["method=local", "routing.fallback=generalist"], "method local has no generalist"),
+    ],
+)
+def test_options_that_do_not_belong_to_the_method_are_refused(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(None, ["cluster={}", *overrides])
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
+def test_every_method_runs_on_the_built_in_federation_with_two_settings(method: str) -> None:
+    assert load_config(None, [f"method={method}", "cluster={}"]).method == method
 
 
 def test_a_file_that_does_not_read(tmp_path: Path) -> None:

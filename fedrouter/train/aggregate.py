@@ -74,6 +74,16 @@ def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[A
     return {name: result[name] for name in sorted(result)}, math.sqrt(left_out / total) if total else 0.0
 
 
+def stack(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    """Return the adapter whose product is exactly Σ wᵢ BᵢAᵢ; its rank is the sum of the ranks (FLoRA)."""
+    return {
+        name: np.concatenate([s[name] for s in adapters])
+        if ".lora_A." in name
+        else np.concatenate([np.float32(w) * s[name] for s, w in zip(adapters, weights, strict=True)], axis=1)
+        for name in sorted(adapters[0])
+    }
+
+
 def robust_mean(adapters: Sequence[AdapterState], trim: float) -> AdapterState:
     """Return the coordinate-wise trimmed mean (Yin et al. 2018); a ``trim`` of one half is the median.
 

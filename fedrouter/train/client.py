@@ -15,6 +15,7 @@ from fedrouter.types import (
     Assignment,
     Float64s,
     LocalClusters,
+    Membership,
     Moments,
     Record,
     RoutingSpace,
@@ -43,7 +44,7 @@ class Client:
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
-        self._labels: cluster.Labels | None = None
+        self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 
     def summarise(self, num: Count) -> LocalClusters:
@@ -54,17 +55,20 @@ class Client:
         except TrainingError as error:
             raise TrainingError(f"client {self.name}: {error}") from error
 
-    def regroup(self, space: RoutingSpace) -> LocalClusters:
-        """Give each row to the nearest centroid; reveal what came together."""
-        return cluster.regroup(self._vectors[self._fit], space)
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> LocalClusters:
+        """Give each row to the nearest centroid, or where it is told; reveal what came together."""
+        if told is None:
+            return cluster.regroup(self._vectors[self._fit], space)
+        return cluster.gather(self._vectors, cluster.told_rows(self.name, self._tasks, told), told.num)
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> Moments:
         """Reveal moments of the rows set aside."""
         return cluster.moments(self._vectors[self._held], space, basis)
 
-    def assign(self, space: RoutingSpace) -> Assignment:
+    def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
-        self._labels, subsets = cluster.assign(self._vectors, self._held, space, self._tasks)
+        rows = None if told is None else cluster.told_rows(self.name, self._tasks, told)
+        self._rows, subsets = cluster.assign(self._vectors, self._held, space, self._tasks, rows)
         self._subsets.clear()
         return Assignment(self.name, subsets)
 
@@ -85,10 +89,10 @@ class Client:
 
     def _subset(self, number: int, trainer: "AdapterTrainer") -> "tuple[Dataset, Dataset | None]":
         """Return a task cluster's rows, tokenised: those to train on, and those to validate on, if any."""
-        if self._labels is None:
-            raise TrainingError(f"client {self.name}: asked to train before its rows were assigned")
+        if number not in self._rows:
+            raise TrainingError(f"client {self.name}: no row of it belongs to task cluster {number}")
         if number not in self._subsets:
-            rows = np.flatnonzero(self._labels == number)
+            rows = self._rows[number]
             order = np.random.default_rng(derive_seed(self._seed, self.name, number, "validation"))
             num = cluster.num_validation(len(rows), trainer.validation)
             held = set(order.permutation(rows)[:num])

@@ -10,6 +10,7 @@ from fedrouter.types import (
     Assignment,
     Float64s,
     LocalClusters,
+    Membership,
     Moments,
     RoutingSpace,
     TrainFailure,
@@ -37,17 +38,17 @@ class LocalFederation:
         """Have every client cluster its own rows."""
         return [client.summarise(num) for client in self._clients.values()]
 
-    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
-        """Have every client give its rows to the nearest centroid."""
-        return [client.regroup(space) for client in self._clients.values()]
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
+        """Have every client give its rows to the nearest centroid, or where it is told."""
+        return [client.regroup(space, told) for client in self._clients.values()]
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
         """Have every client reveal moments of its set-aside rows."""
         return [client.moments(space, basis) for client in self._clients.values()]
 
-    def assign(self, space: RoutingSpace) -> list[Assignment]:
+    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         """Tell every client the task clusters."""
-        return [client.assign(space) for client in self._clients.values()]
+        return [client.assign(space, told) for client in self._clients.values()]
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
         """Train each request in turn; a client's failure is an answer, running out of memory is not."""

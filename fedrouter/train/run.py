@@ -20,14 +20,14 @@ from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_e
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
-from fedrouter.train.aggregate import mean
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
-from fedrouter.train.discover import discover, radius
+from fedrouter.train.discover import radius
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
+from fedrouter.train.methods import finish, group
 from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import RoundResult, exhausted, fresh_state, plan, run_rounds
+from fedrouter.train.server import RoundResult, exhausted, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import Assignment, Record, Subset, TaskCluster
 
@@ -72,22 +72,21 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
-    space = discover(federation, config.cluster, config.seed)
-    assignments = federation.assign(space)
-    clusters = describe(assignments, len(set(space.cluster_of)), config.routing)
+    grouping = group(federation, config, trainer.state())
+    space, assignments = grouping.space, grouping.assignments
+    clusters = describe(assignments, len(set(space.cluster_of)), config.routing, grouping.names)
     for c in clusters:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
 
     digest = clustering_digest(space, assignments)
-    state = latest_checkpoint(out / "checkpoints", digest)
-    if state:
+    resumed = latest_checkpoint(out / "checkpoints", digest)
+    state = resumed or grouping.state
+    if resumed:
         console.print(f"going on after round {state.number}", highlight=False)
-    else:
-        state = fresh_state([trainer.state() for _ in clusters])
     metrics = Metrics(out / "metrics.jsonl", state.number)
-    names = [c.name for c in clusters]
+    names = [*(c.name for c in clusters), "global"]  # the last: FedDPA's
     rounds = range(state.number, config.train.rounds)
     steps = sum(n for number in rounds for _, _, n in plan(assignments, config, number))
     with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
@@ -104,19 +103,20 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         raise TrainingError(
             f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
         )
+    adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
     return write_bundle(
         out / "bundle",
         base=base,
         embedder=spec,
-        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=True)],
-        adapters=state.best_adapters,
-        adapter_config={**trainer.adapter_config, "base_model_name_or_path": config.base.model},
+        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
+        adapters=adapters,
+        adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
         space=space,
         probe_vectors=probe_vectors,
         fallback=config.routing.fallback,
         versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
-        generalist=mean(state.best_adapters, [c.num_examples for c in clusters], config.aggregate.method)[0],
+        generalist=generalist,
     )
 
 
@@ -146,9 +146,15 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
 
 
 def describe(
-    assignments: Sequence[Assignment], num_clusters: int, routing: RoutingSettings
+    assignments: Sequence[Assignment],
+    num_clusters: int,
+    routing: RoutingSettings,
+    names: Sequence[str] | None = None,
 ) -> list[TaskCluster]:
-    """Describe each task cluster by what its clients revealed; name it after its commonest task label."""
+    """Describe each task cluster by what its clients revealed.
+
+    Without ``names`` it is named after its commonest task label.
+    """
     clusters: list[TaskCluster] = []
     taken = {GENERALIST}
     for k in range(num_clusters):
@@ -159,7 +165,8 @@ def describe(
         for _, subset in members:
             for task, count in subset.task_counts.items():
                 counts[task] = counts.get(task, 0) + count
-        name = _slug(max(counts, key=lambda t: (counts[t], t))) if counts else f"task-{k}"
+        common = max(counts, key=lambda t: (counts[t], t)) if counts else f"task-{k}"
+        name = _slug(names[k] if names else common)
         while name in taken:
             name = f"{name}-{k}"
         taken.add(name)

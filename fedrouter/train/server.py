@@ -17,6 +17,7 @@ from fedrouter.types import (
     Assignment,
     Float64s,
     LocalClusters,
+    Membership,
     Moments,
     RoutingSpace,
     TrainFailure,
@@ -34,16 +35,16 @@ class Federation(Protocol):
         """Have every client cluster its own rows."""
         ...
 
-    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
-        """Have every client give its rows to the nearest centroid."""
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
+        """Have every client give its rows to the nearest centroid, or where it is told."""
         ...
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
         """Have every client reveal moments of its set-aside rows, in coordinates ``basis``."""
         ...
 
-    def assign(self, space: RoutingSpace) -> list[Assignment]:
-        """Tell every client the task clusters."""
+    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
+        """Tell every client the task clusters, and, in a baseline, which its rows belong to."""
         ...
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
