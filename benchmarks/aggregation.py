@@ -1,7 +1,7 @@
 """Exact averaging against the dense mean of products: its error, and its cost as a share of a round.
 
-Adapters as training leaves them: one round of the built-in federation's clients from one fresh adapter. Times are
-processor seconds, so that a busy machine does not change the share.
+Adapters as training leaves them: one round of the built-in federation's clients from one fresh adapter.
+Times are processor seconds, so that a busy machine does not change the share.
 """
 
 import tempfile
@@ -46,10 +46,8 @@ def main() -> None:
         spent[name] = time.process_time() - began
     for group in groups.values():
         states, weights = [r.adapter for r in group], [r.num_examples for r in group]
-        dense = {
-            m: np.average([p[m] for p in map(products, states)], axis=0, weights=weights)
-            for m in products(states[0])
-        }
+        each = [products(state) for state in states]
+        dense = {m: np.average([p[m] for p in each], axis=0, weights=weights) for m in each[0]}
         best = {m: truncated(array, load_config(None).lora.rank) for m, array in dense.items()}
         found, residual = exact(states, weights)
         residuals.append(residual)

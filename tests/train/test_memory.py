@@ -13,9 +13,9 @@ TORCH_ON_CPU = RuntimeError(
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), TORCH_ON_CPU])
 def test_running_out_of_memory_names_the_knobs_in_one_line(error: Exception) -> None:
-    with pytest.raises(TrainingError, match=r"lower train\.batch_size, train\.max_length") as caught:
-        with explained_out_of_memory():
-            raise error
+    knobs = r"lower train\.batch_size, train\.max_length"
+    with pytest.raises(TrainingError, match=knobs) as caught, explained_out_of_memory():
+        raise error
     assert "\n" not in str(caught.value)
     assert ("GPU" in str(caught.value)) == isinstance(error, torch.OutOfMemoryError)
 
