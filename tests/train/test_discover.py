@@ -81,7 +81,7 @@ def test_a_small_client_beside_a_large_one() -> None:
 
 def test_phrasings_of_one_task_share_their_answers() -> None:
     """Two groups of prompts, some ten standard deviations apart: one task or two, as the answers say."""
-    shift = np.where(np.arange(DIM) == 0, 200, 4).astype(np.float32)
+    shift = np.where(np.arange(DIM) == 0, 100, 2).astype(np.float32)
     rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
     for tasks, num in ((np.zeros(180, int), 1), (np.repeat([0, 1], 90), 2)):
         clients = PullFederation(rows, {}, {c: answers(tasks) for c in rows})
