@@ -13,6 +13,8 @@ from fedrouter import __version__
 from fedrouter.errors import ConfigError, FedRouterError
 
 if TYPE_CHECKING:
+    from fedrouter.bundle import Bundle
+    from fedrouter.embed import Embedder
     from fedrouter.evaluate import Report
 
 app = typer.Typer(
@@ -149,6 +151,28 @@ def evaluate(
         raise typer.Exit(1)
 
 
+@app.command("eval-routing")
+def evaluate_routing(
+    bundle: BundleDir,
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="FILE", help="Records with a task: files, data sets, or builtin:four-tasks."),
+    ],
+    base: BaseOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
+) -> None:
+    """Say how a bundle routes labelled prompts; no server needed."""
+    from fedrouter.evaluate import load, offline
+
+    records = load(data, num_per_task=limit)
+    loaded, embedder = _load(bundle, base)
+    report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
+    console.print(offline.render(report))
+    if out:
+        offline.write_json(report, out)
+
+
 @app.command()
 def route(
     bundle: BundleDir,
@@ -158,16 +182,9 @@ def route(
     """Say which adapter would answer a prompt, and why; no server needed."""
     from rich.table import Table
 
-    from fedrouter.bundle import check_base, check_embedder, load_bundle
-    from fedrouter.embed import load_embedder
-    from fedrouter.models import resolve_base
     from fedrouter.route import REJECT, Router
 
-    loaded = load_bundle(bundle_directory(bundle))
-    path = resolve_base(base or loaded.base.model, loaded.base.revision)
-    check_base(loaded, path)
-    embedder = load_embedder(loaded.embedder, loaded.base, path)
-    check_embedder(loaded, embedder)
+    loaded, embedder = _load(bundle, base)
     for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
         answer = "nobody" if decision.model == REJECT else decision.model
         then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
@@ -240,6 +257,19 @@ def demo(
 def bundle_directory(path: Path) -> Path:
     """Accept a run directory where a bundle is asked for."""
     return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
+
+
+def _load(directory: Path, base: str | None) -> "tuple[Bundle, Embedder]":
+    from fedrouter.bundle import check_base, check_embedder, load_bundle
+    from fedrouter.embed import load_embedder
+    from fedrouter.models import resolve_base
+
+    bundle = load_bundle(bundle_directory(directory))
+    path = resolve_base(base or bundle.base.model, bundle.base.revision)
+    check_base(bundle, path)
+    embedder = load_embedder(bundle.embedder, bundle.base, path)
+    check_embedder(bundle, embedder)
+    return bundle, embedder
 
 
 def _show(report: "Report", out: Path | None, records: Path | None) -> None:

@@ -44,11 +44,12 @@ class LocalClusters:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What a client reveals of its set-aside rows: moments in the few dimensions that the groups span."""
+    """What a client reveals of set-aside prompts, in the span of the groups, and of completions."""
 
     counts: Float64s  # (m,)
     sums: Float64s  # (m, r)
     squares: Float64s  # (m, r, r)
+    answers: Float64s  # (m, d), sum of the embedded completions of all rows
 
 
 @dataclass(frozen=True, slots=True)

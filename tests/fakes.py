@@ -79,8 +79,14 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
 class PullFederation:
     """Clients whose "training" moves the adapter, each step, half of the way to a target of their own."""
 
-    def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState]):
+    def __init__(
+        self,
+        vectors: dict[str, Array],
+        targets: dict[str, AdapterState],
+        answers: dict[str, Array] | None = None,
+    ):
         self.vectors, self.targets = vectors, targets
+        self.answers = answers or vectors
         self.requests: list[TrainRequest] = []
 
     def summarise(self, num: Count) -> list[LocalClusters]:
@@ -90,7 +96,9 @@ class PullFederation:
         return [cluster.regroup(x[self._fit(x)], space) for x in self.vectors.values()]
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
-        return [cluster.moments(x[self._held(x)], space, basis) for x in self.vectors.values()]
+        return [
+            cluster.moments(x, self.answers[c], self._held(x), space, basis) for c, x in self.vectors.items()
+        ]
 
     def _fit(self, x: Array) -> cluster.Labels:
         return cluster.set_aside(len(x), 0)[0]

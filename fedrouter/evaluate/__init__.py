@@ -5,6 +5,7 @@ scores.py     ROUGE-1, ROUGE-L, exact match; means by task, client and adapter; 
 progress.py   a bar on a terminal, plain lines elsewhere
 report.py     the report: tables, JSON, JSONL
 run.py        records × models → report
+offline.py    how a bundle routes labelled records, without an endpoint
 """
 
 from fedrouter.evaluate.report import Report, render, write_json, write_records

@@ -94,12 +94,12 @@ def write_json(report: Report, path: Path) -> None:
         "num_failed": report.num_failed,
         "failures": list(_failures(report)),
     }
-    _write(path, [json.dumps(content, ensure_ascii=False, indent=2)])
+    write_lines(path, [json.dumps(content, ensure_ascii=False, indent=2)])
 
 
 def write_records(report: Report, path: Path) -> None:
     """Write one JSON line per model and record: prompt, expected, output, route and scores, atomically."""
-    _write(path, (json.dumps(line, ensure_ascii=False) for line in _record_lines(report)))
+    write_lines(path, (json.dumps(line, ensure_ascii=False) for line in _record_lines(report)))
 
 
 def _score_table(report: Report) -> Table:
@@ -216,7 +216,14 @@ def _number(value: float | None, scale: float = 1.0) -> str:
     return "–" if value is None else f"{value * scale:.0f}"
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines atomically.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ class Client:
         self._tasks = [record.task for record in records]
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
+        self._answers: Array = embedder.embed([record.completion for record in records])
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
         self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
@@ -62,8 +63,8 @@ class Client:
         return cluster.gather(self._vectors, cluster.told_rows(self.name, self._tasks, told), told.num)
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> Moments:
-        """Reveal moments of the rows set aside."""
-        return cluster.moments(self._vectors[self._held], space, basis)
+        """Reveal moments of the rows set aside, and the mean answers."""
+        return cluster.moments(self._vectors, self._answers, self._held, space, basis)
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""

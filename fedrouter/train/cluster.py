@@ -66,11 +66,19 @@ def regroup(x: Array, space: RoutingSpace) -> LocalClusters:
     return _gather(x.astype(np.float64), nearest(x, space)[0], len(space.centroids))
 
 
-def moments(x: Array, space: RoutingSpace, basis: Float64s) -> Moments:
-    """Reveal first and second moments of rows set aside, by nearest centroid, in coordinates ``basis``."""
+def moments(x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: Float64s) -> Moments:
+    """Reveal moments by nearest centroid: of rows set aside in coordinates ``basis``, and of all answers.
+
+    Parameters
+    ----------
+    x, answers : (n, d) float32, embedded prompts and completions.
+    held : numbers of the rows set aside.
+    """
     member = np.eye(len(space.centroids))[nearest(x, space)[0]]  # (n, m)
-    z = (x.astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
-    return Moments(member.sum(0), member.T @ z, np.einsum("nm,nr,ns->mrs", member, z, z, optimize=True))
+    z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
+    aside = member[held]
+    squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
+    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers)
 
 
 def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:

@@ -9,9 +9,10 @@ The exchanges, in order; no row leaves its client in any of them:
    embedder's scale or axes: large dimensions do not dominate.
 3. Each client gives its rows to the nearest component, in units of that covariance, and reveals what came
    together (``cluster.regroup``); the server pools (``pool``). It mends what k-means mixed.
-4. Each client reveals moments of the rows set aside, within the few dimensions that the components span
-   (``cluster.moments``). The server joins components until every two task clusters stand ``SEPARATION``
-   standard deviations apart on rows that nothing was fitted to (``separate``): that is their number.
+4. Each client reveals moments of the prompts set aside, within the few dimensions that the components span,
+   and the sum of each component's embedded completions (``cluster.moments``). The server joins components
+   until every two task clusters differ by ``SEPARATION`` in prompts and completions (``separate``): that is
+   their number. Prompts are judged on rows that nothing was fitted to. Completions serve no other purpose.
 5. The routing space: whitened by the covariance within task clusters, the directions between them stretched
    so that abstention sees them, all components kept as centroids of their task cluster (``routing_space``).
 6. Each client reveals quantiles of its set-aside rows' distances (``cluster.assign``); their pooled quantile
@@ -32,11 +33,12 @@ from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 MAX_JOINED = 512  # local clusters that the server joins one by one
-NUM_COMPONENTS = 16  # what local clusters are condensed to before tasks are looked for
+NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are looked for
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
-PASSES = 2  # of regrouping
-SEPARATION = 6.4  # standard deviations between two task clusters
+PASSES = 1  # of regrouping; each sends a (d, d) matrix
+SEPARATION = 4.2  # between two task clusters: standard deviations of prompts × chord of completions
+MIN_CHORD = 0.25  # two tasks may have the same answers
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
 PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
 PRIOR_SHARE = 10.0  # pseudo-rows that damp the shares of very small clients
@@ -156,15 +158,17 @@ def span(space: RoutingSpace) -> Float64s:
 def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
-    "auto" stops when all stand ``SEPARATION`` apart: the distance of two means along Fisher's direction, in
-    units of the wider one's standard deviation there, on set-aside rows; times 2√(p(1-p)), where p : 1-p are
-    the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
-    small, is not taken for a task, while a task that few clients hold counts in full.
+    Two components are as far apart as their prompts (``_separations``) times their completions
+    (``_chords``): a task is where prompts look different and so do the answers. "auto" stops when all
+    stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are the shares that the two hold of the client
+    which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
+    that few clients hold counts in full.
     """
     n: Float64s = PRIOR_MEAN + np.sum([m.counts for m in clients], axis=0)
     s: Float64s = PRIOR_MEAN * centres + np.sum([m.sums for m in clients], axis=0)
     q: Float64s = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :]
     q = q + np.sum([m.squares for m in clients], axis=0)
+    answers: Float64s = np.sum([m.answers for m in clients], axis=0)
     rows = support.sum(1, keepdims=True)
     groups = [[i] for i in range(len(n))]
     if num != "auto" and num > len(groups):
@@ -173,7 +177,7 @@ def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, n
         )
     while len(groups) > (1 if num == "auto" else num):
         share = (support / (rows + PRIOR_SHARE)).max(0)
-        apart = _separations(n, s, q)
+        apart = _separations(n, s, q) * np.maximum(_chords(answers), MIN_CHORD)
         # Balance says only whether two join, never which two come first.
         closest = apart.argmin(1)
         p = share / np.maximum(share + share[closest], 1e-12)
@@ -183,9 +187,9 @@ def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, n
         joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
         a = int(np.where(joins, apart.min(1), np.inf).argmin())
         i, j = sorted((a, int(closest[a])))
-        for array in (n, s, q):
+        for array in (n, s, q, answers):
             array[i] += array[j]
-        n, s, q = (np.delete(a, j, 0) for a in (n, s, q))
+        n, s, q, answers = (np.delete(a, j, 0) for a in (n, s, q, answers))
         support[:, i] += support[:, j]
         support = np.delete(support, j, 1)
         groups[i] += groups.pop(j)
@@ -274,23 +278,27 @@ def _squared_distances(x: Float64s, metric: Float64s) -> Float64s:
 
 
 def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
-    """(m, m) distances of means in standard deviations along Fisher's direction; infinite on the diagonal."""
-    m, r = s.shape
+    """(m, m) distances of means along Fisher's direction, in the wider one's standard deviations.
+
+    Infinite on the diagonal.
+    """
     mean = s / np.maximum(n, 1)[:, None]
     covariance = q / np.maximum(n, 1)[:, None, None] - mean[:, :, None] * mean[:, None, :]
     covariance *= (n / np.maximum(n - 1, 1))[:, None, None]
     pooled = np.tensordot(n, covariance, 1) / max(n.sum(), 1)
-    pooled = (1 - RIDGE) * pooled + RIDGE * max(float(np.trace(pooled)) / r, 1e-12) * np.eye(r)
-    inverse = np.linalg.inv(pooled)
-    apart = np.full((m, m), np.inf)
-    for i in range(m):
-        for j in range(i):
-            difference = mean[i] - mean[j]
-            direction = inverse @ difference
-            gap = direction @ difference  # also the pooled variance along the direction
-            own = [n[k] * (direction @ covariance[k] @ direction) for k in (i, j)]
-            wider = max(
-                (o + PRIOR_ROWS * gap) / (n[k] + PRIOR_ROWS) for o, k in zip(own, (i, j), strict=True)
-            )
-            apart[i, j] = apart[j, i] = gap / np.sqrt(max(wider, 1e-12))
+    isotropic = max(float(np.trace(pooled)) / len(pooled), 1e-12)
+    pooled = (1 - RIDGE) * pooled + RIDGE * isotropic * np.eye(len(pooled))
+    difference = mean[:, None] - mean  # (m, m, r)
+    direction = difference @ np.linalg.inv(pooled)
+    gap = (direction * difference).sum(-1)  # also the pooled variance along the direction
+    own = (direction @ covariance * direction).sum(-1)  # of the first of the two
+    own = (n[:, None] * own + PRIOR_ROWS * gap) / (n[:, None] + PRIOR_ROWS)
+    apart = np.asarray(gap / np.sqrt(np.maximum(np.maximum(own, own.T), 1e-12)))
+    np.fill_diagonal(apart, np.inf)
     return apart
+
+
+def _chords(sums: Float64s) -> Float64s:
+    """(m, m) lengths of the chords between mean directions, 0 … 2."""
+    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return np.asarray(np.sqrt(np.maximum(2 - 2 * unit @ unit.T, 0)))

@@ -6,11 +6,11 @@ from fakes import PullFederation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrouter.config import ClusterSettings
+from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
 from fedrouter.train.cluster import QUANTILES, assign, nearest, regroup, set_aside, summarise
 from fedrouter.train.discover import condense, discover, radius, whitening
-from fedrouter.types import Array, LocalClusters, RoutingSpace, Subset
+from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 DIM = 12
 AUTO = ClusterSettings()
@@ -27,10 +27,17 @@ def blob(task: int, num: int, seed: int) -> Array:
     return ((centre + noise) * scale).astype(np.float32)
 
 
+def answers(tasks: np.ndarray) -> Array:
+    """Embedded completions: a direction of its own for each task, and noise."""
+    centres = np.random.default_rng(7).normal(size=(tasks.max() + 1, DIM))
+    noise = np.random.default_rng(8).normal(size=(len(tasks), DIM))
+    return (centres[tasks] + 0.2 * noise).astype(np.float32)
+
+
 def federation(tasks: list[list[int]], num: int = 90) -> tuple[PullFederation, dict[str, np.ndarray]]:
     rows = {f"c{c}": np.concatenate([blob(t, num, c) for t in own]) for c, own in enumerate(tasks)}
     truth = {f"c{c}": np.repeat(own, num) for c, own in enumerate(tasks)}
-    return PullFederation(rows, {}), truth
+    return PullFederation(rows, {}, {c: answers(t) for c, t in truth.items()}), truth
 
 
 SCENARIOS = {
@@ -66,8 +73,58 @@ def test_a_number_that_is_given_is_kept() -> None:
 
 def test_a_small_client_beside_a_large_one() -> None:
     rows = {"large": np.concatenate([blob(t, 1500, 0) for t in (0, 1)]), "small": blob(2, 20, 1)}
-    space = discover(PullFederation(rows, {}), AUTO, seed=0)
+    truth = {"large": np.repeat([0, 1], 1500), "small": np.repeat(2, 20)}
+    clients = PullFederation(rows, {}, {c: answers(t) for c, t in truth.items()})
+    space = discover(clients, AUTO, seed=0)
     assert len(set(space.cluster_of)) == 3
+
+
+def test_phrasings_of_one_task_share_their_answers() -> None:
+    """Two groups of prompts, some ten standard deviations apart: one task or two, as the answers say."""
+    shift = np.where(np.arange(DIM) == 0, 100, 2).astype(np.float32)
+    rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
+    for tasks, num in ((np.zeros(180, int), 1), (np.repeat([0, 1], 90), 2)):
+        clients = PullFederation(rows, {}, {c: answers(tasks) for c in rows})
+        assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == num
+
+
+def test_tasks_may_share_their_answers_if_their_prompts_differ_enough() -> None:
+    rows = {c: np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
+    named = {f"c{c}": x for c, x in rows.items()}
+    same = {c: answers(np.zeros(180, int)) for c in named}
+    assert len(set(discover(PullFederation(named, {}, same), AUTO, seed=0).cluster_of)) == 2
+
+
+def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
+    """At d = 384, in float32, of symmetric matrices one half."""
+    dim, sent = 384, 0
+
+    def count(*revealed: LocalClusters | Moments) -> None:
+        nonlocal sent
+        for r in revealed:
+            for array in (getattr(r, f) for f in r.__dataclass_fields__):
+                square = array.ndim > 1 and array.shape[-1] == array.shape[-2]
+                sent += 4 * (
+                    array.size * (array.shape[-1] + 1) // (2 * array.shape[-1]) if square else array.size
+                )
+
+    class Counting(PullFederation):
+        def summarise(self, num: Count) -> list[LocalClusters]:
+            count(*(revealed := super().summarise(num)))
+            return revealed
+
+        def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
+            count(*(revealed := super().regroup(space)))
+            return revealed
+
+        def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+            count(*(revealed := super().moments(space, basis)))
+            return revealed
+
+    x = np.random.default_rng(0).normal(size=(600, dim)).astype(np.float32)
+    x[:, :40] += 4 * np.random.default_rng(1).integers(0, 2, size=(600, 40))
+    discover(Counting({"a": x}, {}), AUTO, seed=0)
+    assert 600_000 < sent + 101 * 4 * 32 < 1_000_000
 
 
 def test_the_same_seed_gives_the_same_space() -> None:

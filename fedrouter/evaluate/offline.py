@@ -1,0 +1,172 @@
+"""How a bundle routes labelled records, without a server: accuracy, confusion, calibration, abstention."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from sklearn.metrics import roc_auc_score
+
+from fedrouter.bundle import Bundle
+from fedrouter.embed import Embedder, routing_text
+from fedrouter.errors import DataError
+from fedrouter.evaluate.report import write_lines
+from fedrouter.evaluate.scores import TaggedRecord
+from fedrouter.route import Router
+from fedrouter.types import Decision
+
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # radii of the abstention curve, in those of the bundle
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRouting:
+    """Where one task's prompts go."""
+
+    known: bool  # some task cluster is mostly this task's
+    num_examples: int
+    accuracy: float | None  # share whose nearest task cluster is mostly this task's; None for unknown tasks
+    within: float  # share inside the nearest task cluster's radius
+    confusion: dict[str, int]  # prompts by nearest task cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Abstention:
+    """What would happen if all radii were ``factor`` times as wide; shares are means over tasks."""
+
+    factor: float
+    known_rejected: float
+    unknown_rejected: float | None  # None without unknown tasks
+    answered_right: float | None  # of known tasks' prompts within the radius; None if there are none
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """A bundle on labelled records."""
+
+    by_task: dict[str, TaskRouting]
+    accuracy: float | None  # mean over known tasks
+    within: float | None  # mean over known tasks
+    stated: float | None  # what ``within`` should be: the quantile that the radii were made for
+    auroc: float | None  # of distance ÷ radius, unknown against known tasks, each task weighing alike
+    curve: tuple[Abstention, ...]
+
+
+def evaluate_routing(
+    bundle: Bundle, embedder: Embedder, records: Sequence[TaggedRecord], stated: float | None = None
+) -> RoutingReport:
+    """Route the records and compare with their labels.
+
+    Parameters
+    ----------
+    records : sequence of TaggedRecord
+        Those of a task that no task cluster is mostly made of should be rejected.
+    stated : float or None
+        The quantile that the bundle's radii were made for.
+
+    Raises
+    ------
+    DataError
+        If there are no records, one has no task, or the bundle was trained without task labels.
+    """
+    if not records:
+        raise DataError("no records to route; give at least one file with rows")
+    if any(tagged.record.task is None for tagged in records):
+        raise DataError(
+            "a record has no task; add a task field to every row, it is what routing is judged by"
+        )
+    task_of = {
+        c.name: max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in bundle.clusters
+    }
+    if not any(task_of.values()):
+        raise DataError(f"{bundle.path}: was trained without task labels; nothing to judge its routing by")
+    vectors = embedder.embed([routing_text(tagged.record.turns) for tagged in records])
+    decisions = Router(bundle).route(vectors)
+    tasks = np.array([tagged.task for tagged in records])
+    right = np.array([task_of[d.cluster] for d in decisions]) == tasks
+    far = np.array([_far(d) for d in decisions])
+    by_task = {}
+    for task in sorted(set(tasks)):
+        own = np.flatnonzero(tasks == task)
+        known = task in task_of.values()
+        by_task[str(task)] = TaskRouting(
+            known=known,
+            num_examples=len(own),
+            accuracy=float(right[own].mean()) if known else None,
+            within=float((far[own] <= 1).mean()),
+            confusion=dict(sorted(Counter(decisions[i].cluster for i in own).items())),
+        )
+    is_known = np.array([by_task[task].known for task in tasks])
+    weights = 1 / np.array([by_task[task].num_examples for task in tasks])  # every task weighs alike
+    return RoutingReport(
+        by_task=by_task,
+        accuracy=_mean(right, weights, is_known),
+        within=_mean(far <= 1, weights, is_known),
+        stated=stated,
+        auroc=float(roc_auc_score(~is_known, np.minimum(far, 1e9), sample_weight=weights))
+        if len(set(is_known)) == 2
+        else None,
+        curve=tuple(
+            Abstention(
+                factor,
+                known_rejected=_mean(far > factor, weights, is_known) or 0.0,
+                unknown_rejected=_mean(far > factor, weights, ~is_known),
+                answered_right=_mean(right, weights, is_known & (far <= factor)),
+            )
+            for factor in FACTORS
+        ),
+    )
+
+
+def stated_quantile(directory: Path) -> float | None:
+    """Return the quantile that a run's radii were made for; None for a bundle without its run.
+
+    Radii that ``routing.slack`` widened hold more, so there is none either.
+    """
+    file = directory.parent / "config.json"
+    if not file.is_file():
+        return None
+    routing = json.loads(file.read_text(encoding="utf-8")).get("routing", {})
+    return routing.get("quantile") if routing.get("slack") == 1 else None
+
+
+def render(report: RoutingReport) -> RenderableType:
+    """Lay the report out for a terminal."""
+    names = sorted({name for task in report.by_task.values() for name in task.confusion})
+    table = Table("task", "records", "right", "in radius", title="prompts by nearest task cluster")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, task in report.by_task.items():
+        cells = [str(task.confusion.get(name, 0)) for name in names]
+        table.add_row(label, str(task.num_examples), _share(task.accuracy), _share(task.within), *cells)
+    curve = Table("radius ×", "known rejected", "unknown rejected", "right if answered", title="abstention")
+    for step in report.curve:
+        shares = (step.known_rejected, step.unknown_rejected, step.answered_right)
+        curve.add_row(f"{step.factor:g}", *map(_share, shares))
+    lines = [f"right: {_share(report.accuracy)}, mean over tasks that the bundle knows"]
+    stated = "" if report.stated is None else f", stated {_share(report.stated)}"
+    lines.append(f"in radius: {_share(report.within)}{stated}")
+    if report.auroc is not None:
+        lines.append(f"AUROC of distance ÷ radius, unknown against known tasks: {report.auroc:.3f}")
+    return Group(table, curve, *map(Text, lines))
+
+
+def write_json(report: RoutingReport, path: Path) -> None:
+    """Write the report, atomically."""
+    write_lines(path, [json.dumps(asdict(report), ensure_ascii=False, indent=2)])
+
+
+def _far(decision: Decision) -> float:
+    return decision.distance / decision.radius if decision.radius > 0 else float("inf")
+
+
+def _mean(values: np.ndarray, weights: np.ndarray, chosen: np.ndarray) -> float | None:
+    return float(np.average(values[chosen], weights=weights[chosen])) if chosen.any() else None
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
