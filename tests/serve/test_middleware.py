@@ -13,9 +13,9 @@ from fedrouter.bundle import Bundle
 from fedrouter.embed import routing_text
 from fedrouter.errors import BundleError
 from fedrouter.route import Router
+from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED, UNROUTED
 from fedrouter.types import Turn
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 AdapterOf = Callable[[str], str]
 
 
@@ -25,6 +25,10 @@ def chat(content: Any, **more: Any) -> dict[str, Any]:
 
 def completion(prompt: Any, **more: Any) -> dict[str, Any]:
     return {"model": "fedrouter", "prompt": prompt, **more}
+
+
+def response(given: Any, **more: Any) -> dict[str, Any]:
+    return {"model": "fedrouter", "input": given, **more}
 
 
 def ask(server: Server, path: str, body: Any = None, **options: Any) -> Any:
@@ -51,6 +55,13 @@ def ask(server: Server, path: str, body: Any = None, **options: Any) -> Any:
         ),
         (COMPLETIONS, completion(TASKS["summary"], logprobs=1e-9)),
         (COMPLETIONS, completion([TASKS["summary"]])),
+        (RESPONSES, response(TASKS["summary"], instructions=TASKS["headline"], stream=True)),
+        (
+            RESPONSES,
+            response([{"role": "user", "content": [{"type": "input_text", "text": TASKS["summary"]}]}]),
+        ),
+        (MESSAGES, chat(TASKS["summary"], system=TASKS["headline"], max_tokens=8)),
+        (MESSAGES, chat([{"type": "text", "text": TASKS["summary"]}], max_tokens=8, stream=True)),
     ],
 )
 def test_rewrites_the_model_and_nothing_else(
@@ -126,7 +137,7 @@ def test_requests_that_wait_are_embedded_together(server: Server, embedder: Word
         b'{"model": "fedrouter", "n": ' + b"1" * 5000 + b"}",
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", ROUTED)
 def test_what_is_not_to_be_routed_passes_byte_for_byte(
     server: Server, embedder: WordEmbedder, path: str, body: bytes
 ) -> None:
@@ -137,8 +148,41 @@ def test_what_is_not_to_be_routed_passes_byte_for_byte(
     assert not embedder.batches
 
 
+@pytest.mark.parametrize("path", AS_BASE)
+def test_what_no_adapter_changes_answers_as_the_base(
+    server: Server, embedder: WordEmbedder, path: str
+) -> None:
+    for body in (
+        chat(TASKS["headline"]),
+        completion(TASKS["headline"]),
+        {"model": "fedrouter", "tokens": [1]},
+    ):
+        answer = ask(server, path, body)
+        assert answer.json == {**body, "model": "base"}
+        assert not answer.routing
+    other = b'{"model":   "headline", "prompt": "fedrouter"}'
+    ask(server, path, other)
+    assert server.app.bodies[-1] == other
+    assert not embedder.batches
+
+
+@pytest.mark.parametrize("path", UNROUTED)
+def test_where_the_name_would_silently_mean_the_base_it_is_refused(server: Server, path: str) -> None:
+    answer = ask(server, path, chat(TASKS["headline"]))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "model")
+    assert not server.app.bodies
+    assert ask(server, path, chat("hello") | {"model": "base"}).status == 200
+
+
+def test_anthropics_clients_see_an_error_of_their_kind(server: Server, embedder: WordEmbedder) -> None:
+    embedder.broken = True
+    answer = ask(server, MESSAGES, chat(TASKS["headline"], max_tokens=8))
+    assert (answer.status, answer.json["type"]) == (500, "error")
+    assert answer.json["error"]["type"] == "InternalServerError"
+
+
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("PUT", CHAT)]
+    ("method", "path"), [("POST", "/v1/embeddings"), ("PUT", CHAT), ("GET", "/v1/models")]
 )
 def test_other_endpoints_are_left_alone(
     server: Server, embedder: WordEmbedder, method: str, path: str
@@ -223,7 +267,7 @@ def test_a_list_for_one_adapter_is_served(server: Server, adapter_of: AdapterOf)
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        (completion([TASKS["summary"], TASKS["headline"]]), "prompt", "different adapters"),
+        (completion([TASKS["summary"], TASKS["headline"]], stream=True), "stream", "different adapters"),
         (completion(None, prompt_embeds="AAAA"), "prompt_embeds", "cannot be routed"),
     ],
 )
