@@ -161,7 +161,7 @@ def route(
     from fedrouter.bundle import check_base, check_embedder, load_bundle
     from fedrouter.embed import load_embedder
     from fedrouter.models import resolve_base
-    from fedrouter.route import Router
+    from fedrouter.route import REJECT, Router
 
     loaded = load_bundle(bundle_directory(bundle))
     path = resolve_base(base or loaded.base.model, loaded.base.revision)
@@ -169,7 +169,9 @@ def route(
     embedder = load_embedder(loaded.embedder, loaded.base, path)
     check_embedder(loaded, embedder)
     for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
-        why = "beyond the radius: falls back" if decision.fallback else "within the radius"
+        answer = "nobody" if decision.model == REJECT else decision.model
+        then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
+        why = f"beyond the radius: {then}" if decision.fallback else "within the radius"
         table = Table(title=text if len(text) < 60 else text[:57] + "…", title_justify="left")
         for column in ("task cluster", "distance", "radius"):
             table.add_column(column)
@@ -177,7 +179,7 @@ def route(
         for name, distance in decision.distances.items():
             table.add_row(name, f"{distance:.3f}", f"{radii[name]:.3f}")
         console.print(table)
-        console.print(f"→ {decision.model} (nearest {decision.cluster}, {why})", highlight=False)
+        console.print(f"→ {answer} (nearest {decision.cluster}, {why})", highlight=False)
 
 
 @app.command()

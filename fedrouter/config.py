@@ -135,8 +135,8 @@ class RoutingSettings(_Section):
     """A task cluster's radius holds this share of its rows that were set aside."""
     slack: float = Field(1.0, gt=0)
     """Widens every radius; above 1 where prompts to come differ more than rows do."""
-    fallback: Literal["base", "nearest"] = "base"
-    """What answers beyond the radius."""
+    fallback: Literal["base", "nearest", "generalist", "reject"] = "base"
+    """What answers beyond the radius: base model, nearest adapter, mean of all adapters, or nobody."""
 
 
 class Config(_Section):

@@ -70,6 +70,8 @@ def _show_bundle(bundle: Bundle, console: Console) -> None:
         tasks = ", ".join(f"{task} {count}" for task, count in c.task_counts.items()) or "no labels"
         table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)
     console.print(table)
+    if bundle.generalist:
+        console.print(f"generalist {bundle.generalist}: the mean of these adapters", soft_wrap=True)
 
 
 def spark(values: list[float]) -> str:

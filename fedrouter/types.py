@@ -143,7 +143,7 @@ class TaskCluster:
 class Decision:
     """Where one prompt goes, and why."""
 
-    model: str  # the name to ask vLLM for: an adapter, or "base" after a fallback to it
+    model: str  # the name to ask vLLM for: an adapter, or "base"; "reject" when nobody is to answer
     cluster: str  # the nearest task cluster's name
     distance: float  # to the nearest centroid; smaller is closer
     radius: float  # of the nearest task cluster

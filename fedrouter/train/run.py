@@ -14,12 +14,13 @@ from rich.console import Console
 
 from fedrouter import __version__, data
 from fedrouter.builtin import is_builtin
-from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.bundle import GENERALIST, Bundle, load_bundle, write_bundle
 from fedrouter.config import Config, RoutingSettings
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
+from fedrouter.train.aggregate import average
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.discover import discover, radius
@@ -107,6 +108,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         fallback=config.routing.fallback,
         versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
+        generalist=average(adapters, [c.num_examples for c in clusters]),
     )
 
 
@@ -140,7 +142,7 @@ def describe(
 ) -> list[TaskCluster]:
     """Describe each task cluster by what its clients revealed; name it after its commonest task label."""
     clusters: list[TaskCluster] = []
-    taken: set[str] = set()
+    taken = {GENERALIST}
     for k in range(num_clusters):
         members: list[tuple[str, Subset]] = [
             (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
