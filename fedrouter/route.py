@@ -41,7 +41,7 @@ class Router:
         if self.fallback == GENERALIST and bundle.generalist is None:
             raise ConfigError(f"fallback generalist: {bundle.path} holds no generalist adapter")
         # Who answers beyond every radius; None: the nearest adapter all the same.
-        self._beyond = {"base": BASE_NAME, "generalist": bundle.generalist, "reject": REJECT}.get(
+        self.beyond = {"base": BASE_NAME, "generalist": bundle.generalist, "reject": REJECT}.get(
             self.fallback
         )
         allowed = [client is None or client in cluster.clients for cluster in bundle.clusters]
@@ -75,7 +75,7 @@ class Router:
         distance = distances[ranked[0]]
         beyond = bool(distance > nearest.radius)
         return Decision(
-            model=(self._beyond if beyond else None) or nearest.adapter,
+            model=(self.beyond if beyond else None) or nearest.adapter,
             cluster=nearest.name,
             distance=distance,
             radius=nearest.radius,

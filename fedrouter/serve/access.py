@@ -36,10 +36,18 @@ class Access:
     ----------
     key : the server's own API key, which vLLM knows as well; without one everybody may ask everything.
     tenants : SHA-256 of an API key, in hex → client name. Needs ``key``, which vLLM gets in its place.
+
+    Raises
+    ------
+    ServingError
+        For tenants without ``key``: vLLM would stand open.
     """
 
     def __init__(self, key: str | None = None, tenants: Mapping[str, str] | None = None):
-        assert key or not tenants, "tenants' keys need a key that vLLM knows"
+        if tenants and not key:
+            raise ServingError(
+                "a keys file needs VLLM_API_KEY as well; `fedrouter serve --keys-file` sets it"
+            )
         self._key, self._tenants = key, dict(tenants or {})
 
     def admit(self, scope: Scope) -> tuple[Caller, Scope]:

@@ -19,12 +19,12 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
-from fedrouter.route import BASE_NAME
+from fedrouter.route import BASE_NAME, REJECT
 from fedrouter.serve import conversation, split
 from fedrouter.serve.access import CLIENT_HEADER, CLUSTERS, DRY_RUN, MODELS, Access, Caller, load_access
 from fedrouter.serve.asgi import (
@@ -56,6 +56,7 @@ from fedrouter.serve.bodies import (
 from fedrouter.serve.routing import Routing, load_routing
 from fedrouter.types import Decision
 
+NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
 
 
@@ -220,7 +221,8 @@ class _RoutedRequest:
             if body is not None:
                 return {"type": "http.request", "body": body, "more_body": False}
         except Refusal as refusal:
-            self._answer = _refused(refusal, self._path)
+            refused = _refused(refusal, self._path)
+            self._answer = replace(refused, headers=[*refused.headers, *self._headers])
         except Exception:
             logger.exception("routing failed")
             self._answer = _refused(Refusal(500, "routing failed; the server's log says why"), self._path)
@@ -249,6 +251,10 @@ class _RoutedRequest:
         decisions = await _decide(self._routing, asked, self._caller)
         self._headers = _headers(decisions, _ms_since(start))
         models = [decision.model for decision in decisions]
+        if REJECT in models:
+            raise Refusal(
+                422, "no task cluster is near this prompt, and this server answers no others", code=NO_CLUSTER
+            )
         if len(set(models)) == 1:
             return _named(payload, models[0])
         if payload.get("stream"):
@@ -258,7 +264,7 @@ class _RoutedRequest:
             )
         answer = await split.complete(self._app, self._scope, receive, payload, models)
         if answer is not None:
-            self._answer = Answer(answer.status, answer.body, [*answer.headers, *self._headers])
+            self._answer = replace(answer, headers=[*answer.headers, *self._headers])
         return None
 
     async def _send(self, send: Send, answer: Answer) -> None:
@@ -286,7 +292,8 @@ def _check_name(routing: Routing, caller: Caller, body: bytes) -> None:
     if payload is None:
         raise Refusal(400, "the body must be a JSON object")
     model = payload.get("model")
-    known = {BASE_NAME, VIRTUAL_NAME, *(cluster.adapter for cluster in routing.clusters(caller.client))}
+    adapters = [cluster.adapter for cluster in routing.clusters(caller.client)]
+    known = {BASE_NAME, VIRTUAL_NAME, routing.bundle.generalist, *adapters}
     if isinstance(model, str) and model and model not in known:
         raise Refusal(404, f"The model `{model}` does not exist.", "model")
 

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -20,7 +21,7 @@ from fedrouter.types import Decision, TaskCluster
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
-"""What is decided where there is no text to route by, an image alone, say."""
+"""What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
 
 
 class Routing:
@@ -43,7 +44,9 @@ class Routing:
         self.decode = decode
         self.clients = frozenset(client for cluster in bundle.clusters for client in cluster.clients)
         self.fallback = fallback or bundle.fallback
-        self._routers: dict[str | None, Router] = {None: Router(bundle, self.fallback)}
+        router = Router(bundle, self.fallback)
+        self.no_text = replace(NO_TEXT, model=router.beyond or BASE_NAME)
+        self._routers: dict[str | None, Router] = {None: router}
         self._embedder = embedder
         self.batcher = Batcher[tuple[str, str | None], Decision](self._work, start=_one_thread)
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
@@ -53,7 +56,7 @@ class Routing:
         return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
 
     async def decide(self, texts: Sequence[str], client: str | None = None) -> list[Decision]:
-        """Decide for each text; a blank one falls back to the base.
+        """Decide for each text; a blank one falls back, to the base where the nearest would answer.
 
         Parameters
         ----------
@@ -61,7 +64,7 @@ class Routing:
         """
 
         async def one(text: str) -> Decision:
-            return await self.batcher.submit((text, client)) if text.strip() else NO_TEXT
+            return await self.batcher.submit((text, client)) if text.strip() else self.no_text
 
         return list(await asyncio.gather(*map(one, texts)))
 

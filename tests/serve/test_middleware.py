@@ -235,6 +235,36 @@ def test_beyond_the_radius_the_base_answers(server: Server) -> None:
     assert float(answer.routing["distance"]) > 3
 
 
+@pytest.mark.parametrize("prompt", ["zebra " * 50, " "])
+def test_fallbacks(serve: Callable[..., Server], tenants_bundle: Bundle, prompt: str) -> None:
+    bundle = tenants_bundle
+    nearest = {cluster.adapter for cluster in bundle.clusters} if prompt.strip() else {"base"}
+    for fallback, models in (("base", {"base"}), ("generalist", {bundle.generalist}), ("nearest", nearest)):
+        answer = ask(serve(fallback=fallback), COMPLETIONS, completion(prompt))
+        assert answer.json["model"] == answer.routing["adapter"]
+        assert answer.json["model"] in models
+        assert answer.routing["fallback"] == "true"
+        assert (
+            ask(serve(fallback=fallback), "/v1/fedrouter/clusters", method="GET").json["fallback"] == fallback
+        )
+    server = serve(fallback="reject")
+    refused = ask(server, COMPLETIONS, completion(prompt))
+    assert (refused.status, refused.json["error"]["code"]) == (422, "no_task_cluster")
+    assert refused.routing["fallback"] == "true"
+    assert not server.app.bodies
+    assert ask(serve(fallback="reject"), COMPLETIONS, completion(TASKS["headline"])).status == 200
+
+
+def test_a_follow_up_inherits(server: Server, adapter_of: AdapterOf) -> None:
+    turns = [("user", TASKS["summary"]), ("assistant", "x"), ("user", "zebra " * 50), ("user", "yes please")]
+    for path in (CHAT, MESSAGES, RESPONSES):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        body = {"model": "fedrouter", "messages": messages, "input": messages, "max_tokens": 8}
+        answer = ask(server, path, body)
+        assert answer.json["model"] == adapter_of("summary")
+        assert answer.routing["fallback"] == "false"
+
+
 def test_the_last_user_turn_decides(server: Server, adapter_of: AdapterOf) -> None:
     turns = [
         ("system", TASKS["headline"]),
