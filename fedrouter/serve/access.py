@@ -17,7 +17,7 @@ from fedrouter.serve.bodies import AS_BASE, ROUTED, Refusal
 CLIENT_HEADER = "x-fedrouter-client"
 CLUSTERS, DRY_RUN, MODELS = "/v1/fedrouter/clusters", "/v1/fedrouter/route", "/v1/models"
 # Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
-OPEN = ("/health", "/ping", "/metrics", "/version")
+OPEN = ("/health", "/ping", "/metrics", "/version", "/v1/fedrouter/ready")
 FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN)
 
 
