@@ -49,6 +49,22 @@ async def read_body(receive: Receive) -> bytes | None:
             return b"".join(chunks)
 
 
+async def collect(app: App, scope: Scope, receive: Receive) -> Answer:
+    """Ask an application and return its whole answer."""
+    messages: list[Message] = []
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    await app(scope, receive, send)
+    start = next((message for message in messages if message["type"] == "http.response.start"), None)
+    if start is None:
+        raise RuntimeError("the application ended without an answer")
+    return Answer(
+        start["status"], b"".join(message.get("body", b"") for message in messages), start.get("headers", ())
+    )
+
+
 def header_values(scope: Scope, name: str) -> list[str]:
     """Return the values of a request header, in their order; ``name`` in lower case."""
     return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()]

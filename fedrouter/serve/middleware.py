@@ -35,6 +35,7 @@ from fedrouter.serve.asgi import (
     Receive,
     Scope,
     Send,
+    collect,
     json_answer,
     path_of,
     read_body,
@@ -93,6 +94,8 @@ class FedRouterMiddleware:
             await _RoutedRequest(self.app, self.routing, route[1], caller)(scope, receive, send)
         elif route == ("GET", CLUSTERS):
             await self._answer(scope, receive, send, self._clusters, caller)
+        elif route == ("GET", MODELS) and caller.tenant:
+            await self._models(scope, receive, send, caller)
         elif route == ("POST", DRY_RUN):
             await self._answer(scope, receive, send, self._dry_run, caller)
         else:
@@ -138,21 +141,25 @@ class FedRouterMiddleware:
     ) -> None:
         """Answer an endpoint of our own, for those only whom the server lets list its models."""
         path = scope.get("root_path", "") + MODELS
-        verdict: list[Message] = []
-
-        async def judge(message: Message) -> None:
-            verdict.append(message)
-
-        await self.app({**scope, "method": "GET", "path": path, "raw_path": path.encode()}, receive, judge)
-        if verdict[0]["status"] != 200:
-            for message in verdict:
-                await send(message)
+        listing = {**scope, "method": "GET", "path": path, "raw_path": path.encode()}
+        verdict = await collect(self.app, listing, receive)
+        if verdict.status != 200:
+            await send_answer(send, verdict)
             return
         try:
             _check_client(self.routing, caller)
             await send_answer(send, json_answer(200, await endpoint(receive, caller)))
         except Refusal as refusal:
             await send_answer(send, _refused(refusal))
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        """List those models only that a tenant may name."""
+        answer = await collect(self.app, scope, receive)
+        if answer.status == 200:
+            listed, known = json.loads(answer.body), _names(self.routing, caller)
+            listed["data"] = [model for model in listed["data"] if model["id"] in known]
+            answer = json_answer(200, listed)
+        await send_answer(send, answer)
 
     async def _clusters(self, _receive: Receive, caller: Caller) -> Any:
         bundle = self.routing.bundle
@@ -292,10 +299,14 @@ def _check_name(routing: Routing, caller: Caller, body: bytes) -> None:
     if payload is None:
         raise Refusal(400, "the body must be a JSON object")
     model = payload.get("model")
-    adapters = [cluster.adapter for cluster in routing.clusters(caller.client)]
-    known = {BASE_NAME, VIRTUAL_NAME, routing.bundle.generalist, *adapters}
-    if isinstance(model, str) and model and model not in known:
+    if isinstance(model, str) and model and model not in _names(routing, caller):
         raise Refusal(404, f"The model `{model}` does not exist.", "model")
+
+
+def _names(routing: Routing, caller: Caller) -> set[str | None]:
+    """Return the names that mean something to a tenant."""
+    adapters = {cluster.adapter for cluster in routing.clusters(caller.client)}
+    return adapters | {BASE_NAME, VIRTUAL_NAME, routing.bundle.generalist}
 
 
 def _named(payload: dict[str, Any], model: str) -> bytes:

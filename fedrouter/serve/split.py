@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fedrouter.serve.asgi import Answer, App, Message, Receive, Scope, json_answer
+from fedrouter.serve.asgi import Answer, App, Message, Receive, Scope, collect, json_answer
 
 REQUEST_ID = b"x-request-id"
 
@@ -87,7 +87,6 @@ def merge(answers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -
 async def _ask(app: App, scope: Scope, body: bytes, over: asyncio.Event) -> Answer:
     """Send one sub-request; when it is over, the application sees a client that has left, and stops."""
     request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    messages: list[Message] = []
 
     async def receive() -> Message:
         if request:
@@ -95,15 +94,7 @@ async def _ask(app: App, scope: Scope, body: bytes, over: asyncio.Event) -> Answ
         await over.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: Message) -> None:
-        messages.append(message)
-
-    await app(scope, receive, send)
-    start = next((message for message in messages if message["type"] == "http.response.start"), None)
-    chunks = [message.get("body", b"") for message in messages if message["type"] == "http.response.body"]
-    if start is None:
-        raise RuntimeError("the application ended without an answer")
-    return Answer(start["status"], b"".join(chunks), start.get("headers", ()))
+    return await collect(app, scope, receive)
 
 
 def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:

@@ -184,6 +184,8 @@ def test_tenants_are_who_their_keys_say(server: Any, offline: Offline) -> None:
             f"{server.url}/v1/fedrouter/clusters", headers={"authorization": f"Bearer {key}"}
         ).json()
         assert {cluster["adapter"] for cluster in shown["clusters"]} == own
+        general = {server.bundle.generalist} - {None}
+        assert {model.id for model in with_key.models.list()} == {"base", "fedrouter", *own, *general}
 
 
 @pytest.mark.parametrize(

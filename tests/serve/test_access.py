@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from echo import KEY, TASKS, Server, WordEmbedder
+from echo import KEY, TASKS, EchoApp, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
-from fedrouter.serve.access import OPEN, Access, load_access, load_keys
+from fedrouter.serve.access import MODELS, OPEN, Access, load_access, load_keys
 from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, ROUTED, UNROUTED
 
 Serve = Callable[..., Server]
@@ -176,6 +176,24 @@ def test_a_tenant_sees_its_own_task_clusters_and_nobody_else(tenants: Serve) -> 
     assert set(ask(tenants(), DRY_RUN, body("hello"), key="ann").json["distances"]) == {"headline", "tâche"}
 
 
+def test_a_tenant_sees_only_the_models_that_it_may_name(tenants: Serve, tenants_bundle: Bundle) -> None:
+    class Models(EchoApp):
+        async def _answer(self, send: Any, status: int, pieces: Any) -> None:
+            names = ["base", "fedrouter", "mine", *tenants_bundle.adapter_paths]
+            listed = {"object": "list", "data": [{"id": name} for name in names]}
+            await super()._answer(send, status, [json.dumps(listed).encode()])
+
+    def shown(key: str) -> set[str]:
+        server = tenants()
+        server.app = server.hook.app = Models()
+        return {model["id"] for model in ask(server, MODELS, method="GET", key=key).json["data"]}
+
+    everything = {"base", "fedrouter", "mine", *tenants_bundle.adapter_paths}
+    assert shown(KEY) == everything
+    assert shown("ann") == everything - {"mine", adapter(tenants_bundle, "summary")}
+    assert shown("carl") == {"base", "fedrouter", tenants_bundle.generalist}
+
+
 def test_a_key_of_a_client_that_the_bundle_does_not_know(tenants: Serve) -> None:
     assert ask(tenants(), CHAT, body("hello"), key="carl").status == 404
 
@@ -223,7 +241,8 @@ def test_the_sagemaker_header_opens_nothing(serve: Serve) -> None:
 
 def test_what_watches_the_server_needs_no_key(serve: Serve) -> None:
     for path in (*OPEN, "/metrics/"):
-        assert ask(serve(access=Access(KEY, KEYS)), path, method="GET", key=None).status == 200
+        answer = ask(serve(access=Access(KEY, KEYS)), path, method="GET", key=None)
+        assert answer.status == 200 or answer.json == {"error": "Unauthorized"}  # the application's own word
     assert ask(serve(access=Access(KEY)), "/tokenize", method="OPTIONS", key=None).status == 200
 
 
