@@ -148,6 +148,19 @@ def test_what_is_not_to_be_routed_passes_byte_for_byte(
     assert not embedder.batches
 
 
+@pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, "/v1/audio/transcriptions"])
+@pytest.mark.parametrize("chunk", [3, 10_000])
+def test_other_models_pass_byte_for_byte_piece_by_piece(
+    server: Server, embedder: WordEmbedder, path: str, chunk: int
+) -> None:
+    body = b'{ "model":"base",  "stream": true, "prompt": "model fedrouter \\u00e9", "messages": [] }\n'
+    answer = ask(server, path, body, chunk=chunk)
+    assert server.app.bodies == [body]
+    assert answer.pieces == [body[:7], body[7:]]
+    assert not answer.routing
+    assert not embedder.batches
+
+
 @pytest.mark.parametrize("path", AS_BASE)
 def test_what_no_adapter_changes_answers_as_the_base(
     server: Server, embedder: WordEmbedder, path: str
