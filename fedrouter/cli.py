@@ -95,6 +95,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
     ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY", help="Beyond the radius: base, generalist, nearest or reject."),
+    ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Clients' API keys: JSON, SHA-256 of a key to client name."),
+    ] = None,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
     from fedrouter.serve.launch import serve as run
@@ -107,6 +115,8 @@ def serve(
         api_key_env=api_key_env,
         adapters=dict(_named_path(text) for text in adapter or []),
         vllm_args=context.args,
+        fallback=fallback,
+        keys_file=keys_file,
     )
     raise typer.Exit(code)
 

@@ -38,15 +38,17 @@ class Embedder(Protocol):
         ...
 
 
-def routing_text(turns: Sequence[Turn]) -> str:
-    """Return the text that is embedded for a conversation: its last user turn.
+def user_texts(turns: Sequence[Turn]) -> list[str]:
+    """Return the texts of the user turns that have any, in their order."""
+    return [turn.content for turn in turns if turn.role == "user" and turn.content.strip()]
 
-    Training records and served requests go through this one function.
+
+def routing_text(turns: Sequence[Turn]) -> str:
+    """Return the text that is embedded for a training record: its last user turn.
+
+    A served conversation's last user turn is the same text; where it is a follow-up, an earlier one decides.
     """
-    for turn in reversed(turns):
-        if turn.role == "user" and turn.content.strip():
-            return turn.content
-    return ""
+    return next(reversed(user_texts(turns)), "")
 
 
 class HiddenStateEmbedder:

@@ -21,9 +21,19 @@ class Router:
     """Decides which adapter answers (paper section 3: argmin over the distance to the centroids).
 
     Not a classifier of what is right: beyond the nearest task cluster's radius it says so and falls back.
+
+    Parameters
+    ----------
+    fallback : instead of the bundle's.
+    client : only the task clusters that hold rows of this client are chosen from (paper: local mode).
+
+    Raises
+    ------
+    ConfigError
+        For an unknown fallback, or a client without task clusters.
     """
 
-    def __init__(self, bundle: Bundle, fallback: str | None = None):
+    def __init__(self, bundle: Bundle, fallback: str | None = None, client: str | None = None):
         self.bundle = bundle
         self.fallback = fallback or bundle.fallback
         if self.fallback not in FALLBACKS:
@@ -31,12 +41,18 @@ class Router:
         if self.fallback == GENERALIST and bundle.generalist is None:
             raise ConfigError(f"fallback generalist: {bundle.path} holds no generalist adapter")
         # Who answers beyond every radius; None: the nearest adapter all the same.
-        self._beyond = {"base": BASE_NAME, "generalist": bundle.generalist, "reject": REJECT}.get(
+        self.beyond = {"base": BASE_NAME, "generalist": bundle.generalist, "reject": REJECT}.get(
             self.fallback
         )
-        self._cluster_of = np.asarray(bundle.space.cluster_of)
-        self._index = faiss.IndexFlatL2(bundle.space.centroids.shape[1])
-        self._index.add(np.ascontiguousarray(bundle.space.centroids))
+        allowed = [client is None or client in cluster.clients for cluster in bundle.clusters]
+        if not any(allowed):
+            raise ConfigError(f"{bundle.path}: no task cluster holds rows of client {client!r}")
+        cluster_of = np.asarray(bundle.space.cluster_of)
+        rows = np.asarray(allowed)[cluster_of]
+        self._cluster_of = cluster_of[rows]
+        self._centroids = np.ascontiguousarray(bundle.space.centroids[rows])
+        self._index = faiss.IndexFlatL2(self._centroids.shape[1])
+        self._index.add(self._centroids)
 
     def route(self, embeddings: Array) -> list[Decision]:
         """Decide for each row of ``embeddings``, (n, d) float32, alike in any batch."""
@@ -49,7 +65,7 @@ class Router:
 
     def _decide(self, row: Array, candidates: np.ndarray) -> Decision:
         # FAISS computes squared distances in an order that depends on the batch; ours decide.
-        difference = self.bundle.space.centroids[candidates].astype(np.float64) - row
+        difference = self._centroids[candidates].astype(np.float64) - row
         distances: dict[int, float] = {}
         for centroid, distance in zip(candidates, np.sqrt((difference**2).sum(axis=1)), strict=True):
             cluster = int(self._cluster_of[centroid])
@@ -59,7 +75,7 @@ class Router:
         distance = distances[ranked[0]]
         beyond = bool(distance > nearest.radius)
         return Decision(
-            model=(self._beyond if beyond else None) or nearest.adapter,
+            model=(self.beyond if beyond else None) or nearest.adapter,
             cluster=nearest.name,
             distance=distance,
             radius=nearest.radius,

@@ -1,24 +1,45 @@
-"""What a request's body asks to be routed: from OpenAI JSON to the texts that are embedded. Pure."""
+"""What a request's body asks to be routed: from the JSON of four APIs to texts to embed. Pure."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedrouter.embed import routing_text
+from fedrouter.embed import user_texts
 from fedrouter.types import Turn
 
 VIRTUAL_NAME = "fedrouter"  # the model name that asks for routing
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+ROUTED = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+# No adapter changes what these compute: they answer as for the base.
+AS_BASE = (
+    "/tokenize",
+    "/detokenize",
+    f"{MESSAGES}/count_tokens",
+    *(f"{path}/render" for path in ROUTED),
+    f"{CHAT}/derender",
+    f"{COMPLETIONS}/derender",
+)
+# These generate, and the virtual name would silently mean the base there.
+UNROUTED = (f"{CHAT}/batch", "/inference/v1/generate", "/cohere/v2/chat", "/v1/systemone", "/invocations")
+
+ERROR_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    422: "UnprocessableEntityError",
+}
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure
-    """A request that is answered here with an error, in OpenAI's shape."""
+    """A request that is answered here with an error, in OpenAI's shape; ``code`` is the status by default."""
 
-    def __init__(self, status: int, message: str, param: str | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status = status
-        kind = "BadRequestError" if status < 500 else "InternalServerError"
-        self.payload = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+        kind = ERROR_TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+        self.payload = {"error": {"message": message, "type": kind, "param": param, "code": code or status}}
 
 
 def parse_routed(body: bytes) -> dict[str, Any] | None:
@@ -28,22 +49,30 @@ def parse_routed(body: bytes) -> dict[str, Any] | None:
     """
     if VIRTUAL_NAME.encode() not in body and rb"\u" not in body:
         return None
+    payload = parse(body)
+    return payload if payload is not None and payload.get("model") == VIRTUAL_NAME else None
+
+
+def parse(body: bytes) -> dict[str, Any] | None:
+    """Return the body's JSON object, read as vLLM reads it: of two equal keys the last one counts."""
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return payload if isinstance(payload, dict) and payload.get("model") == VIRTUAL_NAME else None
+    return payload if isinstance(payload, dict) else None
 
 
-def routed_texts(
+def conversations(
     path: str, payload: Mapping[str, Any], decode: Callable[[Sequence[int]], str]
-) -> list[str] | None:
-    """Return the text to embed for each prompt of a request ("" where there is none).
+) -> list[list[str]] | None:
+    """Return, for each prompt of a request, the texts of its user turns in their order.
 
-    None means that the server will refuse the body, so it goes there unchanged.
+    Text counts; system prompts, images, tool calls and tool results do not. None means that the server will
+    refuse the body, so it goes there unchanged.
 
     Parameters
     ----------
+    path : one of ``ROUTED``.
     decode : token ids → text, for prompts given as tokens.
 
     Raises
@@ -51,20 +80,23 @@ def routed_texts(
     Refusal
         For ``prompt_embeds``: vectors of a prompt hold no text to route by.
     """
-    if path == CHAT:
-        turns = _turns(payload.get("messages"))
-        return None if turns is None else [_embeddable(turns)]
-    if payload.get("prompt_embeds") is not None:
+    if _embeds(payload):
         raise Refusal(
             400, f"prompt_embeds cannot be routed: name an adapter instead of {VIRTUAL_NAME}", "prompt_embeds"
         )
-    prompts = _prompts(payload.get("prompt"), decode)
-    return None if prompts is None else [_embeddable([Turn("user", prompt)]) for prompt in prompts]
+    if path == COMPLETIONS:
+        prompts = _prompts(payload.get("prompt"), decode)
+        return None if prompts is None else [_texts([Turn("user", prompt)]) for prompt in prompts]
+    messages = payload.get("input") if path == RESPONSES else payload.get("messages")
+    if path == RESPONSES and isinstance(messages, str):
+        return [_texts([Turn("user", messages)])]
+    turns = _turns(messages)
+    return None if turns is None else [_texts(turns)]
 
 
-def _embeddable(turns: Sequence[Turn]) -> str:
+def _texts(turns: Sequence[Turn]) -> list[str]:
     # JSON may carry half a surrogate pair, which no tokenizer takes and which would fail its whole batch.
-    return routing_text(turns).encode("utf-8", "replace").decode()
+    return [text.encode("utf-8", "replace").decode() for text in user_texts(turns)]
 
 
 def _turns(messages: Any) -> list[Turn] | None:
@@ -79,9 +111,21 @@ def _content(content: Any) -> str:
         return content
     parts = content if isinstance(content, list) else []
     texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts
+        part.get("text") if isinstance(part, dict) and part.get("type") in ("text", "input_text") else part
+        for part in parts
     ]
     return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _embeds(payload: Mapping[str, Any]) -> bool:
+    if payload.get("prompt_embeds") is not None:
+        return True
+    messages = payload.get("messages")
+    contents = (
+        [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    )
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "prompt_embeds" for part in parts)
 
 
 def _prompts(prompt: Any, decode: Callable[[Sequence[int]], str]) -> list[str] | None:

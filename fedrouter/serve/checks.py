@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ModelError, ServingError
 from fedrouter.models import read_json
-from fedrouter.route import BASE_NAME
+from fedrouter.route import BASE_NAME, REJECT
 from fedrouter.serve.bodies import VIRTUAL_NAME
 
 
@@ -65,7 +65,7 @@ def check_adapter(name: str, path: Path, bundle: Bundle) -> int:
     ServingError
         If its name is taken, a file is missing or damaged, it is no plain LoRA, or a weight is not finite.
     """
-    if name in {BASE_NAME, VIRTUAL_NAME, *(cluster.adapter for cluster in bundle.clusters)}:
+    if name in {BASE_NAME, VIRTUAL_NAME, REJECT, *bundle.adapter_paths}:
         raise ServingError(f"adapter {name}: that name is taken; choose another")
     try:
         config = read_json(path / "adapter_config.json")

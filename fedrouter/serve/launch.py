@@ -5,16 +5,19 @@ vLLM itself is never imported here: it is another process, and its import takes 
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
 from fedrouter.embed import load_embedder
 from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
-from fedrouter.route import BASE_NAME
+from fedrouter.route import BASE_NAME, Router
+from fedrouter.serve.access import load_keys
 from fedrouter.serve.bodies import VIRTUAL_NAME
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
 from fedrouter.serve.process import Command, running
@@ -23,7 +26,10 @@ MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows
 MAX_SLOTS = 16  # adapters in one batch; every slot costs memory, the others wait in --max-cpu-loras
 SMALL_MACHINE = 4  # cores
-OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--enable-lora", "--lora-modules")
+OURS = (
+    *("--model", "--host", "--port", "--uds", "--served-model-name", "--enable-lora", "--lora-modules"),
+    "--api-key",  # the hook has to know it as well, and a command line is there for everyone to read
+)
 
 
 def serve(
@@ -34,6 +40,8 @@ def serve(
     api_key_env: str | None,
     adapters: Mapping[str, Path],
     vllm_args: Sequence[str],
+    fallback: str | None = None,
+    keys_file: Path | None = None,
 ) -> int:
     """Serve a bundle until SIGINT or SIGTERM; return the exit code.
 
@@ -43,13 +51,17 @@ def serve(
     api_key_env : name of the environment variable that holds the API key.
     adapters : more PEFT adapters to serve, by name; they are never routed to.
     vllm_args : passed on to vLLM, after and so before our own in force.
+    fallback : what answers beyond the radius, instead of the bundle's.
+    keys_file : clients' API keys, see ``access.load_keys``.
 
     Raises
     ------
     FedRouterError
         If the bundle must not be served, or the server cannot start or ends by itself.
     """
-    bundle, command = prepare(bundle_path, base, host, port, api_key_env, adapters, vllm_args)
+    bundle, command = prepare(
+        bundle_path, base, host, port, api_key_env, adapters, vllm_args, fallback, keys_file
+    )
     try:
         with running(command) as process:
             print(_ready(bundle, command, api_key_env), flush=True)  # noqa: T201 - for the one who started it
@@ -69,6 +81,8 @@ def running_server(
     api_key_env: str | None = None,
     adapters: Mapping[str, Path] | None = None,
     vllm_args: Sequence[str] = (),
+    fallback: str | None = None,
+    keys_file: Path | None = None,
     log: Path | None = None,
     timeout_s: float | None = 900.0,
 ) -> Iterator[str]:
@@ -77,7 +91,9 @@ def running_server(
     Takes a free port unless one is given. The server and all its processes are gone afterwards.
     """
     port = free_port(host) if port is None else port
-    _, command = prepare(bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args)
+    _, command = prepare(
+        bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args, fallback, keys_file
+    )
     with running(command, log, timeout_s):
         yield command.url
 
@@ -90,6 +106,8 @@ def prepare(
     api_key_env: str | None,
     adapters: Mapping[str, Path],
     vllm_args: Sequence[str],
+    fallback: str | None = None,
+    keys_file: Path | None = None,
 ) -> tuple[Bundle, Command]:
     """Check everything that can be checked before vLLM starts; return what to start."""
     cpu = find_vllm()
@@ -101,13 +119,23 @@ def prepare(
             raise ServingError(
                 f"environment variable {api_key_env} is empty or not set; put the API key into it"
             )
+    steering = {}
+    if keys_file is not None:
+        load_keys(keys_file)
+        steering["FEDROUTER_KEYS"] = str(keys_file.resolve())
+        # The clients' keys end at the hook; between it and vLLM there is one that nobody has to know.
+        key = key or os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(32)
     bundle = load_bundle(bundle_path)
+    if fallback is not None:
+        Router(bundle, fallback)  # refuses one that the bundle cannot have
+        steering["FEDROUTER_FALLBACK"] = fallback
     base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
     check_base(bundle, base_path)
     ranks = {name: check_adapter(name, path, bundle) for name, path in adapters.items()}
     command = build_command(
         bundle, base_path, host, port, adapters, max([bundle.rank, *ranks.values()]), vllm_args, key, cpu
     )
+    command = replace(command, env={**command.env, **steering})
     check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
     return bundle, command
 
@@ -145,7 +173,7 @@ def build_command(
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
-    modules = {cluster.adapter: bundle.adapter_path(cluster) for cluster in bundle.clusters} | dict(adapters)
+    modules = bundle.adapter_paths | dict(adapters)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
     argv += [
@@ -185,6 +213,8 @@ def build_command(
 
 def _ready(bundle: Bundle, command: Command, api_key_env: str | None) -> str:
     key_env = api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
+    if "FEDROUTER_KEYS" in command.env:
+        key_env = key_env or "CLIENT_KEY"
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     question = json.dumps({"model": VIRTUAL_NAME, "messages": [{"role": "user", "content": "Hello"}]})
     return (

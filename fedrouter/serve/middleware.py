@@ -2,11 +2,13 @@
 
 The life of a request:
 
-1. It reaches this hook before vLLM's own authentication. What is no POST to a routed path goes on untouched.
-2. vLLM checks the API key. Without it the request ends there: its body is not read, nothing is embedded.
+1. It reaches this hook before vLLM's own authentication. Without a key that the path needs it ends here: its
+   body is not read, nothing is embedded (``access.py``). What is no POST to a path of ours goes on untouched.
+2. vLLM checks the API key as well.
 3. vLLM reads the body through our ``receive``. One that does not name the virtual model goes on as it is.
-4. The prompt's text is embedded off the event loop, together with those of requests that wait at that moment.
-5. The router picks the adapter; the body goes to vLLM with the adapter's name as ``model``.
+4. The conversation's text is embedded off the event loop, together with those of requests that wait then.
+5. The router picks the adapter; the body goes to vLLM with the adapter's name as ``model``. A list of prompts
+   for several adapters goes there as several requests and comes back as one (``split.py``).
 6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
 
 What to serve is read from the environment at lifespan start-up, once: see ``routing.load_routing``.
@@ -15,48 +17,87 @@ What to serve is read from the environment at lifespan start-up, once: see ``rou
 import asyncio
 import json
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
-from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
+from fedrouter.route import BASE_NAME, REJECT
+from fedrouter.serve import conversation, split
+from fedrouter.serve.access import CLIENT_HEADER, CLUSTERS, DRY_RUN, MODELS, Access, Caller, load_access
+from fedrouter.serve.asgi import (
+    Answer,
+    App,
+    Headers,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    collect,
+    json_answer,
+    path_of,
+    read_body,
+    send_answer,
+)
+from fedrouter.serve.bodies import (
+    AS_BASE,
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    ROUTED,
+    UNROUTED,
+    VIRTUAL_NAME,
+    Refusal,
+    conversations,
+    parse,
+    parse_routed,
+)
 from fedrouter.serve.routing import Routing, load_routing
 from fedrouter.types import Decision
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-CLUSTERS, DRY_RUN, MODELS = "/v1/fedrouter/clusters", "/v1/fedrouter/route", "/v1/models"
+NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
 
 
 class FedRouterMiddleware:
     """Route requests for the virtual model ``fedrouter``; see the module's docstring."""
 
-    def __init__(self, app: App, load: Callable[[], Routing] = load_routing):
+    def __init__(
+        self,
+        app: App,
+        load: Callable[[], Routing] = load_routing,
+        load_access: Callable[[], Access] = load_access,
+    ):
         self.app = app
-        self._load = load
+        self._load, self._load_access = load, load_access
         self._routing: Routing | None = None
+        self._access = Access()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = scope.get("method"), scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif route in (("POST", CHAT), ("POST", COMPLETIONS)):
-            await _RoutedRequest(self.app, self.routing, route[1])(scope, receive, send)
+        else:
+            await self._http(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = scope["method"], path_of(scope)
+        try:
+            caller, scope = self._access.admit(scope)
+        except Refusal as refusal:
+            await send_answer(send, _refused(refusal, route[1]))
+            return
+        if route[0] == "POST" and route[1] in (*ROUTED, *AS_BASE, *UNROUTED):
+            await _RoutedRequest(self.app, self.routing, route[1], caller)(scope, receive, send)
         elif route == ("GET", CLUSTERS):
-            await self._answer(scope, receive, send, self._clusters)
+            await self._answer(scope, receive, send, self._clusters, caller)
+        elif route == ("GET", MODELS) and caller.tenant:
+            await self._models(scope, receive, send, caller)
         elif route == ("POST", DRY_RUN):
-            await self._answer(scope, receive, send, self._dry_run)
+            await self._answer(scope, receive, send, self._dry_run, caller)
         else:
             await self.app(scope, receive, send)
 
@@ -70,6 +111,7 @@ class FedRouterMiddleware:
         """Load the bundle before the application starts; a server that cannot route must not start."""
         startup: list[Message] = [await receive()]
         try:
+            self._access = self._load_access()
             self._routing = await asyncio.to_thread(self._load)
         except Exception as error:  # raised further, uvicorn would take it for "no lifespan" and serve
             if not isinstance(error, FedRouterError):
@@ -90,67 +132,81 @@ class FedRouterMiddleware:
             self.routing.batcher.close()
 
     async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, endpoint: Callable[[Receive], Awaitable[Any]]
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        endpoint: Callable[[Receive, Caller], Awaitable[Any]],
+        caller: Caller,
     ) -> None:
         """Answer an endpoint of our own, for those only whom the server lets list its models."""
         path = scope.get("root_path", "") + MODELS
-        verdict: list[Message] = []
-
-        async def judge(message: Message) -> None:
-            verdict.append(message)
-
-        await self.app({**scope, "method": "GET", "path": path, "raw_path": path.encode()}, receive, judge)
-        if verdict[0]["status"] != 200:
-            for message in verdict:
-                await send(message)
+        listing = {**scope, "method": "GET", "path": path, "raw_path": path.encode()}
+        verdict = await collect(self.app, listing, receive)
+        if verdict.status != 200:
+            await send_answer(send, verdict)
             return
         try:
-            await _send_json(send, 200, await endpoint(receive))
+            _check_client(self.routing, caller)
+            await send_answer(send, json_answer(200, await endpoint(receive, caller)))
         except Refusal as refusal:
-            await _send_json(send, refusal.status, refusal.payload)
+            await send_answer(send, _refused(refusal))
 
-    async def _clusters(self, _receive: Receive) -> Any:
+    async def _models(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        """List those models only that a tenant may name."""
+        answer = await collect(self.app, scope, receive)
+        if answer.status == 200:
+            listed, known = json.loads(answer.body), _names(self.routing, caller)
+            listed["data"] = [model for model in listed["data"] if model["id"] in known]
+            answer = json_answer(200, listed)
+        await send_answer(send, answer)
+
+    async def _clusters(self, _receive: Receive, caller: Caller) -> Any:
         bundle = self.routing.bundle
         shown = ("name", "adapter", "num_examples", "task_counts", "clients", "radius")
+        clusters = [
+            {name: getattr(cluster, name) for name in shown}
+            | ({"clients": [caller.client]} if caller.tenant else {})  # who else is there is not its business
+            for cluster in self.routing.clusters(caller.client)
+        ]
         return {
             "bundle": {"name": bundle.path.name, "sha256": self.routing.digest},
             "base": asdict(bundle.base),
-            "fallback": bundle.fallback,
-            "clusters": [{name: getattr(cluster, name) for name in shown} for cluster in bundle.clusters],
+            "fallback": self.routing.fallback,
+            "clusters": clusters,
         }
 
-    async def _dry_run(self, receive: Receive) -> Any:
-        body = await _read_body(receive)
-        try:
-            payload = json.loads(body or b"")
-        except (ValueError, RecursionError) as error:
-            raise Refusal(400, "the body is not valid JSON") from error
-        if not isinstance(payload, dict):
+    async def _dry_run(self, receive: Receive, caller: Caller) -> Any:
+        payload = parse(await read_body(receive) or b"")
+        if payload is None:
             raise Refusal(400, "the body must be a JSON object")
-        texts = routed_texts(CHAT if "messages" in payload else COMPLETIONS, payload, self.routing.decode)
-        if texts is None or len(texts) != 1:
+        path = CHAT if "messages" in payload else COMPLETIONS
+        asked = conversations(path, payload, self.routing.decode)
+        if asked is None or len(asked) != 1:
             raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
         start = time.perf_counter()
-        [decision] = await self.routing.decide(texts)
+        [decision] = await _decide(self.routing, asked, caller)
         return {**asdict(decision), "routing_ms": _ms_since(start)}
 
 
 class _RoutedRequest:
-    """One request to a routed path: reads its body when vLLM does, marks its answer."""
+    """One request to a path of ours: reads its body when vLLM does, marks its answer."""
 
-    def __init__(self, app: App, routing: Routing, path: str):
-        self._app, self._routing, self._path = app, routing, path
+    def __init__(self, app: App, routing: Routing, path: str, caller: Caller):
+        self._app, self._routing, self._path, self._caller = app, routing, path, caller
         self._read = self._answered = False
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._refusal: Refusal | None = None
+        self._headers: Headers = ()
+        self._answer: Answer | None = None  # ours, in the place of vLLM's
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = dict(scope)  # as no application has seen it yet
+
         async def rewriting_receive() -> Message:
             return await receive() if self._read else await self._receive(receive)
 
         async def marking_send(message: Message) -> None:
-            if self._refusal is not None:  # what vLLM says of the body that it did not get is of no interest
-                await self._refuse(send)
+            if self._answer is not None:  # what vLLM says of the body that it did not get is of no interest
+                await self._send(send, self._answer)
             elif message["type"] == "http.response.start":
                 await send({**message, "headers": [*message.get("headers", ()), *self._headers]})
             else:
@@ -159,88 +215,125 @@ class _RoutedRequest:
         try:
             await self._app(scope, rewriting_receive, marking_send)
         except Exception:
-            if self._refusal is None:
+            if self._answer is None:
                 raise
-        if self._refusal is not None:
-            await self._refuse(send)
+        if self._answer is not None:
+            await self._send(send, self._answer)
 
     async def _receive(self, receive: Receive) -> Message:
-        body = await _read_body(receive)
+        body = await read_body(receive)
         self._read = True
         try:
+            body = body if body is None else await self._rewrite(body, receive)
             if body is not None:
-                return {"type": "http.request", "body": await self._rewrite(body), "more_body": False}
+                return {"type": "http.request", "body": body, "more_body": False}
         except Refusal as refusal:
-            self._refusal = refusal
+            refused = _refused(refusal, self._path)
+            self._answer = replace(refused, headers=[*refused.headers, *self._headers])
         except Exception:
             logger.exception("routing failed")
-            self._refusal = Refusal(500, "routing failed; the server's log says why")
+            self._answer = _refused(Refusal(500, "routing failed; the server's log says why"), self._path)
         return {"type": "http.disconnect"}  # the client has gone, or is answered by us
 
-    async def _rewrite(self, body: bytes) -> bytes:
-        """Return the body with the adapter's name as ``model``; as it is where nothing is to be routed."""
+    async def _rewrite(self, body: bytes, receive: Receive) -> bytes | None:
+        """Return the body with the adapter's name as ``model``; as it is where nothing is to be routed.
+
+        None where vLLM is to see no body: the client has gone, or ``_answer`` holds the answer.
+        """
+        if self._caller.tenant:
+            _check_name(self._routing, self._caller, body)
         payload = parse_routed(body)
-        texts = payload and routed_texts(self._path, payload, self._routing.decode)
-        if not payload or not texts:
+        if payload is None:
+            return body
+        if self._path in UNROUTED:
+            raise Refusal(
+                400, f"{VIRTUAL_NAME} does not route here: name an adapter, or {BASE_NAME}", "model"
+            )
+        if self._path in AS_BASE:
+            return _named(payload, BASE_NAME)
+        asked = conversations(self._path, payload, self._routing.decode)
+        if not asked:
             return body
         start = time.perf_counter()
-        decisions = await self._routing.decide(texts)
-        models = sorted({decision.model for decision in decisions})
-        if len(models) > 1:
-            found = ", ".join(models)
+        decisions = await _decide(self._routing, asked, self._caller)
+        self._headers = _headers(decisions, _ms_since(start))
+        models = [decision.model for decision in decisions]
+        if REJECT in models:
             raise Refusal(
-                400, f"these prompts go to different adapters ({found}): send them one by one", "prompt"
+                422, "no task cluster is near this prompt, and this server answers no others", code=NO_CLUSTER
             )
-        self._headers = _headers(decisions[0], _ms_since(start))
-        return json.dumps({**payload, "model": models[0]}).encode()
+        if len(set(models)) == 1:
+            return _named(payload, models[0])
+        if payload.get("stream"):
+            found = ", ".join(dict.fromkeys(models))
+            raise Refusal(
+                400, f"these prompts go to different adapters ({found}): stream them one by one", "stream"
+            )
+        answer = await split.complete(self._app, self._scope, receive, payload, models)
+        if answer is not None:
+            self._answer = replace(answer, headers=[*answer.headers, *self._headers])
+        return None
 
-    async def _refuse(self, send: Send) -> None:
+    async def _send(self, send: Send, answer: Answer) -> None:
         if not self._answered:
             self._answered = True
-            assert self._refusal is not None
-            await _send_json(send, self._refusal.status, self._refusal.payload)
+            await send_answer(send, answer)
 
 
-def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]:
+async def _decide(routing: Routing, asked: Sequence[Sequence[str]], caller: Caller) -> list[Decision]:
+    """Decide for each conversation, among the task clusters of the caller."""
+    _check_client(routing, caller)
+    return await conversation.decide(asked, lambda texts: routing.decide(texts, caller.client))
+
+
+def _check_client(routing: Routing, caller: Caller) -> None:
+    if caller.client is not None and caller.client not in routing.clients:
+        raise Refusal(
+            404, f"no task cluster holds rows of client {caller.client}: see {CLIENT_HEADER}", CLIENT_HEADER
+        )
+
+
+def _check_name(routing: Routing, caller: Caller, body: bytes) -> None:
+    """Refuse a tenant every adapter that is not of its own task clusters, as if it were not there."""
+    payload = parse(body)
+    if payload is None:
+        raise Refusal(400, "the body must be a JSON object")
+    model = payload.get("model")
+    if isinstance(model, str) and model and model not in _names(routing, caller):
+        raise Refusal(404, f"The model `{model}` does not exist.", "model")
+
+
+def _names(routing: Routing, caller: Caller) -> set[str | None]:
+    """Return the names that mean something to a tenant."""
+    adapters = {cluster.adapter for cluster in routing.clusters(caller.client)}
+    return adapters | {BASE_NAME, VIRTUAL_NAME, routing.bundle.generalist}
+
+
+def _named(payload: dict[str, Any], model: str) -> bytes:
+    return json.dumps({**payload, "model": model}).encode()
+
+
+def _headers(decisions: Sequence[Decision], routing_ms: float) -> Headers:
+    """Headers for an answer; of several decisions the names in order, and the figures of the worst."""
+
+    def names(values: Sequence[str]) -> str:
+        # a header takes no line breaks and no wide characters
+        return ",".join(quote(value, safe=" /:@+") for value in dict.fromkeys(values))
+
     values = {
-        "adapter": quote(
-            decision.model, safe=" /:@+"
-        ),  # a header takes no line breaks and no wide characters
-        "cluster": quote(decision.cluster, safe=" /:@+"),
-        "distance": f"{decision.distance:.6g}",
-        "margin": f"{decision.margin:.6g}",
-        "fallback": str(decision.fallback).lower(),
+        "adapter": names([decision.model for decision in decisions]),
+        "cluster": names([decision.cluster for decision in decisions]),
+        "distance": f"{max(decision.distance for decision in decisions):.6g}",
+        "margin": f"{min(decision.margin for decision in decisions):.6g}",
+        "fallback": str(any(decision.fallback for decision in decisions)).lower(),
         "routing-ms": f"{routing_ms:.3f}",
     }
     return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
 
 
-async def _read_body(receive: Receive) -> bytes | None:
-    """Return the whole body, or None when the client has gone."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-async def _send_json(send: Send, status: int, payload: Any) -> None:
-    body = json.dumps(_finite(payload), allow_nan=False).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity (the margin of the only cluster, the distance of no text): null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _refused(refusal: Refusal, path: str = "") -> Answer:
+    more = {"type": "error"} if path.startswith(MESSAGES) else {}  # as Anthropic's clients expect it
+    return json_answer(refusal.status, more | refusal.payload)
 
 
 def _ms_since(start: float) -> float:

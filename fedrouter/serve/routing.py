@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -15,12 +16,12 @@ from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve.batch import Batcher
-from fedrouter.types import Decision
+from fedrouter.types import Decision, TaskCluster
 
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
-"""What is decided where there is no text to route by, an image alone, say."""
+"""What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
 
 
 class Routing:
@@ -29,30 +30,60 @@ class Routing:
     Parameters
     ----------
     decode : token ids of the base model → text.
+    fallback : instead of the bundle's.
     """
 
-    def __init__(self, bundle: Bundle, embedder: Embedder, decode: Callable[[Sequence[int]], str]):
-        router = Router(bundle)
+    def __init__(
+        self,
+        bundle: Bundle,
+        embedder: Embedder,
+        decode: Callable[[Sequence[int]], str],
+        fallback: str | None = None,
+    ):
         self.bundle = bundle
         self.decode = decode
-        self.batcher = Batcher[str, Decision](
-            lambda texts: router.route(embedder.embed(texts)), start=_one_thread
-        )
+        self.clients = frozenset(client for cluster in bundle.clusters for client in cluster.clients)
+        self.fallback = fallback or bundle.fallback
+        router = Router(bundle, self.fallback)
+        self.no_text = replace(NO_TEXT, model=router.beyond or BASE_NAME)
+        self._routers: dict[str | None, Router] = {None: router}
+        self._embedder = embedder
+        self.batcher = Batcher[tuple[str, str | None], Decision](self._work, start=_one_thread)
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
 
-    async def decide(self, texts: Sequence[str]) -> list[Decision]:
-        """Decide for each text; a blank one falls back to the base."""
+    def clusters(self, client: str | None) -> list[TaskCluster]:
+        """Return the task clusters that hold rows of a client; all of them for None."""
+        return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
+
+    async def decide(self, texts: Sequence[str], client: str | None = None) -> list[Decision]:
+        """Decide for each text; a blank one falls back, to the base where the nearest would answer.
+
+        Parameters
+        ----------
+        client : one of ``clients``, whose task clusters are chosen from; None for all.
+        """
 
         async def one(text: str) -> Decision:
-            return await self.batcher.submit(text) if text.strip() else NO_TEXT
+            return await self.batcher.submit((text, client)) if text.strip() else self.no_text
 
         return list(await asyncio.gather(*map(one, texts)))
+
+    def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
+        """Embed all texts together; route each among its client's task clusters."""
+        vectors = self._embedder.embed([text for text, _ in items])
+        for client in {client for _, client in items} - self._routers.keys():
+            self._routers[client] = Router(self.bundle, self.fallback, client)
+        return [
+            self._routers[client].route(vector[None])[0]
+            for vector, (_, client) in zip(vectors, items, strict=True)
+        ]
 
 
 def load_routing() -> Routing:
     """Load and check what the environment names, in each of the server's processes.
 
-    FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says.
+    FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
+    FEDROUTER_FALLBACK a fallback instead of the bundle's.
 
     Raises
     ------
@@ -70,7 +101,12 @@ def load_routing() -> Routing:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))
-    return Routing(bundle, embedder, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    return Routing(
+        bundle,
+        embedder,
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        os.environ.get("FEDROUTER_FALLBACK"),
+    )
 
 
 def _one_thread() -> None:

@@ -1,5 +1,7 @@
 """One real vLLM for the whole session, started and stopped as a user does it: with ``fedrouter serve``."""
 
+import hashlib
+import json
 import os
 import queue
 import signal
@@ -28,6 +30,7 @@ START_S = 450.0  # half a minute on two idle cores
 class Server:
     url: str
     key: str
+    tenants: dict[str, str]  # API keys of the bundle's clients, by name
     bundle: Bundle
     ready: list[str]  # what ``fedrouter serve`` printed
     client: openai.OpenAI
@@ -35,13 +38,18 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of ``small_bundle`` with one more adapter, "mine", and an API key.
+    """A server of ``small_bundle`` with one more adapter, "mine", an API key, and one for each client.
 
     Stopping it is a test as well: SIGTERM must end everything it started, with exit code 0.
     """
     port, log = free_port(), tmp_path_factory.mktemp("server") / "server.log"
+    clients = {client for cluster in small_bundle.clusters for client in cluster.clients}
+    tenants = {client: f"key of {client}" for client in sorted(clients)}
+    keys = log.with_name("keys.json")
+    keys.write_text(json.dumps({hashlib.sha256(k.encode()).hexdigest(): c for c, k in tenants.items()}))
     mine = small_bundle.adapter_path(small_bundle.clusters[0])
     arguments = ["serve", str(small_bundle.path), "--port", str(port), "--api-key-env", KEY_ENV]
+    arguments += ["--keys-file", str(keys)]
     arguments += ["--adapter", f"mine={mine}", "--", "--disable-uvicorn-access-log"]
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -58,7 +66,7 @@ def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
         group = _group_of_children(process.pid)
         url = f"http://127.0.0.1:{port}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
-            yield Server(url, KEY, small_bundle, ready, client)
+            yield Server(url, KEY, tenants, small_bundle, ready, client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not group & _running(), "fedrouter serve left processes behind"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedrouter.serve.access import Access
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
 from fedrouter.types import Array, EmbedderSpec
@@ -46,6 +47,7 @@ class EchoApp:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.scopes: list[Any] = []
         self.lifespans = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -71,6 +73,7 @@ class EchoApp:
             if not message["more_body"]:
                 break
         self.bodies.append(body)
+        self.scopes.append(scope)
         await self._answer(send, 200, [body[:7], body[7:]])
 
     async def _answer(self, send: Any, status: int, pieces: Sequence[bytes]) -> None:
@@ -104,9 +107,9 @@ class Answer:
 class Server:
     """The hook around the echoing application, started as an ASGI server starts it."""
 
-    def __init__(self, load: Callable[[], Routing]):
-        self.app = EchoApp()
-        self.hook = FedRouterMiddleware(self.app, load)
+    def __init__(self, load: Callable[[], Routing], app: Any = None, access: Access | None = None):
+        self.app = app or EchoApp()
+        self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access())
         self.lifespan: list[Any] = []
 
     async def __aenter__(self) -> "Server":
@@ -140,15 +143,21 @@ class Server:
         key: str | None = KEY,
         chunk: int = 1000,
         root: str = "",
+        headers: Mapping[str, str] | None = None,
+        leave: asyncio.Event | None = None,
     ) -> Answer:
-        """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON."""
+        """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON.
+
+        The client stays until it has its answer, or until ``leave`` is set.
+        """
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         pieces = [raw[i : i + chunk] for i in range(0, len(raw), chunk)] or [b""]
-        answer = Answer()
+        answer, gone = Answer(), leave or asyncio.Event()
 
         async def receive() -> Any:
             answer.num_reads += 1
             if answer.num_reads > len(pieces):
+                await gone.wait()
                 return {"type": "http.disconnect"}
             more = answer.num_reads < len(pieces)
             return {"type": "http.request", "body": pieces[answer.num_reads - 1], "more_body": more}
@@ -162,8 +171,19 @@ class Server:
                 }
             elif message["body"]:
                 answer.pieces.append(message["body"])
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                gone.set()
 
-        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        scope = {"type": "http", "method": method, "path": root + path, "root_path": root, "headers": headers}
+        given = {"authorization": f"Bearer {key}"} if key else {}
+        raw_headers = [
+            (name.encode(), value.encode()) for name, value in (given | dict(headers or {})).items()
+        ]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": root + path,
+            "root_path": root,
+            "headers": raw_headers,
+        }
         await self.hook(scope, receive, send)
         return answer

@@ -3,10 +3,20 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
+from fedrouter.serve.bodies import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    ROUTED,
+    Refusal,
+    conversations,
+    parse_routed,
+)
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(
@@ -28,14 +38,24 @@ messages = st.lists(
 )
 
 
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
 @given(
-    path=st.sampled_from([CHAT, COMPLETIONS]),
-    payload=st.fixed_dictionaries({}, optional={"messages": messages | anything, "prompt": anything}),
+    path=st.sampled_from(ROUTED),
+    payload=st.fixed_dictionaries(
+        {}, optional={"messages": messages | anything, "prompt": anything, "input": messages | anything}
+    ),
 )
 def test_any_json_gives_texts_or_none(path: str, payload: dict[str, Any]) -> None:
-    texts = routed_texts(path, payload, lambda ids: " ".join(map(str, ids)))
-    assert texts is None or all(isinstance(text, str) for text in texts)
-    for text in texts or ():
+    found = conversations(path, payload, lambda ids: " ".join(map(str, ids)))
+    for text in [text for turns in found or () for text in turns]:
+        assert text.strip()
         text.encode()  # no half surrogate pair is left
 
 
@@ -51,10 +71,56 @@ def test_a_body_that_names_the_virtual_model_is_ours(payload: dict[str, Any], as
     assert parse_routed(json.dumps(payload, ensure_ascii=ascii_only).encode()) == payload
 
 
-def test_vectors_of_a_prompt_are_refused() -> None:
-    try:
-        routed_texts(COMPLETIONS, {"prompt": "text", "prompt_embeds": "AAAA"}, str)
-    except Refusal as refusal:
-        assert refusal.payload["error"]["param"] == "prompt_embeds"
-    else:
-        raise AssertionError("not refused")
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "payload", "texts"),
+    [
+        (CHAT, {"messages": [user("a"), {"role": "assistant", "content": "x"}, user("b")]}, ["a", "b"]),
+        (
+            CHAT,
+            {"messages": [{"role": "system", "content": "s"}, user([text("a"), IMAGE, text("b")])]},
+            ["a\nb"],
+        ),
+        (CHAT, {"messages": [user("a"), {"role": "tool", "tool_call_id": "1", "content": "42"}]}, ["a"]),
+        (CHAT, {"messages": [user([IMAGE])]}, []),
+        (RESPONSES, {"input": "a", "instructions": "s"}, ["a"]),
+        (RESPONSES, {"input": [user("a")]}, ["a"]),
+        (RESPONSES, {"input": [{"type": "message", **user([{"type": "input_text", "text": "a"}])}]}, ["a"]),
+        (
+            RESPONSES,
+            {
+                "input": [
+                    user("a"),
+                    {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+                    {"type": "function_call_output", "call_id": "1", "output": "42"},
+                    {"role": "developer", "content": "s"},
+                ]
+            },
+            ["a"],
+        ),
+        (MESSAGES, {"system": "s", "messages": [user("a")]}, ["a"]),
+        (MESSAGES, {"system": [text("s")], "messages": [user([text("a"), {"type": "image"}])]}, ["a"]),
+        (
+            MESSAGES,
+            {"messages": [user("a"), user([{"type": "tool_result", "tool_use_id": "1", "content": "42"}])]},
+            ["a"],
+        ),
+    ],
+)
+def test_the_text_of_user_turns_counts(path: str, payload: dict[str, Any], texts: list[str]) -> None:
+    assert conversations(path, payload, str) == [texts]
+
+
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        (COMPLETIONS, {"prompt": "text", "prompt_embeds": "AAAA"}),
+        (CHAT, {"messages": [user([text("a"), {"type": "prompt_embeds", "data": "AAAA"}])]}),
+    ],
+)
+def test_vectors_of_a_prompt_are_refused(path: str, payload: dict[str, Any]) -> None:
+    with pytest.raises(Refusal) as refused:
+        conversations(path, payload, str)
+    assert refused.value.payload["error"]["param"] == "prompt_embeds"

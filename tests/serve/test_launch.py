@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedrouter.bundle import Bundle
-from fedrouter.errors import ServingError
-from fedrouter.serve import checks
+from fedrouter.errors import ConfigError, ServingError
+from fedrouter.serve import checks, launch
 from fedrouter.serve.launch import build_command, check_adapter, check_port, free_port, prepare
 from fedrouter.serve.process import Command
 
@@ -36,10 +36,11 @@ def modules(command: Command) -> dict[str, str]:
 
 def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None:
     command = build(word_bundle)
-    assert modules(command) == {c.adapter: str(word_bundle.adapter_path(c)) for c in word_bundle.clusters}
+    assert modules(command) == {name: str(path) for name, path in word_bundle.adapter_paths.items()}
+    assert word_bundle.generalist in modules(command)
     assert value(command, "--model") == "/models/base"
     assert command.argv[command.argv.index("--served-model-name") + 1 :][:2] == ["base", "fedrouter"]
-    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "3"
+    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "4"
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
     assert command.env == {"FEDROUTER_BUNDLE": str(word_bundle.path), "FEDROUTER_BASE": "/models/base"}
@@ -54,7 +55,7 @@ def test_middleware_can_be_loaded_as_vllm_loads_it(word_bundle: Bundle) -> None:
 def test_more_adapters_count_for_the_limits(word_bundle: Bundle, tmp_path: Path) -> None:
     command = build(word_bundle, adapters={"own": tmp_path, "other": tmp_path}, rank=20)
     assert modules(command)["own"] == str(tmp_path)
-    assert value(command, "--max-cpu-loras") == "5"
+    assert value(command, "--max-cpu-loras") == "6"
     assert value(command, "--max-lora-rank") == "32"
 
 
@@ -75,13 +76,49 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
         word_bundle, clusters=tuple(replace(word_bundle.clusters[0], adapter=f"a{i}") for i in range(40))
     )
     command = build(many)
-    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "40")
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "41")
 
 
 def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
     command = build(word_bundle, api_key="sesame")
     assert command.env["VLLM_API_KEY"] == "sesame"
     assert not any("sesame" in argument for argument in command.argv)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
+    """``prepare`` of the word bundle, whose base model and embedder are on no disk."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "resolve_base", lambda *_: Path("/models/base"))
+    for name in ("check_base", "check_embedder", "load_embedder"):
+        monkeypatch.setattr(launch, name, lambda *_: None)
+
+    def run(api_key_env: str | None = None, **options: Any) -> Command:
+        return prepare(word_bundle.path, None, "127.0.0.1", free_port(), api_key_env, {}, (), **options)[1]
+
+    return run
+
+
+def test_a_keys_file_gives_vllm_a_key_of_its_own(
+    checked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"0" * 64: "ann"}))
+    first, second = checked(keys_file=keys), checked(keys_file=keys)
+    assert first.env["FEDROUTER_KEYS"] == str(keys)
+    assert len(first.env["VLLM_API_KEY"]) >= 32
+    assert first.env["VLLM_API_KEY"] != second.env["VLLM_API_KEY"]
+    monkeypatch.setenv("OPERATOR", "open")
+    assert checked("OPERATOR", keys_file=keys).env["VLLM_API_KEY"] == "open"
+    assert "VLLM_API_KEY" not in checked().env
+
+
+def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) -> None:
+    assert checked(fallback="reject").env["FEDROUTER_FALLBACK"] == "reject"
+    assert "FEDROUTER_FALLBACK" not in checked().env
+    with pytest.raises(ConfigError, match="fallback 'guess'"):
+        checked(fallback="guess")
 
 
 def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
@@ -98,7 +135,9 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert "--enforce-eager" not in gpu.argv
 
 
-@pytest.mark.parametrize("argument", ["--port=1", "--lora-modules", "--served_model_name", "--model"])
+@pytest.mark.parametrize(
+    "argument", ["--port=1", "--lora-modules", "--served_model_name", "--model", "--api-key"]
+)
 def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
     with pytest.raises(ServingError, match=argument):
         build(word_bundle, vllm_args=[argument])
@@ -180,6 +219,6 @@ def test_an_adapter_that_would_harm_is_refused(
 
 def test_an_adapters_name_must_be_free(word_bundle: Bundle) -> None:
     path = word_bundle.adapter_path(word_bundle.clusters[0])
-    for name in ("base", "fedrouter", word_bundle.clusters[0].adapter):
+    for name in ("base", "fedrouter", "reject", word_bundle.generalist, word_bundle.clusters[0].adapter):
         with pytest.raises(ServingError, match="taken"):
             check_adapter(name, path, word_bundle)

@@ -13,9 +13,9 @@ from fedrouter.bundle import Bundle
 from fedrouter.embed import routing_text
 from fedrouter.errors import BundleError
 from fedrouter.route import Router
+from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED, UNROUTED
 from fedrouter.types import Turn
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 AdapterOf = Callable[[str], str]
 
 
@@ -25,6 +25,10 @@ def chat(content: Any, **more: Any) -> dict[str, Any]:
 
 def completion(prompt: Any, **more: Any) -> dict[str, Any]:
     return {"model": "fedrouter", "prompt": prompt, **more}
+
+
+def response(given: Any, **more: Any) -> dict[str, Any]:
+    return {"model": "fedrouter", "input": given, **more}
 
 
 def ask(server: Server, path: str, body: Any = None, **options: Any) -> Any:
@@ -51,6 +55,13 @@ def ask(server: Server, path: str, body: Any = None, **options: Any) -> Any:
         ),
         (COMPLETIONS, completion(TASKS["summary"], logprobs=1e-9)),
         (COMPLETIONS, completion([TASKS["summary"]])),
+        (RESPONSES, response(TASKS["summary"], instructions=TASKS["headline"], stream=True)),
+        (
+            RESPONSES,
+            response([{"role": "user", "content": [{"type": "input_text", "text": TASKS["summary"]}]}]),
+        ),
+        (MESSAGES, chat(TASKS["summary"], system=TASKS["headline"], max_tokens=8)),
+        (MESSAGES, chat([{"type": "text", "text": TASKS["summary"]}], max_tokens=8, stream=True)),
     ],
 )
 def test_rewrites_the_model_and_nothing_else(
@@ -126,7 +137,7 @@ def test_requests_that_wait_are_embedded_together(server: Server, embedder: Word
         b'{"model": "fedrouter", "n": ' + b"1" * 5000 + b"}",
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", ROUTED)
 def test_what_is_not_to_be_routed_passes_byte_for_byte(
     server: Server, embedder: WordEmbedder, path: str, body: bytes
 ) -> None:
@@ -137,8 +148,54 @@ def test_what_is_not_to_be_routed_passes_byte_for_byte(
     assert not embedder.batches
 
 
+@pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, "/v1/audio/transcriptions"])
+@pytest.mark.parametrize("chunk", [3, 10_000])
+def test_other_models_pass_byte_for_byte_piece_by_piece(
+    server: Server, embedder: WordEmbedder, path: str, chunk: int
+) -> None:
+    body = b'{ "model":"base",  "stream": true, "prompt": "model fedrouter \\u00e9", "messages": [] }\n'
+    answer = ask(server, path, body, chunk=chunk)
+    assert server.app.bodies == [body]
+    assert answer.pieces == [body[:7], body[7:]]
+    assert not answer.routing
+    assert not embedder.batches
+
+
+@pytest.mark.parametrize("path", AS_BASE)
+def test_what_no_adapter_changes_answers_as_the_base(
+    server: Server, embedder: WordEmbedder, path: str
+) -> None:
+    for body in (
+        chat(TASKS["headline"]),
+        completion(TASKS["headline"]),
+        {"model": "fedrouter", "tokens": [1]},
+    ):
+        answer = ask(server, path, body)
+        assert answer.json == {**body, "model": "base"}
+        assert not answer.routing
+    other = b'{"model":   "headline", "prompt": "fedrouter"}'
+    ask(server, path, other)
+    assert server.app.bodies[-1] == other
+    assert not embedder.batches
+
+
+@pytest.mark.parametrize("path", UNROUTED)
+def test_where_the_name_would_silently_mean_the_base_it_is_refused(server: Server, path: str) -> None:
+    answer = ask(server, path, chat(TASKS["headline"]))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "model")
+    assert not server.app.bodies
+    assert ask(server, path, chat("hello") | {"model": "base"}).status == 200
+
+
+def test_anthropics_clients_see_an_error_of_their_kind(server: Server, embedder: WordEmbedder) -> None:
+    embedder.broken = True
+    answer = ask(server, MESSAGES, chat(TASKS["headline"], max_tokens=8))
+    assert (answer.status, answer.json["type"]) == (500, "error")
+    assert answer.json["error"]["type"] == "InternalServerError"
+
+
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("PUT", CHAT)]
+    ("method", "path"), [("POST", "/v1/embeddings"), ("PUT", CHAT), ("GET", "/v1/models")]
 )
 def test_other_endpoints_are_left_alone(
     server: Server, embedder: WordEmbedder, method: str, path: str
@@ -191,6 +248,36 @@ def test_beyond_the_radius_the_base_answers(server: Server) -> None:
     assert float(answer.routing["distance"]) > 3
 
 
+@pytest.mark.parametrize("prompt", ["zebra " * 50, " "])
+def test_fallbacks(serve: Callable[..., Server], tenants_bundle: Bundle, prompt: str) -> None:
+    bundle = tenants_bundle
+    nearest = {cluster.adapter for cluster in bundle.clusters} if prompt.strip() else {"base"}
+    for fallback, models in (("base", {"base"}), ("generalist", {bundle.generalist}), ("nearest", nearest)):
+        answer = ask(serve(fallback=fallback), COMPLETIONS, completion(prompt))
+        assert answer.json["model"] == answer.routing["adapter"]
+        assert answer.json["model"] in models
+        assert answer.routing["fallback"] == "true"
+        assert (
+            ask(serve(fallback=fallback), "/v1/fedrouter/clusters", method="GET").json["fallback"] == fallback
+        )
+    server = serve(fallback="reject")
+    refused = ask(server, COMPLETIONS, completion(prompt))
+    assert (refused.status, refused.json["error"]["code"]) == (422, "no_task_cluster")
+    assert refused.routing["fallback"] == "true"
+    assert not server.app.bodies
+    assert ask(serve(fallback="reject"), COMPLETIONS, completion(TASKS["headline"])).status == 200
+
+
+def test_a_follow_up_inherits(server: Server, adapter_of: AdapterOf) -> None:
+    turns = [("user", TASKS["summary"]), ("assistant", "x"), ("user", "zebra " * 50), ("user", "yes please")]
+    for path in (CHAT, MESSAGES, RESPONSES):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        body = {"model": "fedrouter", "messages": messages, "input": messages, "max_tokens": 8}
+        answer = ask(server, path, body)
+        assert answer.json["model"] == adapter_of("summary")
+        assert answer.routing["fallback"] == "false"
+
+
 def test_the_last_user_turn_decides(server: Server, adapter_of: AdapterOf) -> None:
     turns = [
         ("system", TASKS["headline"]),
@@ -223,7 +310,7 @@ def test_a_list_for_one_adapter_is_served(server: Server, adapter_of: AdapterOf)
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        (completion([TASKS["summary"], TASKS["headline"]]), "prompt", "different adapters"),
+        (completion([TASKS["summary"], TASKS["headline"]], stream=True), "stream", "different adapters"),
         (completion(None, prompt_embeds="AAAA"), "prompt_embeds", "cannot be routed"),
     ],
 )

@@ -1,0 +1,124 @@
+"""A list of prompts for several adapters: one sub-request an adapter, run at once, answered as one."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fedrouter.serve.asgi import Answer, App, Message, Receive, Scope, collect, json_answer
+
+REQUEST_ID = b"x-request-id"
+
+
+async def complete(
+    app: App, scope: Scope, receive: Receive, payload: Mapping[str, Any], models: Sequence[str]
+) -> Answer | None:
+    """Ask the inner application for each model's prompts and merge the answers; None if the client leaves.
+
+    The first sub-request that fails is the answer, and ends the others.
+
+    Parameters
+    ----------
+    app, scope : the inner application, and the scope as it was before any application saw it.
+    receive : of the client, its body read.
+    payload : of ``POST /v1/completions``; ``prompt`` is a list.
+    models : one a prompt.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, model in enumerate(models):
+        rows.setdefault(model, []).append(row)
+    over, failed = asyncio.Event(), list[Answer]()
+
+    async def ask(number: int, model: str) -> Answer:
+        prompts = [payload["prompt"][row] for row in rows[model]]
+        body = {**payload, "model": model, "prompt": prompts}
+        try:
+            answer = await _ask(app, _own_id(scope, body, number), json.dumps(body).encode(), over)
+        except Exception:
+            over.set()
+            raise
+        if answer.status != 200 and not over.is_set():
+            failed.append(answer)
+            over.set()
+        return answer
+
+    leaving = asyncio.create_task(_disconnect(receive))
+    leaving.add_done_callback(lambda _: over.set())
+    try:
+        asked = [ask(number, model) for number, model in enumerate(rows)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        if failed or leaving.done():
+            return failed[0] if failed else None
+    finally:
+        over.set()  # whoever still runs learns that nobody waits
+        leaving.cancel()
+        with suppress(asyncio.CancelledError):
+            await leaving
+    answers = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        answers.append(json.loads(result.body))
+    return json_answer(200, merge(answers, list(rows.values())))
+
+
+def merge(answers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return one answer: choices in the order of the prompts, usage summed, models as a comma list.
+
+    Parameters
+    ----------
+    rows : for each answer, the numbers of its prompts in the whole list.
+    """
+    choices = []
+    for answer, numbers in zip(answers, rows, strict=True):
+        per_prompt = len(answer["choices"]) // len(numbers)  # ``n``
+        for position, choice in enumerate(answer["choices"]):
+            index = numbers[position // per_prompt] * per_prompt + position % per_prompt
+            choices.append({**choice, "index": index})
+    return {
+        **answers[0],
+        "model": ",".join(answer["model"] for answer in answers),
+        "choices": sorted(choices, key=lambda choice: int(choice["index"])),
+        "usage": _sum([answer.get("usage") for answer in answers]),
+    }
+
+
+async def _ask(app: App, scope: Scope, body: bytes, over: asyncio.Event) -> Answer:
+    """Send one sub-request; when it is over, the application sees a client that has left, and stops."""
+    request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if request:
+            return request.pop()
+        await over.wait()
+        return {"type": "http.disconnect"}
+
+    return await collect(app, scope, receive)
+
+
+def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:
+    """Give all sub-requests but the first, whose id the answer has, an id of their own."""
+    if not number:
+        return {**scope}
+    if isinstance(body.get("request_id"), str):
+        body["request_id"] += f"-{number}"
+    headers = [
+        (name, value + f"-{number}".encode() if name.lower() == REQUEST_ID else value)
+        for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Add numbers, and objects of numbers key by key; null counts as absent."""
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, Mapping) for value in present):
+        keys = dict.fromkeys(key for value in present for key in value)
+        return {key: _sum([value.get(key) for value in present]) for key in keys}
+    return sum(present) if present else None
