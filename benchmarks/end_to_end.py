@@ -20,7 +20,7 @@ from fedrouter.evaluate import evaluate, load, render
 from fedrouter.serve.launch import running_server
 from fedrouter.train.run import train
 
-FEDAVG = ["cluster.local=1", "cluster.global=1"]
+FEDAVG = ["method=fedavg", "cluster={}"]
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     bundle/
       manifest.json        what is in here and what it belongs to
       router.safetensors   mean, transform, centroids, radii, probe vectors
-      adapters/NAME/       adapter_config.json + adapter_model.safetensors, as PEFT writes them
+      adapters/NAME/       adapter_config.json + adapter_model.safetensors, as PEFT writes them;
+                           one a task cluster and, optionally, the generalist
       chat_template.jinja  only when the base has none of its own
       README.md            model card
 
@@ -30,7 +31,8 @@ from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, Routing
 
 SCHEMA_VERSION = 1
 PROBE_TOLERANCE = 0.02  # relative; other CPUs, batch sizes and bfloat16 stay below, other weights far above
-FALLBACKS = ("base", "nearest")
+FALLBACKS = ("base", "nearest", "generalist", "reject")
+GENERALIST = "generalist"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,19 @@ class Bundle:
     space: RoutingSpace
     probe: Array  # (3, d): the embedder's vectors of the probe texts
     rank: int
-    fallback: str  # what answers beyond the radius: "base" or "nearest"
+    fallback: str  # what answers beyond the radius: one of FALLBACKS
+    generalist: str | None  # name of the adapter that is the mean of the task clusters', if there is one
     versions: Mapping[str, str]
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
         """Return the PEFT directory of a task cluster's adapter."""
         return self.path / "adapters" / cluster.adapter
+
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        """The PEFT directory of every adapter by its name, the generalist's last."""
+        names = [cluster.adapter for cluster in self.clusters]
+        return {n: self.path / "adapters" / n for n in [*names, *filter(None, [self.generalist])]}
 
     @property
     def chat_template(self) -> Path | None:
@@ -71,6 +80,7 @@ def write_bundle(
     fallback: str,
     versions: Mapping[str, str],
     chat_template: str | None = None,
+    generalist: AdapterState | None = None,
 ) -> Bundle:
     """Write a bundle atomically: under a temporary name, validated, then renamed.
 
@@ -79,6 +89,7 @@ def write_bundle(
     clusters : their ``adapter`` is filled in here: name and content hash.
     adapters : one state a cluster, in the same order.
     adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
+    generalist : the mean of the adapters, for prompts of no task cluster.
 
     Raises
     ------
@@ -91,15 +102,11 @@ def write_bundle(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config_bytes = _json_bytes(adapter_config)
-    named = []
-    for cluster, state in zip(clusters, adapters, strict=True):
-        weights = save({name: state[name] for name in sorted(state)}, metadata={"format": "pt"})
-        cluster = replace(cluster, adapter=f"{cluster.name}-{_content_hash(config_bytes, weights)}")
-        directory = partial / "adapters" / cluster.adapter
-        directory.mkdir(parents=True)
-        (directory / "adapter_config.json").write_bytes(config_bytes)
-        (directory / "adapter_model.safetensors").write_bytes(weights)
-        named.append(cluster)
+    named = [
+        replace(cluster, adapter=_write_adapter(partial / "adapters", cluster.name, config_bytes, state))
+        for cluster, state in zip(clusters, adapters, strict=True)
+    ]
+    general = generalist and _write_adapter(partial / "adapters", GENERALIST, config_bytes, generalist)
     router = save(
         {
             "mean": space.mean,
@@ -118,12 +125,14 @@ def write_bundle(
         "embedder": asdict(embedder),
         "rank": int(adapter_config["r"]),
         "fallback": fallback,
+        "generalist": general or None,
         "router_sha256": hashlib.sha256(router).hexdigest(),
         "clusters": [asdict(cluster) for cluster in named],
         "versions": dict(versions),
     }
     (partial / "manifest.json").write_bytes(_json_bytes(manifest))
-    (partial / "README.md").write_text(_model_card(base, embedder, named), encoding="utf-8")
+    card = _model_card(base, embedder, named, general or None)
+    (partial / "README.md").write_text(card, encoding="utf-8")
     bundle = load_bundle(partial)
     partial.rename(path)
     return replace(bundle, path=path)
@@ -151,18 +160,17 @@ def load_bundle(path: Path) -> Bundle:
             **_read_router(path, manifest["router_sha256"]),
             rank=int(manifest["rank"]),
             fallback=manifest["fallback"],
+            generalist=manifest.get("generalist"),  # bundles of before have none
             versions=manifest["versions"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path / 'manifest.json'}: missing or unknown field {error}") from error
     _check_router(bundle)
     shapes = None
-    for cluster in bundle.clusters:
-        found = _check_adapter(bundle.adapter_path(cluster), cluster.adapter, bundle.rank)
+    for name, directory in bundle.adapter_paths.items():
+        found = _check_adapter(directory, name, bundle.rank)
         if shapes is not None and found != shapes:
-            raise BundleError(
-                f"{bundle.adapter_path(cluster)}: its tensors differ in name or shape from the others'"
-            )
+            raise BundleError(f"{directory}: its tensors differ in name or shape from the others'")
         shapes = found
     return bundle
 
@@ -266,6 +274,21 @@ def _check_router(bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.path / 'manifest.json'}: fallback {bundle.fallback!r} is none of {FALLBACKS}"
         )
+    if bundle.fallback == GENERALIST and bundle.generalist is None:
+        raise BundleError(
+            f"{bundle.path / 'manifest.json'}: fallback generalist, but it names no generalist adapter; "
+            "choose another fallback, or train again"
+        )
+
+
+def _write_adapter(directory: Path, name: str, config: bytes, state: AdapterState) -> str:
+    """Write one PEFT directory; return its name: ``name`` and a hash of the content."""
+    weights = save({tensor: state[tensor] for tensor in sorted(state)}, metadata={"format": "pt"})
+    named = f"{name}-{_content_hash(config, weights)}"
+    (directory / named).mkdir(parents=True)
+    (directory / named / "adapter_config.json").write_bytes(config)
+    (directory / named / "adapter_model.safetensors").write_bytes(weights)
+    return named
 
 
 def _check_adapter(path: Path, name: str, rank: int) -> dict[str, tuple[int, ...]]:
@@ -326,8 +349,12 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _model_card(base: BaseSpec, embedder: EmbedderSpec, clusters: Sequence[TaskCluster]) -> str:
+def _model_card(
+    base: BaseSpec, embedder: EmbedderSpec, clusters: Sequence[TaskCluster], generalist: str | None
+) -> str:
     rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
+    if generalist:
+        rows += f"\n| (mean of all) | `{generalist}` | | |"
     return (
         f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning]\n---\n"
         f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients "

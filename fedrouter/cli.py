@@ -182,11 +182,13 @@ def route(
     """Say which adapter would answer a prompt, and why; no server needed."""
     from rich.table import Table
 
-    from fedrouter.route import Router
+    from fedrouter.route import REJECT, Router
 
     loaded, embedder = _load(bundle, base)
     for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
-        why = "beyond the radius: falls back" if decision.fallback else "within the radius"
+        answer = "nobody" if decision.model == REJECT else decision.model
+        then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
+        why = f"beyond the radius: {then}" if decision.fallback else "within the radius"
         table = Table(title=text if len(text) < 60 else text[:57] + "…", title_justify="left")
         for column in ("task cluster", "distance", "radius"):
             table.add_column(column)
@@ -194,7 +196,7 @@ def route(
         for name, distance in decision.distances.items():
             table.add_row(name, f"{distance:.3f}", f"{radii[name]:.3f}")
         console.print(table)
-        console.print(f"→ {decision.model} (nearest {decision.cluster}, {why})", highlight=False)
+        console.print(f"→ {answer} (nearest {decision.cluster}, {why})", highlight=False)
 
 
 @app.command()
@@ -203,6 +205,21 @@ def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")]) ->
     from fedrouter.inspect import show
 
     show(path, console)
+
+
+@app.command()
+def push(
+    bundle: BundleDir,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository has to be made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+) -> None:
+    """Upload a bundle to the Hugging Face hub, with a model card for each adapter."""
+    from fedrouter.bundle import load_bundle
+    from fedrouter.push import push as run
+
+    url = run(load_bundle(bundle_directory(bundle)), repo, private=private, revision=revision)
+    console.print(url, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -94,7 +94,9 @@ class ClusterSettings(_Section):
     local: Count = "auto"
     """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
-    """Task clusters, or found from what the clients reveal."""
+    """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    warmup: int = Field(1, ge=1)
+    """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "ClusterSettings":
@@ -110,22 +112,81 @@ class LoraSettings(_Section):
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    freeze_a: bool = False
+    """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
 
 
 class TrainSettings(_Section):
     """The rounds."""
 
     rounds: int = Field(10, ge=1)
-    steps: int = Field(20, ge=1)
-    """Optimizer steps a client and round, shared over its local clusters by size."""
+    steps: int | None = Field(20, ge=1)
+    """Optimizer steps a client and round, shared over its subsets by size."""
+    epochs: int | None = Field(None, ge=1)
+    """Instead of ``steps``: how often a client goes over each subset in a round."""
+    schedule: Literal["all", "one"] = "all"
+    """A client trains all of its subsets in every round, or one in turn (the paper's reference code)."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that is asked in a round, drawn anew in each; at least one."""
+    validation: float = Field(0.0, ge=0, le=0.5)
+    """Share of each subset's rows not trained on; with it the bundle gets each adapter's best round."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many rounds in which no task cluster's validation loss fell."""
     batch_size: int = Field(8, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     learning_rate_end: float = Field(1e-5, ge=0)
     """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
     weight_decay: float = Field(0.0, ge=0)
+    proximal: float = Field(0.0, ge=0)
+    """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_in_place_of_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is not None and "steps" not in values:
+            return {**values, "steps": None}
+        return values
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "TrainSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give train.steps or train.epochs, one of them")
+        if self.patience is not None and not self.validation:
+            raise ValueError("train.patience needs rows to judge by: set train.validation, 0.1 say")
+        return self
+
+
+class AggregateSettings(_Section):
+    """What the server makes of one round's updates of a task cluster."""
+
+    method: Literal["average", "exact"] = "average"
+    """Mean of A and mean of B (paper), or the mean of the products BA cut back to the rank."""
+    robust: Literal["none", "median", "trimmed"] = "none"
+    """Instead of a mean, for each weight: median, or mean without the extremes. Each client counts alike."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Share of clients that ``trimmed`` leaves out at each end, at least one."""
+    clip: float | None = Field(None, gt=0)
+    """Shorten longer updates to this L2 norm, over all weights of an adapter; metrics show norms."""
+    outlier: float = Field(10.0, gt=1)
+    """Refuse updates so many times as long as their round's median, a step; among four clients or more."""
+    server: Literal["none", "momentum", "adam"] = "none"
+    """Server optimizer over the rounds: FedAvgM or FedAdam."""
+    server_learning_rate: float | None = Field(None, gt=0)
+    """Of the server optimizer; without: 1 for momentum, 0.001 for adam."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "AggregateSettings":
+        if self.method == "exact" and (self.robust != "none" or self.server != "none"):
+            other = "robust" if self.robust != "none" else "server"
+            raise ValueError(f"aggregate.{other} works on A and B apart; it needs aggregate.method average")
+        if self.trim != 0.2 and self.robust != "trimmed":
+            raise ValueError("aggregate.trim belongs to aggregate.robust trimmed; remove it")
+        if self.server_learning_rate is not None and self.server == "none":
+            raise ValueError("aggregate.server_learning_rate belongs to aggregate.server; remove it")
+        return self
 
 
 class RoutingSettings(_Section):
@@ -135,13 +196,15 @@ class RoutingSettings(_Section):
     """A task cluster's radius holds this share of its rows that were set aside."""
     slack: float = Field(1.0, gt=0)
     """Widens every radius; above 1 where prompts to come differ more than rows do."""
-    fallback: Literal["base", "nearest"] = "base"
-    """What answers beyond the radius."""
+    fallback: Literal["base", "nearest", "generalist", "reject"] = "base"
+    """What answers beyond the radius: base model, nearest adapter, mean of all adapters, or nobody."""
 
 
 class Config(_Section):
     """All settings of a run."""
 
+    method: Literal["fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle"] = "fedrouter"
+    """The paper's method or a baseline under the same loop, data, steps and seeds; see docs/training.md."""
     seed: int = Field(0, ge=0)
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings = Field(default_factory=DataSettings)
@@ -149,7 +212,44 @@ class Config(_Section):
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    aggregate: AggregateSettings = Field(default_factory=AggregateSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_method(self) -> "Config":
+        method = self.method
+        own = {"fedrouter": {"method", "local", "global_"}, "clustered": {"global_", "warmup"}}.get(
+            method, set()
+        )
+        for name, field in ClusterSettings.model_fields.items():
+            if name not in own and getattr(self.cluster, name) != field.default:
+                key = field.alias or name
+                raise ValueError(
+                    f"method {method} has no use for cluster.{key}; "
+                    "remove it, or empty a file's section with --set cluster={}"
+                )
+        if method == "local" and self.aggregate != AggregateSettings():
+            raise ValueError("method local averages nothing; remove [aggregate]")
+        if method == "fedprox" and not self.train.proximal:
+            raise ValueError("method fedprox needs train.proximal above 0; 0.01 to 1 are common")
+        if method in ("fedavg", "local") and self.train.proximal:
+            raise ValueError(
+                f"method {method} has no use for train.proximal; FedAvg with it is method fedprox"
+            )
+        if method not in ("fedrouter", "oracle", "feddpa") and self.train.schedule == "one":
+            raise ValueError(f"method {method} gives a client one subset; remove train.schedule")
+        if method == "clustered" and (
+            self.train.participation < 1 or self.cluster.warmup >= self.train.rounds
+        ):
+            raise ValueError(
+                "method clustered needs every client in its warm-up, and rounds after it: "
+                "remove train.participation, raise train.rounds"
+            )
+        if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
+            raise ValueError(
+                f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'
+            )
+        return self
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -38,8 +38,9 @@ def _show_run(path: Path, console: Console) -> None:
         table = Table(
             "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"
         )
-        for name in sorted({line["cluster"] for line in lines}):
-            own = [line for line in lines if line["cluster"] == name]
+        trained = [line for line in lines if line["loss"] is not None]  # null: no update could be used
+        for name in sorted({line["cluster"] for line in trained}):
+            own = [line for line in trained if line["cluster"] == name]
             losses = [line["loss"] for line in own]
             examples = sum(line["num_examples"] for line in own)
             table.add_row(
@@ -70,6 +71,8 @@ def _show_bundle(bundle: Bundle, console: Console) -> None:
         tasks = ", ".join(f"{task} {count}" for task, count in c.task_counts.items()) or "no labels"
         table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)
     console.print(table)
+    if bundle.generalist:
+        console.print(f"generalist {bundle.generalist}: the mean of these adapters", soft_wrap=True)
 
 
 def spark(values: list[float]) -> str:

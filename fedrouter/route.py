@@ -3,11 +3,12 @@
 import faiss
 import numpy as np
 
-from fedrouter.bundle import FALLBACKS, Bundle
+from fedrouter.bundle import FALLBACKS, GENERALIST, Bundle
 from fedrouter.errors import ConfigError
 from fedrouter.types import Array, Decision, RoutingSpace
 
 BASE_NAME = "base"  # what the server calls the base model
+REJECT = "reject"  # no model has this name: a decision that is not understood fails, and is not answered
 CANDIDATES = 32  # centroids FAISS hands over; several may belong to one task cluster
 
 
@@ -27,6 +28,12 @@ class Router:
         self.fallback = fallback or bundle.fallback
         if self.fallback not in FALLBACKS:
             raise ConfigError(f"fallback {self.fallback!r} is none of {FALLBACKS}")
+        if self.fallback == GENERALIST and bundle.generalist is None:
+            raise ConfigError(f"fallback generalist: {bundle.path} holds no generalist adapter")
+        # Who answers beyond every radius; None: the nearest adapter all the same.
+        self._beyond = {"base": BASE_NAME, "generalist": bundle.generalist, "reject": REJECT}.get(
+            self.fallback
+        )
         self._cluster_of = np.asarray(bundle.space.cluster_of)
         self._index = faiss.IndexFlatL2(bundle.space.centroids.shape[1])
         self._index.add(np.ascontiguousarray(bundle.space.centroids))
@@ -52,7 +59,7 @@ class Router:
         distance = distances[ranked[0]]
         beyond = bool(distance > nearest.radius)
         return Decision(
-            model=BASE_NAME if beyond and self.fallback == "base" else nearest.adapter,
+            model=(self._beyond if beyond else None) or nearest.adapter,
             cluster=nearest.name,
             distance=distance,
             radius=nearest.radius,

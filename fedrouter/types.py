@@ -63,6 +63,15 @@ class RoutingSpace:
 
 
 @dataclass(frozen=True, slots=True)
+class Membership:
+    """Task clusters told instead of found, for the baselines: by client, or by task label."""
+
+    clients: Mapping[str, tuple[int, ...]]  # all rows of a client: to each of these; prompts go to the first
+    tasks: Mapping[str, int]  # all rows with a label
+    num: int  # task clusters that prompts go to; any beyond are trained only
+
+
+@dataclass(frozen=True, slots=True)
 class Subset:
     """What a client reveals of its rows that belong to one task cluster (paper: D_{c,j})."""
 
@@ -106,6 +115,34 @@ class TrainReply:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainFailure:
+    """The client could not do it; it costs this round, not the run."""
+
+    client: str
+    cluster: int
+    reason: str  # one line
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRequest:
+    """The server asks a client how well an adapter does on the rows of a subset that are not trained on."""
+
+    client: str
+    cluster: int
+    adapter: AdapterState
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReply:
+    """The client answers with a mean."""
+
+    client: str
+    cluster: int
+    loss: float  # nats a completion token
+    num_tokens: int  # completion tokens behind it: the weight; 0 where no row was held back
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """The base model that a bundle's adapters belong to."""
 
@@ -144,7 +181,7 @@ class TaskCluster:
 class Decision:
     """Where one prompt goes, and why."""
 
-    model: str  # the name to ask vLLM for: an adapter, or "base" after a fallback to it
+    model: str  # the name to ask vLLM for: an adapter, or "base"; "reject" when nobody is to answer
     cluster: str  # the nearest task cluster's name
     distance: float  # to the nearest centroid; smaller is closer
     radius: float  # of the nearest task cluster

@@ -2,20 +2,25 @@
 
 Two sources. *Plain* text draws single sentences, questions, chats and headlines from the grammars of
 the built-in tasks, a prompt or an answer by itself and never the two of one example. *Generic* formats
-(repeat, list, look-up, marked span, membership, same or other, fill in, reorder, quote) run over
-made-up words, so that copying works for words never seen before. None is one of the tasks, none
-uses the chat template.
+(repeat, list, look-up, marked span, membership, same or other, fill in, reorder, quote, reword) run over
+made-up words and over statements about made-up names, so that copying and comparing work for words
+never seen before. None is one of the tasks, none asks a question twice, none uses the chat template.
 """
 
 import random
 from collections.abc import Callable, Iterator
 
 from fedrouter.builtin import data_to_text, dialogue, headline, paraphrase
+from fedrouter.builtin.headline import capitalise
 from fedrouter.builtin.vocabulary import COMPOSED, WORDS, Slots, words
 
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
+
+
+def _wordings(line: str) -> tuple[str, ...]:
+    return tuple(line.split(" / "))
 
 
 ONSETS = _split("b c d f g h j k l m n p r s t v w z br cr dr fl gl gr kl pl pr sh sl st th tr ch sw qu")
@@ -29,7 +34,23 @@ COMMON = tuple(sorted({
     for part in wording.lower().rstrip("?").split() if "{" not in part
 }))  # fmt: skip
 JOINTS = ("the", "of", "to", "in", "and", "has", "is")
-VERDICTS = ("same", "other", "here", "missing")
+VERDICTS = (("same", "other"), ("equal", "unequal"), ("match", "differ"))
+FACTS = tuple(_wordings(line) for line in """
+{person} works as a {job} / {person} is a {job} / the {job} is called {person}
+{place} lies in {country} / {place} is a town in {country} / one town of {country} is {place}
+the {object} is made of {material} / {material} was used for the {object}
+{person} has a {animal} / the {animal} belongs to {person} / a {animal} lives with {person}
+the {object} costs {number} euros / you pay {number} euros for the {object}
+{person} speaks {language} / {language} is what {person} speaks / we heard {person} talk in {language}
+{person} likes {food} / {food} make {person} happy / there is nothing better than {food} for {person}
+the {team} play on {day} / on {day} you can see the {team} / {day} is when the {team} play
+I met {person} at the {venue} / at the {venue} I ran into {person} / {person} was at the {venue} when I came
+my {colour} {object} is gone / somebody took my {colour} {object} / I cannot find the {colour} {object}
+{person} can {skill} / to {skill} is easy for {person} / {person} knows how to {skill}
+the {building} of {place} is {number} metres high / {place} has a {building} of {number} metres
+{person} moved from {place} to {place2} / {person} left {place} for {place2}
+the {animal} broke the {colour} {object} / the {colour} {object} was broken by the {animal}
+""".strip().splitlines())  # fmt: skip
 PLAIN = (paraphrase.plain, data_to_text.plain, dialogue.plain, headline.plain)
 
 
@@ -109,40 +130,12 @@ def same(rng: random.Random) -> str:
     if rng.random() < 0.5:
         other[rng.randrange(len(other))] = word(rng)
     frames = [" ".join(some(rng, 0, 2)) for _ in range(2)] if rng.random() < 0.4 else ["", ""]
-    verdicts = rng.choice((("same", "other"), ("equal", "unequal"), ("match", "differ")))
+    verdicts = rng.choice(VERDICTS)
     left, right = (
         " ".join(filter(None, (frame, *part))) for frame, part in zip(frames, (items, other), strict=True)
     )
     between = rng.choice((" / ", " & ", "\n", " ~ "))
     return f"{left}{between}{right} {rng.choice(MARKS)} {verdicts[items != other]}"
-
-
-def among(rng: random.Random) -> str:
-    items = some(rng, 2, 7)
-    asked = [rng.choice(items) if rng.random() < 0.5 else word(rng) for _ in range(rng.randint(2, 6))]
-    return (
-        " ".join(items) + "\n" + " ".join(f"{ask} {'here' if ask in items else 'missing'}" for ask in asked)
-    )
-
-
-def compare(rng: random.Random) -> str:
-    """Return two lines of little words around the same values, or with one replaced, and the verdict."""
-    items = (
-        some(rng, 1, 3)
-        if rng.random() < 0.5
-        else list(dict.fromkeys(rng.choices(FAMILIAR, k=rng.randint(1, 3))))
-    )
-    other = list(items)
-    if rng.random() < 0.5:
-        other[rng.randrange(len(other))] = word(rng) if rng.random() < 0.5 else rng.choice(FAMILIAR)
-    verdict = "same" if items == other else "other"
-    lines = []
-    for values in (items, other):
-        line = rng.choices(LITTLE, k=rng.randint(0, 5)) + values
-        if rng.random() < 0.6:
-            rng.shuffle(line)
-        lines.append(" ".join(line))
-    return f"{rng.choice((' / ', chr(10), ' & ', '; ')).join(lines)}: {verdict}"
 
 
 def judge(rng: random.Random) -> str:
@@ -164,7 +157,70 @@ def judge(rng: random.Random) -> str:
             line = rng.choices(COMMON, k=rng.randint(1, 8)) + values
             rng.shuffle(line)
             lines.append(" ".join(line))
-        texts.append(layout.format(between.join(lines), "same" if items == other else "other"))
+        texts.append(layout.format(between.join(lines), VERDICTS[0][items != other]))
+    return "\n".join(texts)
+
+
+def statements(rng: random.Random) -> tuple[str, str]:
+    """Return two wordings of one statement: a fact, a news sentence, or clauses in another order."""
+    kind = rng.random()
+    if kind < 0.45:
+        first, second = rng.sample(rng.choice(FACTS), 2)
+    elif kind < 0.8:
+        first, second = rng.sample(rng.choice(headline.STORIES)[0], 2)
+    else:
+        subject = rng.choice(list(data_to_text.PROPERTIES))
+        one, two = rng.sample(list(data_to_text.PROPERTIES[subject].values()), 2)
+        first, second = f"{subject} {one} and {two}", f"{subject} {two} and {one}"
+    return first, second
+
+
+def reports(rng: random.Random) -> str:
+    """Return two to four pairs of statements, each with the verdict whether the two say the same.
+
+    Where they differ, one value was replaced or the second is a statement of another kind. Verdicts are
+    common words, or any two that the earlier pairs show.
+    """
+    verdicts = rng.choice(VERDICTS) if rng.random() < 0.8 else some(rng, 2, 2)
+    if len(verdicts) < 2:
+        verdicts = VERDICTS[0]
+    mark = rng.choice(MARKS)
+    heads = f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n{rng.choice(('', ' '))}{{}}\n"
+    layout = heads if rng.random() < 0.6 else f"{{}} {mark} {{}}"
+    between = rng.choice((" - ", " - ", " / ", "\n", " & ", "; ", " | "))
+    texts = []
+    for _ in range(rng.randint(2, 4)):
+        slots = InventedSlots(rng, "train")
+        first, second = statements(rng)
+        left, how = slots.fill(first), rng.random()
+        if how < 0.4:
+            name = rng.choice(list(slots))
+            kept = slots.pop(name)
+            while slots[name] == kept:
+                del slots[name]
+        elif how < 0.5:
+            second = statements(rng)[1]
+        pair = [left, slots.fill(second)]
+        if rng.random() < 0.5:
+            pair = [capitalise(text) for text in pair]
+        texts.append(layout.format(between.join(pair), verdicts[how < 0.5]))
+    return "\n".join(texts)
+
+
+def reword(rng: random.Random) -> str:
+    """Return statements with another wording, or one of two statements picked, in one layout."""
+    picks = rng.random() < 0.4
+    between = rng.choice((" - ", " / ", "\n", " & ", "; ", " | "))
+    heads = f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n{{}}\n"
+    layout = heads if rng.random() < 0.6 else f"{{}} {rng.choice(MARKS)} {{}}"
+    which, texts = rng.randrange(2), []
+    for _ in range(rng.randint(1, 3)):
+        slots = InventedSlots(rng, "train")
+        first, second = (capitalise(slots.fill(text)) for text in statements(rng))
+        if picks:
+            pair = (first, capitalise(slots.fill(statements(rng)[0])))
+            first, second = between.join(pair), pair[which]
+        texts.append(layout.format(first, second))
     return "\n".join(texts)
 
 
@@ -232,17 +288,9 @@ COPYING: Mix = {
     plain: 5.0, repeat: 2.0, listed: 1.0, look_up: 1.5, span: 0.7, member: 1.5, same: 2.0, fill_in: 1.5,
     reorder: 0.5, quote: 1.0, section: 0.3,
 }  # fmt: skip
-COMPARING: Mix = {
-    plain: 3.5, repeat: 1.0, listed: 0.4, look_up: 0.8, span: 0.3, among: 2.0, compare: 6.0, mapping: 5.0,
-    fill_in: 0.7, reorder: 0.2, quote: 0.5, section: 0.2,
-}  # fmt: skip
-JUDGING: Mix = {
-    plain: 2.0, repeat: 0.6, listed: 0.3, look_up: 0.5, among: 1.2, compare: 1.5, judge: 7.0, mapping: 4.0,
-    fill_in: 0.5, quote: 0.3,
-}  # fmt: skip
-RELATING: Mix = {
-    plain: 2.0, related: 7.0, repeat: 0.8, listed: 0.4, look_up: 0.8, span: 0.2, among: 1.0, compare: 1.0,
-    judge: 5.0, mapping: 4.0, fill_in: 0.5, reorder: 0.1, quote: 0.4, section: 0.1,
+JOINING: Mix = {
+    plain: 2.5, related: 3.0, reports: 7.0, reword: 3.0, judge: 2.5, mapping: 3.5, repeat: 1.0, listed: 0.4,
+    look_up: 1.0, span: 0.3, member: 0.7, same: 0.7, fill_in: 0.6, reorder: 0.2, quote: 0.5, section: 0.1,
 }  # fmt: skip
 
 
@@ -252,5 +300,5 @@ def documents(seed: str, mix: Mix) -> Iterator[str]:
     formats, weights = list(mix), list(mix.values())
     while True:
         chosen = rng.choices(formats, weights)[0]
-        times = 1 if chosen in (plain, mapping, judge, related) else rng.randint(1, 4)
+        times = 1 if chosen in (plain, mapping, judge, related, reports, reword) else rng.randint(1, 4)
         yield "\n".join(chosen(rng) for _ in range(times))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import MODULE, LetterEmbedder, adapter, space, write
+from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle, check_embedder, load_bundle
 from fedrouter.embed import probe
@@ -71,6 +72,8 @@ DAMAGES = {
     "unknown schema": (lambda p: edit_manifest(p, schema_version=99), "schema version 99 is unknown"),
     "unknown field": (lambda p: edit_manifest(p, base={"model": "x", "surprise": 1}), "unknown field"),
     "unknown fallback": (lambda p: edit_manifest(p, fallback="guess"), "fallback 'guess'"),
+    "no generalist": (lambda p: edit_manifest(p, fallback="generalist"), "names no generalist adapter"),
+    "lost generalist": (lambda p: edit_manifest(p, generalist="generalist-00000000"), "no such file"),
     "wrong rank": (lambda p: edit_manifest(p, rank=4), "rank 2, but the manifest says 4"),
     "no adapter weights": (
         lambda p: (first_adapter(p) / "adapter_model.safetensors").unlink(),
@@ -95,6 +98,26 @@ def test_a_damaged_bundle_is_refused_with_the_reason(bundle: Bundle, damage: str
     with pytest.raises(BundleError, match=reason) as caught:
         load_bundle(bundle.path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_generalist_is_an_adapter_like_the_others(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", space(np.eye(8)[:2]), [1, 1], generalist=adapter(7), fallback="generalist")
+    loaded = load_bundle(bundle.path)
+    assert loaded.generalist is not None
+    assert loaded.generalist.startswith("generalist-")
+    assert list(loaded.adapter_paths) == [*(c.adapter for c in loaded.clusters), loaded.generalist]
+    held = load_file(loaded.adapter_paths[loaded.generalist] / "adapter_model.safetensors")
+    for name, array in adapter(7).items():
+        np.testing.assert_array_equal(held[name], array)
+    with pytest.raises(BundleError, match="differ in name or shape"):
+        write(tmp_path / "c", space(np.eye(8)[:1]), [1], generalist=adapter(7, width=5))
+
+
+def test_a_bundle_of_before_the_generalist_still_loads(bundle: Bundle) -> None:
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    del manifest["generalist"]
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    assert load_bundle(bundle.path).generalist is None
 
 
 def test_shapes_of_all_adapters_must_agree(tmp_path: Path) -> None:

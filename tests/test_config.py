@@ -48,6 +48,15 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
         ("cluster.local=0", "cluster.local"),
         ("data.partition=triple", "data.partition: Input should be 'single'"),
         ("embedder.kind=sentence-transformers", "they need it"),
+        ("train={epochs=2, steps=3}", "give train.steps or train.epochs, one of them"),
+        ("train.patience=2", "train.patience needs rows to judge by"),
+        ("method=fedavg", "method fedavg has no use for cluster.global; remove it"),
+        ("method=clusterd", "method: Input should be"),
+        ("cluster={warmup=2}", "method fedrouter has no use for cluster.warmup"),
+        ("aggregate.trim=0.1", "aggregate.trim belongs to aggregate.robust trimmed"),
+        ("aggregate={method='exact', robust='median'}", "it needs aggregate.method average"),
+        ("aggregate={method='exact', server='adam'}", "aggregate.server works on A and B apart"),
+        ("aggregate.server_learning_rate=1", "belongs to aggregate.server; remove it"),
         ("train.steps", "expected section.key=value"),
         ("seed.x=1", "seed"),
     ],
@@ -57,6 +66,28 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) ->
         load_config(None, [override])
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["method=local", "aggregate.method=exact"], "method local averages nothing"),
+        (["method=fedprox"], "needs train.proximal above 0"),
+        (["method=fedavg", "train.proximal=0.1"], "FedAvg with it is method fedprox"),
+        (["method=fedavg", "train.schedule=one"], "method fedavg gives a client one subset"),
+        (["method=clustered", "train.participation=0.5"], "needs every client in its warm-up"),
+        (["method=clustered", "cluster.warmup=10"], "needs every client in its warm-up"),
+        (["method=local", "routing.fallback=generalist"], "method local has no generalist"),
+    ],
+)
+def test_options_that_do_not_belong_to_the_method_are_refused(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(None, ["cluster={}", *overrides])
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
+def test_every_method_runs_on_the_built_in_federation_with_two_settings(method: str) -> None:
+    assert load_config(None, [f"method={method}", "cluster={}"]).method == method
 
 
 def test_a_file_that_does_not_read(tmp_path: Path) -> None:
@@ -72,6 +103,12 @@ def test_one_origin_of_data(tmp_path: Path) -> None:
     file.write_text('[data]\npartition = "iid"\nclients = { a = "a.jsonl" }\n')
     with pytest.raises(ConfigError, match=r"remove data\.partition"):
         load_config(file)
+
+
+def test_epochs_stand_in_for_steps() -> None:
+    config = load_config(None, ["train={epochs=2}"])
+    assert (config.train.epochs, config.train.steps) == (2, None)
+    assert Config.model_validate(config.model_dump(by_alias=True)) == config
 
 
 def test_every_setting_of_the_defaults_survives_the_resolved_file() -> None:

@@ -36,7 +36,7 @@ def test_a_vector_is_the_mean_of_the_middle_layers_hidden_state(embedder: Embedd
     for text, vector in zip(TEXTS, embedder.embed(TEXTS), strict=True):
         ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
         with torch.no_grad():
-            want = model(**ids, output_hidden_states=True).hidden_states[2][0].mean(dim=0).numpy()
+            want = model(**ids, output_hidden_states=True).hidden_states[3][0].mean(dim=0).numpy()
         np.testing.assert_allclose(vector, want, rtol=1e-4, atol=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_many_long_texts_go_in_several_batches(embedder: Embedder) -> None:
 
 
 def test_text_without_tokens_and_no_text(embedder: Embedder) -> None:
-    assert embedder.embed([]).shape == (0, 256)
+    assert embedder.embed([]).shape == (0, 192)
     assert np.isfinite(embedder.embed(["", "a"])).all()
 
 
@@ -104,5 +104,5 @@ def test_the_papers_way_is_the_last_layer() -> None:
         want = model(**tokenizer("hello there", return_tensors="pt")).last_hidden_state[0].mean(dim=0).numpy()
     found = load_embedder(spec, base_spec("builtin:tiny", None, PATH)).embed(["hello there"])[0]
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="has 4 layers"):
-        embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32", layer=5)
+    with pytest.raises(ConfigError, match="has 6 layers"):
+        embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32", layer=7)

@@ -15,7 +15,7 @@ LAYERS = (
     {"types", "config", "errors"},
     {"builtin", "bundle", "data", "embed", "models", "partition", "route"},
     {"train", "serve", "evaluate"},
-    {"cli", "demo", "inspect", "__main__"},
+    {"cli", "demo", "inspect", "push", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract

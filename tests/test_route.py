@@ -2,13 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import space, write
+from fakes import adapter, space, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ConfigError
-from fedrouter.route import Router, transform
+from fedrouter.route import REJECT, Router, transform
 from fedrouter.types import RoutingSpace
 
 
@@ -45,8 +45,19 @@ def test_beyond_the_radius_it_falls_back(bundle: Bundle) -> None:
     assert (Router(bundle).route(far)[0].model, Router(bundle).route(far)[0].fallback) == ("base", True)
     nearest = Router(bundle, fallback="nearest").route(far)[0]
     assert (nearest.model, nearest.fallback) == (bundle.clusters[0].adapter, True)
+    rejected = Router(bundle, fallback="reject").route(far)[0]
+    assert (rejected.model, rejected.fallback) == (REJECT, True)
     with pytest.raises(ConfigError, match="fallback 'guess'"):
         Router(bundle, fallback="guess")
+    with pytest.raises(ConfigError, match="holds no generalist"):
+        Router(bundle, fallback="generalist")
+
+
+def test_the_generalist_answers_beyond_the_radius_only(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", space(np.eye(2)), [0.1, 0.1], generalist=adapter(9), fallback="generalist")
+    far, near = Router(bundle).route(rows((9, 9), (1, 0)))
+    assert (far.model, far.fallback) == (bundle.generalist, True)
+    assert (near.model, near.fallback) == (bundle.clusters[0].adapter, False)
 
 
 def test_no_rows_no_decisions(bundle: Bundle) -> None:

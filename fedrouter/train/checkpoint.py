@@ -9,45 +9,55 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedrouter.train.server import RoundResult
+from fedrouter.train.server import Best, RunState
 from fedrouter.types import AdapterState, Assignment, RoutingSpace
 
 
-def save_checkpoint(directory: Path, result: RoundResult, digest: str, keep: int) -> None:
-    """Write a round's adapters under a temporary name, rename, and keep only the last ``keep`` rounds."""
-    final = directory / f"round-{result.number:05d}"
+def save_checkpoint(directory: Path, state: RunState, digest: str, keep: int) -> None:
+    """Write a run's state under a temporary name, rename, and keep only the last ``keep`` rounds."""
+    final = directory / f"round-{state.number - 1:05d}"
     partial = directory / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for k, adapter in enumerate(result.adapters):
+    for k, (adapter, moments) in enumerate(zip(state.adapters, state.moments, strict=True)):
         save_file(dict(adapter), partial / f"cluster-{k}.safetensors")
-    state = {
+        if moments:
+            save_file(dict(moments), partial / f"moments-{k}.safetensors")
+        if best := state.best[k]:
+            save_file(dict(best.adapter), partial / f"best-{k}.safetensors")
+    record = {
         "clustering": digest,
-        "clusters": [
-            {"cluster": c.cluster, "loss": c.loss, "num_examples": c.num_examples} for c in result.clusters
-        ],
+        "losses": state.losses,
+        "best": [best and {"round": best.round, "loss": best.loss} for best in state.best],
     }
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (partial / "state.json").write_text(json.dumps(record), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in sorted(directory.glob("round-*"))[:-keep]:
         shutil.rmtree(old)
 
 
-def latest_checkpoint(
-    directory: Path, digest: str
-) -> tuple[int, list[AdapterState], dict[int, float]] | None:
-    """Return (round, adapters, loss by task cluster) of the newest usable checkpoint, if any.
+def latest_checkpoint(directory: Path, digest: str) -> RunState | None:
+    """Return the state of the newest usable checkpoint, if any.
 
     One of another clustering, or one that does not read, is passed over.
     """
     for path in sorted(directory.glob("round-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            files = sorted(path.glob("cluster-*.safetensors"), key=lambda f: int(f.stem.split("-")[1]))
-            if state["clustering"] == digest:
-                losses = {int(c["cluster"]): float(c["loss"]) for c in state["clusters"]}
-                return int(path.name.split("-")[1]), [load_file(file) for file in files], losses
+            saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if saved["clustering"] != digest:
+                continue
+            losses = tuple(saved["losses"])
+            return RunState(
+                number=int(path.name.split("-")[1]) + 1,
+                adapters=tuple(load_file(path / f"cluster-{k}.safetensors") for k in range(len(losses))),
+                moments=tuple(_load_if_there(path / f"moments-{k}.safetensors") for k in range(len(losses))),
+                losses=losses,
+                best=tuple(
+                    best and Best(best["round"], best["loss"], load_file(path / f"best-{k}.safetensors"))
+                    for k, best in enumerate(saved["best"])
+                ),
+            )
         except (OSError, ValueError, KeyError, SafetensorError):
             continue
     return None
@@ -61,3 +71,7 @@ def clustering_digest(space: RoutingSpace, assignments: Sequence[Assignment]) ->
             repr([(assignment.client, s.cluster, s.num_examples) for s in assignment.subsets]).encode()
         )
     return digest.hexdigest()[:16]
+
+
+def _load_if_there(file: Path) -> AdapterState:
+    return load_file(file) if file.exists() else {}

@@ -15,11 +15,14 @@ from fedrouter.types import (
     Assignment,
     Float64s,
     LocalClusters,
+    Membership,
     Moments,
     Record,
     RoutingSpace,
     TrainReply,
     TrainRequest,
+    ValidationReply,
+    ValidationRequest,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +45,8 @@ class Client:
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
         self._answers: Array = embedder.embed([record.completion for record in records])
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
-        self._labels: cluster.Labels | None = None
-        self._subsets: dict[int, Dataset] = {}
+        self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
+        self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 
     def summarise(self, num: Count) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
@@ -53,34 +56,51 @@ class Client:
         except TrainingError as error:
             raise TrainingError(f"client {self.name}: {error}") from error
 
-    def regroup(self, space: RoutingSpace) -> LocalClusters:
-        """Give each row to the nearest centroid; reveal what came together."""
-        return cluster.regroup(self._vectors[self._fit], space)
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> LocalClusters:
+        """Give each row to the nearest centroid, or where it is told; reveal what came together."""
+        if told is None:
+            return cluster.regroup(self._vectors[self._fit], space)
+        return cluster.gather(self._vectors, cluster.told_rows(self.name, self._tasks, told), told.num)
 
     def moments(self, space: RoutingSpace, basis: Float64s) -> Moments:
         """Reveal moments of the rows set aside, and the mean answers."""
         return cluster.moments(self._vectors, self._answers, self._held, space, basis)
 
-    def assign(self, space: RoutingSpace) -> Assignment:
+    def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
-        self._labels, subsets = cluster.assign(self._vectors, self._held, space, self._tasks)
+        rows = None if told is None else cluster.told_rows(self.name, self._tasks, told)
+        self._rows, subsets = cluster.assign(self._vectors, self._held, space, self._tasks, rows)
         self._subsets.clear()
         return Assignment(self.name, subsets)
 
     def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""
-        if self._labels is None:
-            raise TrainingError(f"client {self.name}: asked to train before its rows were assigned")
-        if request.cluster not in self._subsets:
-            rows = [self._records[i] for i in np.flatnonzero(self._labels == request.cluster)]
-            self._subsets[request.cluster] = trainer.tokenise(rows)
+        rows, _ = self._subset(request.cluster, trainer)
         seed = derive_seed(self._seed, self.name, request.cluster, request.round)
-        trained = trainer.train(
-            request.adapter, self._subsets[request.cluster], request.steps, request.learning_rate, seed
-        )
+        trained = trainer.train(request.adapter, rows, request.steps, request.learning_rate, seed)
         return TrainReply(
             self.name, request.cluster, trained.adapter, trained.num_examples, trained.loss, trained.seconds
         )
+
+    def validate(self, request: ValidationRequest, trainer: "AdapterTrainer") -> ValidationReply:
+        """Judge the adapter that came with ``request`` on rows of its subset that are not trained on."""
+        _, rows = self._subset(request.cluster, trainer)
+        loss, num_tokens = trainer.loss(request.adapter, rows) if rows else (0.0, 0)
+        return ValidationReply(self.name, request.cluster, loss, num_tokens)
+
+    def _subset(self, number: int, trainer: "AdapterTrainer") -> "tuple[Dataset, Dataset | None]":
+        """Return a task cluster's rows, tokenised: those to train on, and those to validate on, if any."""
+        if number not in self._rows:
+            raise TrainingError(f"client {self.name}: no row of it belongs to task cluster {number}")
+        if number not in self._subsets:
+            rows = self._rows[number]
+            order = np.random.default_rng(derive_seed(self._seed, self.name, number, "validation"))
+            num = cluster.num_validation(len(rows), trainer.validation)
+            held = set(order.permutation(rows)[:num])
+            train = trainer.tokenise([self._records[i] for i in rows if i not in held])
+            judge = trainer.tokenise([self._records[i] for i in sorted(held)]) if held else None
+            self._subsets[number] = train, judge
+        return self._subsets[number]
 
 
 def derive_seed(seed: int, *parts: object) -> int:

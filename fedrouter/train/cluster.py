@@ -4,6 +4,7 @@ The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from sklearn.cluster import KMeans
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
-from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
+from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments, RoutingSpace, Subset
 
 Labels = NDArray[np.int64]
 
@@ -26,6 +27,11 @@ def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
     order = np.random.default_rng(seed).permutation(num_rows)
     cut = num_rows // SET_ASIDE
     return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+def num_validation(num_rows: int, share: float) -> int:
+    """Return how many of a subset's rows are not trained on; one row at least is."""
+    return min(int(share * num_rows), num_rows - 1)
 
 
 def summarise(x: Array, num: Count, seed: int) -> LocalClusters:
@@ -75,25 +81,49 @@ def moments(x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: 
     return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers)
 
 
+def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:
+    """Return row numbers by task cluster, as the client or its labels are told."""
+    found = {k: np.arange(len(tasks)) for k in told.clients.get(client, ())}
+    if told.tasks:
+        labels = np.array([-1 if task is None else told.tasks.get(task, -1) for task in tasks])
+        found |= {int(k): np.flatnonzero(labels == k) for k in np.unique(labels) if k >= 0}
+    return found
+
+
+def gather(x: Array, rows: Mapping[int, Labels], num: int) -> LocalClusters:
+    """Reveal what the first ``num`` task clusters' rows come to."""
+    labels = np.full(len(x), -1)
+    for k, own in rows.items():
+        if k < num:
+            labels[own] = k
+    return _gather(x[labels >= 0].astype(np.float64), labels[labels >= 0], num)
+
+
 def assign(
-    x: Array, held: Labels, space: RoutingSpace, tasks: Sequence[str | None]
-) -> tuple[Labels, tuple[Subset, ...]]:
-    """Give each row to its nearest centroid's task cluster.
+    x: Array,
+    held: Labels,
+    space: RoutingSpace,
+    tasks: Sequence[str | None],
+    told: Mapping[int, Labels] | None = None,
+) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
+    """Give each row to its nearest centroid's task cluster, or where it is told.
 
     Returns
     -------
-    labels : (n,) the task cluster of each row; stays with the client.
+    rows : row numbers by task cluster; stays with the client.
     subsets : what the client reveals: counts, and quantiles of the distances of rows set aside.
     """
     centroid, distance = nearest(x, space)
     labels = np.asarray(space.cluster_of)[centroid]
+    found = {int(k): np.flatnonzero(labels == k) for k in np.unique(labels)} if told is None else dict(told)
     subsets = []
-    for k in np.unique(labels):
-        rows = np.flatnonzero(labels == k)
+    for k, rows in sorted(found.items()):
+        if told is not None:
+            distance = nearest(x, _only(space, k))[1]
         aside = np.intersect1d(rows, held)
         quantiles = np.quantile(distance[aside if len(aside) else rows], QUANTILES).astype(np.float32)
-        subsets.append(Subset(int(k), len(rows), len(aside), quantiles, count_tasks(tasks, rows)))
-    return labels, tuple(subsets)
+        subsets.append(Subset(k, len(rows), len(aside), quantiles, count_tasks(tasks, rows)))
+    return found, tuple(subsets)
 
 
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
@@ -112,6 +142,12 @@ def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
         if (task := tasks[row]) is not None:
             counts[task] = counts.get(task, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def _only(space: RoutingSpace, cluster: int) -> RoutingSpace:
+    """Return the space with one task cluster's centroids; all of them where it has none."""
+    own = np.flatnonzero(np.asarray(space.cluster_of) == cluster)
+    return replace(space, centroids=space.centroids[own], cluster_of=(0,) * len(own)) if len(own) else space
 
 
 def _gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:

@@ -118,8 +118,8 @@ def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
     return LocalClusters(counts[alive], centroids[alive], scatter)
 
 
-def pool(clients: Sequence[LocalClusters]) -> tuple[LocalClusters, Float64s]:
-    """Pool the clients' components; drop those that lost their rows.
+def pool(clients: Sequence[LocalClusters], least: int = MIN_COMPONENT) -> tuple[LocalClusters, Float64s]:
+    """Pool the clients' components; drop those with fewer than ``least`` rows.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def pool(clients: Sequence[LocalClusters]) -> tuple[LocalClusters, Float64s]:
     for c in clients:
         offset = (c.centroids - centroids) * np.sqrt(c.counts)[:, None]
         scatter = scatter + offset.T @ offset
-    kept = counts >= min(MIN_COMPONENT, counts.max())
+    kept = counts >= min(least, counts.max())
     return LocalClusters(counts[kept], centroids[kept], scatter), support[:, kept]
 
 

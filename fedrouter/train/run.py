@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedrouter import __version__, data
 from fedrouter.builtin import is_builtin
-from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.bundle import GENERALIST, Bundle, load_bundle, write_bundle
 from fedrouter.config import Config, RoutingSettings
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
 from fedrouter.errors import TrainingError
@@ -22,16 +22,19 @@ from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_tem
 from fedrouter.partition import partition
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
-from fedrouter.train.discover import discover, radius
+from fedrouter.train.discover import radius
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.memory import explained_out_of_memory
+from fedrouter.train.methods import finish, group
 from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import RoundResult, run_rounds
+from fedrouter.train.server import RoundResult, exhausted, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import Assignment, Record, Subset, TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
 
 
+@explained_out_of_memory()
 def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
@@ -40,7 +43,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     Raises
     ------
     TrainingError
-        If ``out`` holds a run with another configuration.
+        If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
     _claim(config, out)
     if (out / "bundle").exists():
@@ -69,9 +72,9 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
-    space = discover(federation, config.cluster, config.seed)
-    assignments = federation.assign(space)
-    clusters = describe(assignments, len(set(space.cluster_of)), config.routing)
+    grouping = group(federation, config, trainer.state())
+    space, assignments = grouping.space, grouping.assignments
+    clusters = describe(assignments, len(set(space.cluster_of)), config.routing, grouping.names)
     for c in clusters:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
@@ -79,34 +82,41 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
 
     digest = clustering_digest(space, assignments)
     resumed = latest_checkpoint(out / "checkpoints", digest)
-    start, adapters, losses = (resumed[0] + 1, resumed[1], resumed[2]) if resumed else (0, [], {})
+    state = resumed or grouping.state
     if resumed:
-        console.print(f"going on after round {start}", highlight=False)
-    else:
-        adapters = [trainer.state() for _ in clusters]
-    metrics = Metrics(out / "metrics.jsonl", start)
-    names = [c.name for c in clusters]
-    with TrainProgress(
-        console, names, config.train.rounds, config.train.steps * len(clients), start
-    ) as progress:
-        for result in run_rounds(federation, assignments, adapters, config.train, start, progress.on_reply):
-            save_checkpoint(out / "checkpoints", result, digest, config.train.keep_checkpoints)
+        console.print(f"going on after round {state.number}", highlight=False)
+    metrics = Metrics(out / "metrics.jsonl", state.number)
+    names = [*(c.name for c in clusters), "global"]  # the last: FedDPA's
+    rounds = range(state.number, config.train.rounds)
+    steps = sum(n for number in rounds for _, _, n in plan(assignments, config, number))
+    with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
+        for result in run_rounds(federation, assignments, state, config, progress.on_reply):
+            state = result.state
+            save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints)
             metrics.write(result, names)
             progress.on_round(result)
-            adapters = list(result.adapters)
-            losses = {**losses, **{c.cluster: c.loss for c in result.clusters}}
+    if exhausted(state, config.train.patience):
+        console.print(
+            f"stopped after round {state.number}: no validation loss fell any more", highlight=False
+        )
+    if not any(loss is not None for loss in state.losses):
+        raise TrainingError(
+            f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
+        )
+    adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
     return write_bundle(
         out / "bundle",
         base=base,
         embedder=spec,
-        clusters=[_with_loss(c, losses.get(k)) for k, c in enumerate(clusters)],
+        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
         adapters=adapters,
-        adapter_config={**trainer.adapter_config, "base_model_name_or_path": config.base.model},
+        adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
         space=space,
         probe_vectors=probe_vectors,
         fallback=config.routing.fallback,
         versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
+        generalist=generalist,
     )
 
 
@@ -136,11 +146,17 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
 
 
 def describe(
-    assignments: Sequence[Assignment], num_clusters: int, routing: RoutingSettings
+    assignments: Sequence[Assignment],
+    num_clusters: int,
+    routing: RoutingSettings,
+    names: Sequence[str] | None = None,
 ) -> list[TaskCluster]:
-    """Describe each task cluster by what its clients revealed; name it after its commonest task label."""
+    """Describe each task cluster by what its clients revealed.
+
+    Without ``names`` it is named after its commonest task label.
+    """
     clusters: list[TaskCluster] = []
-    taken: set[str] = set()
+    taken = {GENERALIST}
     for k in range(num_clusters):
         members: list[tuple[str, Subset]] = [
             (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
@@ -149,7 +165,8 @@ def describe(
         for _, subset in members:
             for task, count in subset.task_counts.items():
                 counts[task] = counts.get(task, 0) + count
-        name = _slug(max(counts, key=lambda t: (counts[t], t))) if counts else f"task-{k}"
+        common = max(counts, key=lambda t: (counts[t], t)) if counts else f"task-{k}"
+        name = _slug(names[k] if names else common)
         while name in taken:
             name = f"{name}-{k}"
         taken.add(name)
@@ -183,10 +200,14 @@ class Metrics:
                 line = {
                     "round": result.number,
                     "cluster": names[c.cluster],
-                    "loss": round(c.loss, 5),
+                    "loss": None if c.loss is None else round(c.loss, 5),
                     "num_examples": c.num_examples,
                     "num_clients": c.num_clients,
                     "drift": round(c.drift, 5),
+                    "norm": round(c.norm, 5),
+                    **({} if c.validation is None else {"validation": round(c.validation, 5)}),
+                    **({} if c.residual is None else {"residual": round(c.residual, 7)}),
+                    **({"refused": dict(c.refused)} if c.refused else {}),
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")

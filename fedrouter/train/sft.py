@@ -4,7 +4,7 @@ import atexit
 import gc
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -87,6 +88,9 @@ class AdapterTrainer:
             ) from error
         self._tokenizer = tokenizer
         self._settings = settings
+        if lora.freeze_a:
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
         # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
@@ -103,6 +107,11 @@ class AdapterTrainer:
         return {
             k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())
         }
+
+    @property
+    def validation(self) -> float:
+        """Share of a subset's rows that is not trained on."""
+        return self._settings.validation
 
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
@@ -123,9 +132,7 @@ class AdapterTrainer:
         Call it with the same arguments and the same number of threads, and it gives the same bytes.
         """
         began = time.perf_counter()
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(torch.from_numpy(adapter[name]))
+        self._put_in(adapter)
         device = self._model.device.type
         trainer = SFTTrainer(
             model=self._model,
@@ -153,14 +160,51 @@ class AdapterTrainer:
             processing_class=self._tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
         try:
             loss = trainer.train().training_loss
         finally:
+            for hook in hooks:
+                hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
             vars(self._model.get_base_model()).pop("forward", None)
         return Trained(
             self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
         )
+
+    @torch.no_grad()
+    def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
+        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
+        self._put_in(adapter)
+        self._model.eval()
+        total = num_tokens = 0.0
+        for rows in data.batch(self._settings.batch_size):
+            ids = [torch.tensor(row) for row in rows["input_ids"]]
+            labels = pad_sequence([torch.tensor(row) for row in rows["labels"]], True, IGNORED)
+            mask = pad_sequence([torch.ones_like(row) for row in ids], True)
+            inputs = pad_sequence(ids, True).to(self._model.device)
+            logits = self._model(input_ids=inputs, attention_mask=mask.to(self._model.device)).logits
+            flat = logits[:, :-1].float().flatten(0, 1)
+            wanted = labels[:, 1:].flatten().to(flat.device)
+            total += float(
+                torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
+            )
+            num_tokens += int((wanted != IGNORED).sum())
+        return total / max(num_tokens, 1), int(num_tokens)
+
+    def _put_in(self, adapter: AdapterState) -> None:
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(torch.from_numpy(adapter[name]))
+
+    def _pull_back(self, mu: float) -> list[Any]:
+        """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""
+
+        def towards(parameter: torch.Tensor, start: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda gradient: gradient + mu * (parameter.detach() - start)
+
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        return [p.register_hook(towards(p, p.detach().clone())) for p in trained]
 
     def _examples(self, num_rows: int, steps: int) -> int:
         batch = self._settings.batch_size

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from fedrouter.builtin import base_path
@@ -48,6 +49,14 @@ def test_a_run_leaves_a_bundle_metrics_and_its_configuration(run: Path) -> None:
     bundle = load_bundle(run / "bundle")
     assert len(bundle.clusters) == 4
     assert sum(c.num_examples for c in bundle.clusters) == 96
+    states = [load_file(bundle.adapter_path(c) / "adapter_model.safetensors") for c in bundle.clusters]
+    assert bundle.generalist is not None
+    general = load_file(bundle.adapter_paths[bundle.generalist] / "adapter_model.safetensors")
+    for name, array in general.items():
+        want = np.average(
+            [s[name] for s in states], axis=0, weights=[c.num_examples for c in bundle.clusters]
+        )
+        np.testing.assert_allclose(array, want, rtol=1e-5, atol=1e-7)
     assert json.loads((run / "config.json").read_text())["train"]["rounds"] == 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {line["round"] for line in lines} == {0, 1}
@@ -119,9 +128,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_adapter_for_all_is_fedavg(tmp_path: Path) -> None:
-    bundle = train(
-        load_config(None, [*SMALL, "cluster.local=1", "cluster.global=1"]), tmp_path / "fedavg", QUIET
-    )
+    bundle = train(load_config(None, [*SMALL, "cluster={}", "method=fedavg"]), tmp_path / "fedavg", QUIET)
     assert len(bundle.clusters) == 1
     assert bundle.clusters[0].num_examples == 96
     assert np.isfinite(bundle.clusters[0].radius)

@@ -1,12 +1,30 @@
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fakes import PullFederation, adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrouter.config import TrainSettings
-from fedrouter.train.server import cosine, run_rounds, share
-from fedrouter.types import Assignment, Subset
+from fedrouter.config import AggregateSettings, Config, TrainSettings
+from fedrouter.train.checkpoint import latest_checkpoint, save_checkpoint
+from fedrouter.train.server import ClusterRound, cosine, fresh_state, plan, run_rounds, share
+from fedrouter.types import (
+    AdapterState,
+    Assignment,
+    Subset,
+    TrainFailure,
+    TrainReply,
+    TrainRequest,
+    ValidationReply,
+    ValidationRequest,
+)
+
+
+def config(aggregate: AggregateSettings | None = None, **train: object) -> Config:
+    return Config(train=TrainSettings(**train), aggregate=aggregate or AggregateSettings())  # type: ignore[arg-type]
 
 
 def subset(cluster: int, num: int) -> Subset:
@@ -37,33 +55,163 @@ def test_only_clients_of_a_task_cluster_move_its_adapter_weighted_by_examples() 
         Assignment("c", (subset(1, 10),)),
     ]
     start = adapter(9)
-    settings = TrainSettings(rounds=1, steps=4)
-    result = next(run_rounds(federation, assignments, [start, start], settings))
+    result = next(run_rounds(federation, assignments, fresh_state([start, start]), config(rounds=1, steps=4)))
     for name in start:
         a = start[name] + (1 - 0.5**4) * (targets["a"][name] - start[name])
         b = start[name] + (1 - 0.5**3) * (targets["b"][name] - start[name])
-        np.testing.assert_allclose(result.adapters[0][name], (16 * a + 12 * b) / 28, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            result.state.adapters[0][name], (16 * a + 12 * b) / 28, rtol=1e-4, atol=1e-5
+        )
     assert [(c.cluster, c.num_clients, c.num_examples) for c in result.clusters] == [(0, 2, 28), (1, 2, 20)]
     assert all(c.drift > 0 for c in result.clusters)
 
 
-def test_a_resumed_run_gives_what_an_uninterrupted_one_gives() -> None:
+@pytest.mark.parametrize("server", ["none", "momentum", "adam"])
+def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(server: str, tmp_path: Path) -> None:
     targets = {name: adapter(i) for i, name in enumerate(("a", "b"))}
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
-    settings = TrainSettings(rounds=4, steps=3)
-    whole = list(run_rounds(PullFederation({}, targets), assignments, [adapter(9)], settings))
-    half = whole[1].adapters
-    rest = list(run_rounds(PullFederation({}, targets), assignments, half, settings, start=2))
+    settings = config(AggregateSettings(server=server), rounds=4, steps=3)  # type: ignore[arg-type]
+    whole = list(run_rounds(PullFederation({}, targets), assignments, fresh_state([adapter(9)]), settings))
+    save_checkpoint(tmp_path, whole[1].state, "digest", keep=1)
+    assert latest_checkpoint(tmp_path, "another clustering") is None
+    loaded = latest_checkpoint(tmp_path, "digest")
+    assert loaded is not None
+    rest = list(run_rounds(PullFederation({}, targets), assignments, loaded, settings))
     assert [r.number for r in rest] == [2, 3]
-    for name, array in whole[-1].adapters[0].items():
-        np.testing.assert_array_equal(array, rest[-1].adapters[0][name])
+    assert whole[-1].state.losses == rest[-1].state.losses
+    for mine, theirs in zip(
+        (*whole[-1].state.adapters, *whole[-1].state.moments),
+        (*rest[-1].state.adapters, *rest[-1].state.moments),
+        strict=True,
+    ):
+        assert mine.keys() == theirs.keys()
+        assert all(mine[name].tobytes() == theirs[name].tobytes() for name in mine)
+
+
+class Troubled(PullFederation):
+    """Some clients fail, or send back what cannot be averaged."""
+
+    def __init__(self, targets: dict[str, AdapterState], failing: set[str], broken: set[str]):
+        super().__init__({}, targets)
+        self.failing, self.broken = failing, broken
+
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
+        for reply in super().train(requests):
+            if reply.client in self.failing:
+                yield TrainFailure(reply.client, reply.cluster, "RuntimeError: the disk is full")
+            elif reply.client in self.broken:
+                yield replace(reply, adapter={n: a * np.float32(np.nan) for n, a in reply.adapter.items()})
+            else:
+                yield reply
+                yield reply  # sent twice, counted once
+                yield replace(reply, client="stranger")
+
+
+def test_a_client_that_fails_or_sends_nonsense_costs_its_round_only() -> None:
+    targets = {name: adapter(i) for i, name in enumerate(("a", "b", "c"))}
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+    settings, start = config(rounds=2, steps=3), fresh_state([adapter(9)])
+    troubled = Troubled(targets, {"a"}, {"b"})
+    first = next(run_rounds(troubled, assignments, start, settings))
+    alone = next(
+        run_rounds(PullFederation({}, targets), [a for a in assignments if a.client == "c"], start, settings)
+    )
+    assert first.clusters[0].refused == {
+        "a": "RuntimeError: the disk is full",
+        "b": "its update holds values that are not finite; lower train.learning_rate",
+    }
+    assert (first.clusters[0].num_clients, first.clusters[0].loss) == (1, 1.0)
+    for name, array in first.state.adapters[0].items():
+        np.testing.assert_array_equal(array, alone.state.adapters[0][name])
+
+
+def test_a_task_cluster_whose_clients_all_fail_keeps_its_adapter() -> None:
+    targets = {name: adapter(i) for i, name in enumerate(("a", "b"))}
+    assignments = [Assignment("a", (subset(0, 10),)), Assignment("b", (subset(1, 10),))]
+    start = fresh_state([adapter(8), adapter(9)])
+    results = list(run_rounds(Troubled(targets, {"a"}, set()), assignments, start, config(rounds=2, steps=3)))
+    assert results[-1].state.adapters[0] is start.adapters[0]
+    assert results[-1].state.adapters[1] is not start.adapters[1]
+    assert results[-1].state.losses == (None, 0.5)
+    assert [c.loss for c in results[-1].clusters] == [None, 0.5]
+    assert list(results[-1].clusters[0].refused) == ["a"]
+
+
+def test_exact_reports_its_residual_and_clipping_bounds_the_drift() -> None:
+    targets = {name: adapter(i) for i, name in enumerate(("a", "b"))}
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+
+    def drift(settings: AggregateSettings) -> ClusterRound:
+        state = fresh_state([adapter(9)])
+        rounds = run_rounds(PullFederation({}, targets), assignments, state, config(settings, rounds=1))
+        return next(rounds).clusters[0]
+
+    assert 0 < drift(AggregateSettings(method="exact")).residual < 1  # type: ignore[operator]
+    assert drift(AggregateSettings()).residual is None
+    assert drift(AggregateSettings(clip=1e-3)).drift < 1e-3 < drift(AggregateSettings()).drift
 
 
 def test_a_subset_too_small_for_a_step_does_not_train() -> None:
     federation = PullFederation({}, {"a": adapter(0)})
     assignments = [Assignment("a", (subset(0, 1000), subset(1, 1)))]
     start = adapter(9)
-    result = next(run_rounds(federation, assignments, [start, start], TrainSettings(rounds=1, steps=4)))
+    result = next(run_rounds(federation, assignments, fresh_state([start, start]), config(rounds=1, steps=4)))
     assert [r.cluster for r in federation.requests] == [0]
-    assert result.adapters[1] is start
+    assert result.state.adapters[1] is start
     assert pytest.approx(1.0) == result.clusters[0].loss
+
+
+def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:
+    assignments = [Assignment("a", (subset(0, 30), subset(1, 10))), Assignment("b", (subset(1, 9),))]
+    return [plan(assignments, config(**train), number) for number in range(num_rounds)]
+
+
+def test_the_schedule_takes_all_subsets_or_one_in_turn() -> None:
+    assert plans(2, steps=4) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
+    turns = [[("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]]
+    assert plans(4, steps=4, schedule="one") == turns * 2
+
+
+def test_epochs_count_whole_passes_over_the_rows_trained_on() -> None:
+    assert plans(1, epochs=2, batch_size=8) == [[("a", 0, 8), ("a", 1, 4), ("b", 1, 4)]]
+    assert plans(1, epochs=1, batch_size=8, validation=0.2) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 1)]]
+
+
+def test_participation_draws_clients_anew_each_round_and_alike_each_time() -> None:
+    half = plans(40, steps=4, participation=0.5)
+    asked = [{client for client, _, _ in one} for one in half]
+    assert all(len(clients) == 1 for clients in asked)
+    assert 8 <= sum("a" in clients for clients in asked) <= 32
+    assert half == plans(40, steps=4, participation=0.5)
+    assert plans(1, participation=0.01)[0], "one client at least"
+
+
+class Judged(PullFederation):
+    """Validation losses as written down here, by round."""
+
+    def __init__(self, losses: list[list[float]]):
+        super().__init__({}, {"a": adapter(1)})
+        self.losses = iter(losses)
+
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        for request, loss in zip(requests, next(self.losses), strict=True):
+            yield ValidationReply(request.client, request.cluster, loss, 3)
+
+
+def test_each_task_cluster_keeps_its_best_round_and_patience_ends_the_run(tmp_path: Path) -> None:
+    losses = [[3.0, 3.0], [2.0, 1.0], [2.5, 1.5], [1.75, 1.25], [2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]
+    assignments = [Assignment("a", (subset(0, 10), subset(1, 10)))]
+    settings = config(rounds=7, steps=4, validation=0.2, patience=2)
+    rounds = list(run_rounds(Judged(losses), assignments, fresh_state([adapter(8), adapter(9)]), settings))
+    assert len(rounds) == 6, "round 3 was the last in which a loss fell"
+    assert [[c.validation for c in r.clusters] for r in rounds] == losses[:6]
+    last = rounds[-1].state
+    assert last.best_adapters[0] is rounds[3].state.adapters[0]
+    assert last.best_adapters[1] is rounds[1].state.adapters[1]
+    save_checkpoint(tmp_path, last, "digest", keep=1)
+    loaded = latest_checkpoint(tmp_path, "digest")
+    assert loaded is not None
+    assert [(b.round, b.loss) for b in loaded.best if b] == [(3, 1.75), (1, 1.0)]
+    for mine, theirs in zip(loaded.best_adapters, last.best_adapters, strict=True):
+        assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
+    assert list(run_rounds(Judged([]), assignments, loaded, settings)) == []

@@ -1,0 +1,69 @@
+"""A bundle to the Hugging Face hub, with a model card for each adapter."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import errors as hub_errors
+
+from fedrouter.bundle import Bundle
+from fedrouter.errors import ConfigError, ServingError
+from fedrouter.types import TaskCluster
+
+HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # of its HTTP library
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def push(bundle: Bundle, repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload a bundle in one commit and return the commit's address.
+
+    The repository is made if it is missing. The token is found as huggingface_hub finds it (``HF_TOKEN`` or
+    ``hf auth login``). Each adapter loads from there with plain PEFT, ``subfolder="adapters/NAME"``.
+
+    Raises
+    ------
+    ConfigError
+        If ``repo`` is not ``OWNER/NAME``.
+    ServingError
+        If the hub cannot be reached or refuses.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise ConfigError(f"hub repository {repo}: expected OWNER/NAME")
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo,
+            operations=_operations(bundle, repo),
+            commit_message=f"FedRouter bundle, {len(bundle.clusters)} adapters",
+            revision=revision,
+        )
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ServingError(
+            f"hub repository {repo}: {reason}; check HF_TOKEN, the network and HF_HUB_OFFLINE"
+        ) from error
+    return str(commit.commit_url)
+
+
+def _operations(bundle: Bundle, repo: str) -> list[CommitOperationAdd]:
+    files = sorted(path for path in bundle.path.rglob("*") if path.is_file())
+    added = [CommitOperationAdd(path.relative_to(bundle.path).as_posix(), path) for path in files]
+    for cluster in bundle.clusters:
+        card = Path("adapters") / cluster.adapter / "README.md"
+        added.append(CommitOperationAdd(card.as_posix(), model_card(bundle, cluster, repo).encode()))
+    return added
+
+
+def model_card(bundle: Bundle, cluster: TaskCluster, repo: str) -> str:
+    """Return the card of one adapter; a base that is not on the hub is named in the text alone."""
+    base = bundle.base.model
+    on_hub = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
+    tasks = ", ".join(f"{task} ({count} rows)" for task, count in cluster.task_counts.items())
+    return (
+        f"---\nlibrary_name: peft\n{on_hub}tags: [lora, federated-learning, fedrouter]\n---\n"
+        f"# {cluster.adapter}\n\nLoRA adapter of rank {bundle.rank} on `{Path(base).name}` for the task "
+        f"cluster `{cluster.name}`: {cluster.num_examples} training rows of {len(cluster.clients)} clients "
+        f"that shared no data.{f' Tasks: {tasks}.' if tasks else ''}\n\n"
+        f'`PeftModel.from_pretrained(base, "{repo}", subfolder="adapters/{cluster.adapter}")`\n'
+    )

@@ -1,0 +1,35 @@
+"""Running out of memory, said in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fedrouter.errors import TrainingError
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out; torch's CPU allocator has no type for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+@contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """Turn running out of memory into one line that says which settings to lower.
+
+    Raises
+    ------
+    TrainingError
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise TrainingError(
+            f"out of {where}: lower train.batch_size, train.max_length or lora.rank, or set base.dtype to "
+            "bfloat16; then train into another --out, for these settings are part of a run"
+        ) from error

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+from fakes import adapter
+
+from fedrouter.config import AggregateSettings
+from fedrouter.train.optimizer import ADAPTIVITY, server_step
+from fedrouter.types import AdapterState
+
+
+def run(settings: AggregateSettings, targets: list[AdapterState]) -> AdapterState:
+    current, moments = adapter(0), {}
+    for target in targets:
+        current, moments = server_step(current, target, moments, settings)
+    return current
+
+
+def test_without_one_the_mean_is_taken_as_it_is() -> None:
+    current, moments = server_step(adapter(0), want := adapter(1), {}, AggregateSettings())
+    assert current is want
+    assert moments == {}
+
+
+def test_momentum_is_torchs_sgd() -> None:
+    """The server's gradient is what the mean changes, with the sign turned."""
+    settings = AggregateSettings(server="momentum", server_learning_rate=0.5)
+    targets = [adapter(i) for i in (1, 2, 3)]
+    found = run(settings, targets)
+    for name, array in adapter(0).items():
+        weight = torch.from_numpy(array.copy()).requires_grad_()
+        optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+        for target in targets:
+            weight.grad = weight.detach() - torch.from_numpy(target[name])
+            optimizer.step()
+        np.testing.assert_allclose(found[name], weight.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_adam_is_the_papers_recursion() -> None:
+    found = run(AggregateSettings(server="adam"), targets := [adapter(i) for i in (1, 2, 3)])
+    for name, array in adapter(0).items():
+        x, m, v = array.astype(float), 0.0, 0.0
+        for target in targets:
+            delta = target[name] - x
+            m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
+            x = x + 1e-3 * m / (np.sqrt(v) + ADAPTIVITY)
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("server", ["momentum", "adam"])
+def test_moments_are_float32_and_go_round(server: str) -> None:
+    settings = AggregateSettings(server=server)
+    current, moments = server_step(adapter(0), adapter(1), {}, settings)
+    assert all(a.dtype == np.float32 for a in [*current.values(), *moments.values()])
+    again, _ = server_step(current, adapter(2), moments, settings)
+    cold, _ = server_step(current, adapter(2), {}, settings)
+    assert any(not np.array_equal(again[n], cold[n]) for n in again)
