@@ -86,7 +86,7 @@ class PullFederation:
         answers: dict[str, Array] | None = None,
     ):
         self.vectors, self.targets = vectors, targets
-        self.answers = answers or vectors
+        self.answers = answers or {c: np.ones_like(x) for c, x in vectors.items()}  # all the same
         self.requests: list[TrainRequest] = []
 
     def summarise(self, num: Count) -> list[LocalClusters]:
