@@ -47,7 +47,7 @@ class Bundle:
     probe: Array  # (3, d): the embedder's vectors of the probe texts
     rank: int
     fallback: str  # what answers beyond the radius: one of FALLBACKS
-    generalist: str | None  # name of the adapter that is the mean of the task clusters', if there is one
+    generalist: str | None  # name of the adapter for prompts of no task cluster, if there is one
     versions: Mapping[str, str]
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
@@ -89,7 +89,7 @@ def write_bundle(
     clusters : their ``adapter`` is filled in here: name and content hash.
     adapters : one state a cluster, in the same order.
     adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
-    generalist : the mean of the adapters, for prompts of no task cluster.
+    generalist : an adapter for prompts of no task cluster: as a rule the mean of ``adapters``.
 
     Raises
     ------
@@ -354,7 +354,7 @@ def _model_card(
 ) -> str:
     rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
     if generalist:
-        rows += f"\n| (mean of all) | `{generalist}` | | |"
+        rows += f"\n| (generalist) | `{generalist}` | | |"
     return (
         f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning]\n---\n"
         f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients "

@@ -72,7 +72,7 @@ def _show_bundle(bundle: Bundle, console: Console) -> None:
         table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)
     console.print(table)
     if bundle.generalist:
-        console.print(f"generalist {bundle.generalist}: the mean of these adapters", soft_wrap=True)
+        console.print(f"generalist {bundle.generalist}: for prompts of no task cluster", soft_wrap=True)
 
 
 def spark(values: list[float]) -> str:
