@@ -93,9 +93,16 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
     ] = None,
+    overload: Annotated[
+        str, typer.Option(metavar="base|reject", help="Too many wait to be routed: base answers, or 503.")
+    ] = "base",
+    max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait to be routed.")] = 256,
+    routing_timeout_s: Annotated[float, typer.Option(help="The longest wait to be routed.")] = 5.0,
+    max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 32.0,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
     from fedrouter.serve.launch import serve as run
+    from fedrouter.serve.limits import Limits
 
     code = run(
         bundle_directory(bundle),
@@ -105,6 +112,7 @@ def serve(
         api_key_env=api_key_env,
         adapters=dict(_named_path(text) for text in adapter or []),
         vllm_args=context.args,
+        limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
     )
     raise typer.Exit(code)
 

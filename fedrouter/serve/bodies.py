@@ -14,10 +14,12 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure
     """A request that is answered here with an error, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None):
+    headers: Sequence[tuple[bytes, bytes]] = ()  # beside those of any JSON answer
+
+    def __init__(self, status: int, message: str, param: str | None = None, kind: str | None = None):
         super().__init__(message)
         self.status = status
-        kind = "BadRequestError" if status < 500 else "InternalServerError"
+        kind = kind or ("BadRequestError" if status < 500 else "InternalServerError")
         self.payload = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 

@@ -17,6 +17,7 @@ from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.bodies import VIRTUAL_NAME
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
+from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command, running
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
@@ -34,6 +35,7 @@ def serve(
     api_key_env: str | None,
     adapters: Mapping[str, Path],
     vllm_args: Sequence[str],
+    limits: Limits | None = None,
 ) -> int:
     """Serve a bundle until SIGINT or SIGTERM; return the exit code.
 
@@ -43,13 +45,14 @@ def serve(
     api_key_env : name of the environment variable that holds the API key.
     adapters : more PEFT adapters to serve, by name; they are never routed to.
     vllm_args : passed on to vLLM, after and so before our own in force.
+    limits : how much is taken on before requests are turned away.
 
     Raises
     ------
     FedRouterError
         If the bundle must not be served, or the server cannot start or ends by itself.
     """
-    bundle, command = prepare(bundle_path, base, host, port, api_key_env, adapters, vllm_args)
+    bundle, command = prepare(bundle_path, base, host, port, api_key_env, adapters, vllm_args, limits)
     try:
         with running(command) as process:
             print(_ready(bundle, command, api_key_env), flush=True)  # noqa: T201 - for the one who started it
@@ -69,6 +72,7 @@ def running_server(
     api_key_env: str | None = None,
     adapters: Mapping[str, Path] | None = None,
     vllm_args: Sequence[str] = (),
+    limits: Limits | None = None,
     log: Path | None = None,
     timeout_s: float | None = 900.0,
 ) -> Iterator[str]:
@@ -77,7 +81,7 @@ def running_server(
     Takes a free port unless one is given. The server and all its processes are gone afterwards.
     """
     port = free_port(host) if port is None else port
-    _, command = prepare(bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args)
+    _, command = prepare(bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args, limits)
     with running(command, log, timeout_s):
         yield command.url
 
@@ -90,6 +94,7 @@ def prepare(
     api_key_env: str | None,
     adapters: Mapping[str, Path],
     vllm_args: Sequence[str],
+    limits: Limits | None = None,
 ) -> tuple[Bundle, Command]:
     """Check everything that can be checked before vLLM starts; return what to start."""
     cpu = find_vllm()
@@ -106,7 +111,16 @@ def prepare(
     check_base(bundle, base_path)
     ranks = {name: check_adapter(name, path, bundle) for name, path in adapters.items()}
     command = build_command(
-        bundle, base_path, host, port, adapters, max([bundle.rank, *ranks.values()]), vllm_args, key, cpu
+        bundle,
+        base_path,
+        host,
+        port,
+        adapters,
+        max([bundle.rank, *ranks.values()]),
+        vllm_args,
+        api_key=key,
+        cpu=cpu,
+        limits=limits,
     )
     check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
     return bundle, command
@@ -123,6 +137,7 @@ def build_command(
     api_key: str | None = None,
     cpu: bool = False,
     cores: int | None = None,
+    limits: Limits | None = None,
 ) -> Command:
     """Compute vLLM's arguments and environment; pure but for ``cores``.
 
@@ -167,6 +182,7 @@ def build_command(
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
+    env |= (limits or Limits()).to_env()
     if api_key is not None:
         env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so

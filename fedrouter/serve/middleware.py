@@ -17,13 +17,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
 from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
+from fedrouter.serve.limits import Limits, TooLarge
 from fedrouter.serve.routing import Routing, load_routing
 from fedrouter.types import Decision
 
@@ -107,7 +108,7 @@ class FedRouterMiddleware:
         try:
             await _send_json(send, 200, await endpoint(receive))
         except Refusal as refusal:
-            await _send_json(send, refusal.status, refusal.payload)
+            await _send_refusal(send, refusal)
 
     async def _clusters(self, _receive: Receive) -> Any:
         bundle = self.routing.bundle
@@ -120,7 +121,7 @@ class FedRouterMiddleware:
         }
 
     async def _dry_run(self, receive: Receive) -> Any:
-        body = await _read_body(receive)
+        body = await _read_body(receive, self.routing.limits)
         try:
             payload = json.loads(body or b"")
         except (ValueError, RecursionError) as error:
@@ -165,9 +166,9 @@ class _RoutedRequest:
             await self._refuse(send)
 
     async def _receive(self, receive: Receive) -> Message:
-        body = await _read_body(receive)
         self._read = True
         try:
+            body = await _read_body(receive, self._routing.limits)
             if body is not None:
                 return {"type": "http.request", "body": await self._rewrite(body), "more_body": False}
         except Refusal as refusal:
@@ -198,7 +199,7 @@ class _RoutedRequest:
         if not self._answered:
             self._answered = True
             assert self._refusal is not None
-            await _send_json(send, self._refusal.status, self._refusal.payload)
+            await _send_refusal(send, self._refusal)
 
 
 def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]:
@@ -215,21 +216,28 @@ def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]
     return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
 
 
-async def _read_body(receive: Receive) -> bytes | None:
-    """Return the whole body, or None when the client has gone."""
-    chunks = []
+async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
+    """Return the whole body, or None when the client has gone; refuse one that is too large."""
+    chunks, size = [], 0
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limits.max_body_mib * 2**20:
+            raise TooLarge(limits.max_body_mib)
         if not message.get("more_body", False):
             return b"".join(chunks)
 
 
-async def _send_json(send: Send, status: int, payload: Any) -> None:
+async def _send_refusal(send: Send, refusal: Refusal) -> None:
+    await _send_json(send, refusal.status, refusal.payload, refusal.headers)
+
+
+async def _send_json(send: Send, status: int, payload: Any, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
     body = json.dumps(_finite(payload), allow_nan=False).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

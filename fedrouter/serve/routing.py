@@ -1,10 +1,10 @@
 """A bundle in use: from a prompt's text to a decision, off the event loop. No HTTP."""
 
-import asyncio
 import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -14,13 +14,16 @@ from fedrouter.embed import Embedder, load_embedder
 from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve.batch import Batcher
+from fedrouter.serve.batch import Batcher, Overloaded
+from fedrouter.serve.limits import Busy, Limits
 from fedrouter.types import Decision
 
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
 """What is decided where there is no text to route by, an image alone, say."""
+OVERLOAD = replace(NO_TEXT)
+"""What is decided where routing would take too long: like no text, and told apart from it by identity."""
 
 
 class Routing:
@@ -29,24 +32,43 @@ class Routing:
     Parameters
     ----------
     decode : token ids of the base model → text.
+    limits : how many requests may wait for how long, and what happens to the others.
     """
 
-    def __init__(self, bundle: Bundle, embedder: Embedder, decode: Callable[[Sequence[int]], str]):
+    def __init__(
+        self,
+        bundle: Bundle,
+        embedder: Embedder,
+        decode: Callable[[Sequence[int]], str],
+        limits: Limits | None = None,
+    ):
         router = Router(bundle)
         self.bundle = bundle
         self.decode = decode
+        self.limits = limits or Limits()
         self.batcher = Batcher[str, Decision](
-            lambda texts: router.route(embedder.embed(texts)), start=_one_thread
+            lambda texts: router.route(embedder.embed(texts)),
+            start=_one_thread,
+            max_queue=self.limits.max_queue,
+            timeout_s=self.limits.routing_timeout_s,
         )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
 
     async def decide(self, texts: Sequence[str]) -> list[Decision]:
-        """Decide for each text; a blank one falls back to the base."""
+        """Decide for each text; a blank one falls back to the base, and all do under overload.
 
-        async def one(text: str) -> Decision:
-            return await self.batcher.submit(text) if text.strip() else NO_TEXT
-
-        return list(await asyncio.gather(*map(one, texts)))
+        Raises
+        ------
+        Busy
+            Under overload, where the limits say so.
+        """
+        try:
+            decided = iter(await self.batcher.submit_all([text for text in texts if text.strip()]))
+        except Overloaded:
+            if self.limits.overload == "reject":
+                raise Busy from None
+            return [OVERLOAD for _ in texts]
+        return [next(decided) if text.strip() else NO_TEXT for text in texts]
 
 
 def load_routing() -> Routing:
@@ -70,7 +92,12 @@ def load_routing() -> Routing:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))
-    return Routing(bundle, embedder, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    return Routing(
+        bundle,
+        embedder,
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        Limits.from_env(),
+    )
 
 
 def _one_thread() -> None:

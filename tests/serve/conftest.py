@@ -1,6 +1,7 @@
 """A bundle without a model, and a server around it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from echo import DIM, TASKS, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle, write_bundle
 from fedrouter.embed import probe
+from fedrouter.serve.limits import Limits
 from fedrouter.serve.routing import Routing
 from fedrouter.types import BaseSpec, RoutingSpace, TaskCluster
 
@@ -51,9 +53,19 @@ def embedder() -> WordEmbedder:
 
 
 @pytest.fixture
-def server(word_bundle: Bundle, embedder: WordEmbedder) -> Server:
+def make_server(word_bundle: Bundle, embedder: WordEmbedder) -> Callable[..., Server]:
     words = ["write", "a", "headline", "for", "this", "news", "story"]
-    return Server(lambda: Routing(word_bundle, embedder, lambda ids: " ".join(words[i] for i in ids)))
+
+    def make(**limits: Any) -> Server:
+        decode = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
+        return Server(lambda: Routing(word_bundle, embedder, decode, Limits(**limits)))
+
+    return make
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Server]) -> Server:
+    return make_server()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
 from fedrouter.serve import checks
 from fedrouter.serve.launch import build_command, check_adapter, check_port, free_port, prepare
+from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
 
 
@@ -42,7 +43,8 @@ def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None
     assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "3"
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
-    assert command.env == {"FEDROUTER_BUNDLE": str(word_bundle.path), "FEDROUTER_BASE": "/models/base"}
+    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+    assert command.env["FEDROUTER_BASE"] == "/models/base"
     assert "--chat-template" not in command.argv
 
 
@@ -76,6 +78,11 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
     )
     command = build(many)
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "40")
+
+
+def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
+    limits = Limits("reject", max_queue=3)
+    assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()
 
 
 def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:

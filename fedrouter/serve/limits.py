@@ -1,0 +1,71 @@
+"""How much the hook takes on before it says no, and how it says so."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from fedrouter.errors import ServingError
+from fedrouter.serve.bodies import Refusal
+
+OVERLOADS = ("base", "reject")
+VARIABLE = "FEDROUTER_LIMITS"  # how they reach vLLM's processes
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server process takes on.
+
+    Raises
+    ------
+    ServingError
+        If a value makes no sense.
+    """
+
+    overload: str = "base"
+    # what happens to a request that would wait too long: the base model answers, or 503 with Retry-After
+    max_queue: int = 256
+    # texts that may wait to be embedded; a request that finds so many is one too many
+    routing_timeout_s: float = 5.0
+    # from a request's arrival at the queue to its decision, seconds
+    max_body_mib: float = 32.0
+    # of a request to a routed path, MiB; images make bodies large
+
+    def __post_init__(self) -> None:
+        if self.overload not in OVERLOADS:
+            raise ServingError(f"overload {self.overload!r} is none of {OVERLOADS}")
+        for name in ("max_queue", "routing_timeout_s", "max_body_mib"):
+            if not getattr(self, name) > 0:
+                raise ServingError(f"{name} must be above 0, not {getattr(self, name)}")
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment that carries them to another process."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Read them from this process's environment; the defaults where there are none."""
+        try:
+            return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
+        except (TypeError, ValueError) as error:
+            raise ServingError(f"environment variable {VARIABLE} is not readable: {error}") from error
+
+
+class TooLarge(Refusal):
+    """The body is larger than this server reads."""
+
+    def __init__(self, max_body_mib: float):
+        super().__init__(
+            413, f"the body is larger than {max_body_mib:g} MiB", kind="RequestEntityTooLargeError"
+        )
+
+
+class Busy(Refusal):
+    """More requests wait to be routed than this server takes on."""
+
+    headers = ((b"retry-after", b"1"),)  # seconds; a queue of 256 short prompts is gone by then
+
+    def __init__(self) -> None:
+        super().__init__(
+            503, "too many requests wait to be routed: try again later", kind="ServiceUnavailableError"
+        )
