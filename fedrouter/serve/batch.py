@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Generic, TypeVar
 
+from fedrouter.serve import metrics
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -63,6 +65,7 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         results: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
         self._queue.update(zip(results, items, strict=True))
+        metrics.QUEUE.inc(len(items))
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
         try:
@@ -72,12 +75,17 @@ class Batcher(Generic[Item, Result]):
             raise Overloaded from None
         finally:
             for result in results:  # who has left waits for nothing
-                self._queue.pop(result, None)
+                self._take(result)
                 result.cancel()
 
     def close(self) -> None:
         """Let the worker thread end after the batch it is in."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, waiting: asyncio.Future[Result]) -> None:
+        if waiting in self._queue:
+            del self._queue[waiting]
+            metrics.QUEUE.dec()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -85,7 +93,8 @@ class Batcher(Generic[Item, Result]):
             while self._queue:
                 batch = list(islice(self._queue.items(), self._max_batch))
                 for waiting, _ in batch:
-                    del self._queue[waiting]
+                    self._take(waiting)
+                metrics.BATCH.observe(len(batch))
                 try:
                     results = await loop.run_in_executor(self._pool, self._work, [item for _, item in batch])
                 except Exception as error:  # belongs to those who wait, not to this loop

@@ -23,9 +23,10 @@ from typing import Any
 from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
+from fedrouter.serve import metrics
 from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
 from fedrouter.serve.limits import Limits, TooLarge
-from fedrouter.serve.routing import Routing, load_routing
+from fedrouter.serve.routing import OVERLOAD, Routing, load_routing
 from fedrouter.types import Decision
 
 Message = MutableMapping[str, Any]
@@ -142,6 +143,8 @@ class _RoutedRequest:
     def __init__(self, app: App, routing: Routing, path: str):
         self._app, self._routing, self._path = app, routing, path
         self._read = self._answered = False
+        self._adapter: str | None = None  # what answers, once that is decided
+        self._status: int | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._refusal: Refusal | None = None
 
@@ -153,6 +156,7 @@ class _RoutedRequest:
             if self._refusal is not None:  # what vLLM says of the body that it did not get is of no interest
                 await self._refuse(send)
             elif message["type"] == "http.response.start":
+                self._status = message["status"]
                 await send({**message, "headers": [*message.get("headers", ()), *self._headers]})
             else:
                 await send(message)
@@ -162,6 +166,9 @@ class _RoutedRequest:
         except Exception:
             if self._refusal is None:
                 raise
+        finally:
+            if self._adapter is not None and self._refusal is None:
+                metrics.answered(self._adapter, self._status)
         if self._refusal is not None:
             await self._refuse(send)
 
@@ -186,12 +193,15 @@ class _RoutedRequest:
             return body
         start = time.perf_counter()
         decisions = await self._routing.decide(texts)
+        overload = "overload" if decisions[0] is OVERLOAD else None
+        metrics.decided(decisions, time.perf_counter() - start, overload)
         models = sorted({decision.model for decision in decisions})
         if len(models) > 1:
             found = ", ".join(models)
             raise Refusal(
                 400, f"these prompts go to different adapters ({found}): send them one by one", "prompt"
             )
+        self._adapter = models[0]
         self._headers = _headers(decisions[0], _ms_since(start))
         return json.dumps({**payload, "model": models[0]}).encode()
 
@@ -199,6 +209,7 @@ class _RoutedRequest:
         if not self._answered:
             self._answered = True
             assert self._refusal is not None
+            metrics.answered("", self._refusal.status)
             await _send_refusal(send, self._refusal)
 
 
