@@ -117,6 +117,25 @@ def serve(
     raise typer.Exit(code)
 
 
+@app.command()
+def reload(
+    url: Annotated[str, typer.Argument(help="The server, http://HOST:PORT.")],
+    bundle: Annotated[
+        str, typer.Argument(help="A bundle where the server runs, beside the one that it serves.")
+    ],
+    api_key_env: KeyOption = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Old requests are waited for.")] = 900.0,
+) -> None:
+    """Let a running server serve another bundle, without a restart."""
+    from fedrouter.serve.client import request_reload
+
+    changes = request_reload(url, bundle, _api_key(api_key_env), timeout_s)
+    for what in ("loaded", "kept", "unloaded"):
+        if changes[what]:
+            console.print(f"{what}: {', '.join(changes[what])}", highlight=False, soft_wrap=True)
+    console.print(f"{url} serves {changes['bundle']}", highlight=False, soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate(
     url: Annotated[str, typer.Argument(help="The endpoint, http://HOST:PORT.")],

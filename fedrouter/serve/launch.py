@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
@@ -16,9 +17,11 @@ from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.bodies import VIRTUAL_NAME
+from fedrouter.serve.canary import READY
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command, running
+from fedrouter.serve.reload import FLAG, ROOT_VARIABLE
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows
@@ -157,6 +160,11 @@ def build_command(
             raise ServingError(
                 f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
             )
+    if _number(vllm_args, "--api-server-count") > 1:
+        raise ServingError(
+            "vLLM flag --api-server-count: fedrouter starts one API process; for more start several servers "
+            "and `fedrouter serve --upstream` before them"
+        )
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
@@ -178,11 +186,13 @@ def build_command(
         for name, path in modules.items()
     ]
     argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(len(modules), MAX_SLOTS))]
-    argv += ["--max-cpu-loras", str(len(modules))]  # an evicted adapter would be read from disk again
+    # An evicted adapter would be read from disk again; while a bundle is reloaded, two are held.
+    argv += ["--max-cpu-loras", str(len(modules) + len(bundle.clusters))]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
     env |= (limits or Limits()).to_env()
+    env |= {ROOT_VARIABLE: str(bundle.path.absolute().parent.resolve()), FLAG: "1"}
     if api_key is not None:
         env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
@@ -196,7 +206,14 @@ def build_command(
             argv += ["--distributed-executor-backend", "uni"]
             defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(max(1, cores - 1))}
     tls = any(argument.startswith("--ssl-certfile") for argument in vllm_args)
-    return Command([*argv, *vllm_args], env, defaults, host, port, tls)
+    return Command([*argv, *vllm_args], env, defaults, host, port, tls, READY)
+
+
+def _number(arguments: Sequence[str], flag: str) -> int:
+    """Return the value of a numeric flag, 0 without; what is no number is vLLM's to refuse."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    values = [value for name, value in pairwise(words) if name.replace("_", "-") == flag]
+    return int(values[-1]) if values and values[-1].isdigit() else 0
 
 
 def _ready(bundle: Bundle, command: Command, api_key_env: str | None) -> str:

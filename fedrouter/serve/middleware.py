@@ -17,25 +17,24 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
-from fedrouter.serve import metrics
+from fedrouter.serve import engine, metrics
+from fedrouter.serve.asgi import App, Inner, Message, Receive, Scope, Send
 from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
+from fedrouter.serve.canary import READY, Readiness
 from fedrouter.serve.limits import Limits, TooLarge
+from fedrouter.serve.reload import Reloader, is_admin
 from fedrouter.serve.routing import OVERLOAD, Routing, load_routing
 from fedrouter.types import Decision
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 CLUSTERS, DRY_RUN, MODELS = "/v1/fedrouter/clusters", "/v1/fedrouter/route", "/v1/models"
+RELOAD = "/v1/fedrouter/reload"
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
 
 
@@ -46,6 +45,7 @@ class FedRouterMiddleware:
         self.app = app
         self._load = load
         self._routing: Routing | None = None
+        self._readiness, self._reloader = Readiness(), Reloader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = scope.get("method"), scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -53,8 +53,15 @@ class FedRouterMiddleware:
             await self._lifespan(scope, receive, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif is_admin(scope["path"]):
+            await _send_refusal(send, Refusal(404, "Not Found", kind="NotFoundError"))
         elif route in (("POST", CHAT), ("POST", COMPLETIONS)):
-            await _RoutedRequest(self.app, self.routing, route[1])(scope, receive, send)
+            with self.routing.in_use() as routing:
+                await _RoutedRequest(self.app, routing, route[1])(scope, receive, send)
+        elif route == ("GET", READY):
+            await _send_json(send, *self._readiness.answer())
+        elif route == ("POST", RELOAD):
+            await self._answer(scope, receive, send, partial(self._reload, scope))
         elif route == ("GET", CLUSTERS):
             await self._answer(scope, receive, send, self._clusters)
         elif route == ("POST", DRY_RUN):
@@ -86,10 +93,17 @@ class FedRouterMiddleware:
         async def replay() -> Message:
             return startup.pop() if startup else await receive()
 
+        async def watching_send(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                inner = Inner(self.app, scope, engine.own_authorization(scope))
+                self._readiness.prove(inner, [cluster.adapter for cluster in self.routing.bundle.clusters])
+            await send(message)
+
         try:
-            await self.app(scope, replay, send)
+            await self.app(scope, replay, watching_send)
         finally:
-            self.routing.batcher.close()
+            self._readiness.close()
+            self.routing.close()
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, endpoint: Callable[[Receive], Awaitable[Any]]
@@ -121,7 +135,23 @@ class FedRouterMiddleware:
             "clusters": [{name: getattr(cluster, name) for name in shown} for cluster in bundle.clusters],
         }
 
-    async def _dry_run(self, receive: Receive) -> Any:
+    async def _reload(self, scope: Scope, receive: Receive) -> Any:
+        headers = dict(scope["headers"])
+        if not headers.get(b"content-type", b"").startswith(b"application/json"):
+            raise Refusal(
+                415, "send application/json", kind="UnsupportedMediaTypeError"
+            )  # no web form may reload
+        payload = await self._payload(receive)
+        inner = Inner(self.app, scope, headers.get(b"authorization"))
+        return await self._reloader.reload(inner, self.routing, payload.get("bundle"), self._flip)
+
+    def _flip(self, routing: Routing) -> None:
+        self._routing = routing
+        logger.info(
+            "FedRouter routes to %d adapters of %s", len(routing.bundle.clusters), routing.bundle.path
+        )
+
+    async def _payload(self, receive: Receive) -> dict[str, Any]:
         body = await _read_body(receive, self.routing.limits)
         try:
             payload = json.loads(body or b"")
@@ -129,11 +159,16 @@ class FedRouterMiddleware:
             raise Refusal(400, "the body is not valid JSON") from error
         if not isinstance(payload, dict):
             raise Refusal(400, "the body must be a JSON object")
+        return payload
+
+    async def _dry_run(self, receive: Receive) -> Any:
+        payload = await self._payload(receive)
         texts = routed_texts(CHAT if "messages" in payload else COMPLETIONS, payload, self.routing.decode)
         if texts is None or len(texts) != 1:
             raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
         start = time.perf_counter()
-        [decision] = await self.routing.decide(texts)
+        with self.routing.in_use() as routing:
+            [decision] = await routing.decide(texts)
         return {**asdict(decision), "routing_ms": _ms_since(start)}
 
 

@@ -1,9 +1,11 @@
 """A bundle in use: from a prompt's text to a decision, off the event loop. No HTTP."""
 
+import asyncio
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ class Routing:
     ----------
     decode : token ids of the base model → text.
     limits : how many requests may wait for how long, and what happens to the others.
+    base_path : where the base model is; None where it is not checked against.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Routing:
         embedder: Embedder,
         decode: Callable[[Sequence[int]], str],
         limits: Limits | None = None,
+        base_path: Path | None = None,
     ):
         router = Router(bundle)
-        self.bundle = bundle
+        self.bundle, self.embedder, self.base_path = bundle, embedder, base_path
         self.decode = decode
         self.limits = limits or Limits()
         self.batcher = Batcher[str, Decision](
@@ -53,6 +57,35 @@ class Routing:
             timeout_s=self.limits.routing_timeout_s,
         )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+        self._num_users = 0
+        self._unused = asyncio.Event()
+
+    def like(self, bundle: Bundle) -> "Routing":
+        """Return a routing of another bundle with the same embedder and limits."""
+        return Routing(bundle, self.embedder, self.decode, self.limits, self.base_path)
+
+    @contextmanager
+    def in_use(self) -> Iterator["Routing"]:
+        """Keep its adapters loaded while a request is decided and answered."""
+        self._num_users += 1
+        try:
+            yield self
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._unused.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no request uses it, once none can begin to; return whether that came in time."""
+        if self._num_users:
+            self._unused.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._unused.wait(), timeout_s)
+        return not self._num_users
+
+    def close(self) -> None:
+        """Let its thread end."""
+        self.batcher.close()
 
     async def decide(self, texts: Sequence[str]) -> list[Decision]:
         """Decide for each text; a blank one falls back to the base, and all do under overload.
@@ -97,6 +130,7 @@ def load_routing() -> Routing:
         embedder,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         Limits.from_env(),
+        base_path,
     )
 
 

@@ -15,6 +15,7 @@ from fedrouter.types import Array, EmbedderSpec
 
 DIM = 64
 KEY = "sesame"
+PATIENT = {"routing_timeout_s": 60.0}  # limits on a busy machine, where the first batch imports torch
 TASKS = {
     "headline": "write a headline for this news story",
     "summary": "summarise this chat between two friends",
@@ -104,8 +105,8 @@ class Answer:
 class Server:
     """The hook around the echoing application, started as an ASGI server starts it."""
 
-    def __init__(self, load: Callable[[], Routing]):
-        self.app = EchoApp()
+    def __init__(self, load: Callable[[], Routing], app: Any = None):
+        self.app = app or EchoApp()
         self.hook = FedRouterMiddleware(self.app, load)
         self.lifespan: list[Any] = []
 
@@ -140,6 +141,7 @@ class Server:
         key: str | None = KEY,
         chunk: int = 1000,
         root: str = "",
+        content_type: str = "application/json",
     ) -> Answer:
         """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -163,7 +165,8 @@ class Server:
             elif message["body"]:
                 answer.pieces.append(message["body"])
 
-        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        headers = [(b"content-type", content_type.encode())]
+        headers += [(b"authorization", f"Bearer {key}".encode())] if key else []
         scope = {"type": "http", "method": method, "path": root + path, "root_path": root, "headers": headers}
         await self.hook(scope, receive, send)
         return answer

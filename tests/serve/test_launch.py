@@ -40,7 +40,7 @@ def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None
     assert modules(command) == {c.adapter: str(word_bundle.adapter_path(c)) for c in word_bundle.clusters}
     assert value(command, "--model") == "/models/base"
     assert command.argv[command.argv.index("--served-model-name") + 1 :][:2] == ["base", "fedrouter"]
-    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "3"
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("3", "6")  # two bundles
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
     assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
@@ -56,7 +56,7 @@ def test_middleware_can_be_loaded_as_vllm_loads_it(word_bundle: Bundle) -> None:
 def test_more_adapters_count_for_the_limits(word_bundle: Bundle, tmp_path: Path) -> None:
     command = build(word_bundle, adapters={"own": tmp_path, "other": tmp_path}, rank=20)
     assert modules(command)["own"] == str(tmp_path)
-    assert value(command, "--max-cpu-loras") == "5"
+    assert value(command, "--max-cpu-loras") == "8"
     assert value(command, "--max-lora-rank") == "32"
 
 
@@ -77,7 +77,7 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
         word_bundle, clusters=tuple(replace(word_bundle.clusters[0], adapter=f"a{i}") for i in range(40))
     )
     command = build(many)
-    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "40")
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "80")
 
 
 def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
@@ -109,6 +109,23 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
 def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
     with pytest.raises(ServingError, match=argument):
         build(word_bundle, vllm_args=[argument])
+
+
+@pytest.mark.parametrize("arguments", [["--api-server-count", "2"], ["--seed=1", "--api_server_count=4"]])
+def test_several_api_processes_are_refused(word_bundle: Bundle, arguments: list[str]) -> None:
+    with pytest.raises(ServingError, match="one API process"):
+        build(word_bundle, vllm_args=arguments)
+    build(word_bundle, vllm_args=["--api-server-count", "1"])
+
+
+def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(word_bundle.path)
+    command = build(replace(word_bundle, path=tmp_path / "current"))
+    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
+    assert command.env["FEDROUTER_BUNDLE"] == str(
+        word_bundle.path
+    )  # a link that moves changes nothing by itself
+    assert set(modules(command).values()) == {str(word_bundle.adapter_path(c)) for c in word_bundle.clusters}
 
 
 def test_tls_flags_change_the_address(word_bundle: Bundle) -> None:

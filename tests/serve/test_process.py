@@ -32,6 +32,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else lambda *
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
+FAILED = b'{"state": "failed"}'
+
 
 def command(script: str, *arguments: str) -> Command:
     port = free_port()
@@ -84,6 +86,18 @@ def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
     with (
         pytest.raises(ServingError, match="not ready after 1 s"),
         running(command("import time; time.sleep(600)"), tmp_path / "log", timeout_s=1),
+    ):
+        pass
+
+
+def test_a_server_that_has_failed_is_stopped(tmp_path: Path) -> None:
+    script = SERVER.replace("200 if", "503 if").replace(
+        "self.end_headers()", "self.end_headers(); self.wfile.write(FAILED)"
+    )
+    script = f"FAILED = {FAILED!r}\nprint('BundleError: adapter x has no effect', flush=True)\n{script}"
+    with (
+        pytest.raises(ServingError, match=r"adapter x has no effect.*log says more"),
+        running(command(script), tmp_path / "log", timeout_s=20),
     ):
         pass
 
