@@ -1,13 +1,25 @@
 """Living with a real vLLM: metrics, readiness, a new bundle without a restart."""
 
+import asyncio
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from safetensors.numpy import load_file
+
+from fedrouter.builtin.tasks import TASKS, generate
+from fedrouter.bundle import Bundle, load_bundle, write_bundle
 
 ROOT = Path(__file__).parents[2]
+PROMPT = "Blackford | population | 5683"
 HTTP = httpx.Client(timeout=120)
 
 
@@ -39,3 +51,155 @@ def test_a_request_is_counted_where_it_went(server: Any) -> None:
     assert after[name] == before.get(name, 0) + 1
     assert after["fedrouter_routing_seconds_count"] == before["fedrouter_routing_seconds_count"] + 1
     assert after["fedrouter_queue_depth"] == 0
+
+
+@pytest.fixture
+def second(server: Any, small_bundle: Bundle) -> Iterator[Bundle]:
+    """Another bundle beside the served one, with one adapter of it; the first is served again afterwards."""
+    states = [
+        load_file(small_bundle.adapter_path(one) / "adapter_model.safetensors")
+        for one in small_bundle.clusters
+    ]
+    louder = [{name: 1.2 * tensor for name, tensor in state.items()} for state in states[1:]]
+    config = small_bundle.adapter_path(small_bundle.clusters[0]) / "adapter_config.json"
+    template = small_bundle.chat_template
+    path = small_bundle.path.parent / "second"
+    if not path.exists():
+        write_bundle(
+            path,
+            base=small_bundle.base,
+            embedder=small_bundle.embedder,
+            clusters=small_bundle.clusters,
+            adapters=[states[0], *louder],
+            adapter_config=json.loads(config.read_text()),
+            space=small_bundle.space,
+            probe_vectors=small_bundle.probe,
+            fallback=small_bundle.fallback,
+            versions=small_bundle.versions,
+            chat_template=template.read_text() if template else None,
+        )
+    yield load_bundle(path)
+    assert reload(server, small_bundle.path.name).returncode == 0
+
+
+def reload(server: Any, bundle: str) -> subprocess.CompletedProcess[str]:
+    """Reload as a user does it."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fedrouter",
+            "reload",
+            server.url,
+            bundle,
+            "--api-key-env",
+            "FEDROUTER_TEST_KEY",
+        ],
+        env={**os.environ, "FEDROUTER_TEST_KEY": server.key},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def post_reload(server: Any, bundle: str) -> httpx.Response:
+    headers = {"authorization": f"Bearer {server.key}"}
+    return HTTP.post(f"{server.url}/v1/fedrouter/reload", json={"bundle": bundle}, headers=headers)
+
+
+def complete(server: Any, model: str = "fedrouter", prompt: str = PROMPT) -> Any:
+    return server.client.completions.create(
+        model=model, prompt=prompt, max_tokens=4, temperature=0, logprobs=1
+    )
+
+
+def test_is_ready_only_after_every_adapter_has_answered(server: Any) -> None:
+    answer = HTTP.get(f"{server.url}/v1/fedrouter/ready")
+    assert (answer.status_code, answer.json()) == (200, {"state": "ready"})
+
+
+def test_another_bundle_is_served_without_a_restart(
+    server: Any, small_bundle: Bundle, second: Bundle
+) -> None:
+    old, new = ([one.adapter for one in bundle.clusters] for bundle in (small_bundle, second))
+    prompts = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 3, seed=5)]
+    before = [complete(server, prompt=prompt).model for prompt in prompts]
+    done = reload(server, "second")
+    assert done.returncode == 0, done.stderr
+    assert "serves second" in done.stdout
+    listed = {model.id for model in server.client.models.list()}
+    assert listed == {"base", "fedrouter", "mine", *new}
+    after = [complete(server, prompt=prompt).model for prompt in prompts]
+    assert after == [new[old.index(model)] if model in old else model for model in before]
+    assert set(after) & set(new[1:])
+    shown = HTTP.get(
+        f"{server.url}/v1/fedrouter/clusters", headers={"authorization": f"Bearer {server.key}"}
+    ).json()
+    assert [cluster["adapter"] for cluster in shown["clusters"]] == new
+
+
+def test_new_weights_answer_under_the_new_name(server: Any, second: Bundle) -> None:
+    before = complete(server, "mine").choices[0].logprobs.token_logprobs
+    assert post_reload(server, "second").status_code == 200
+    found = {
+        c.adapter: complete(server, c.adapter).choices[0].logprobs.token_logprobs for c in second.clusters
+    }
+    found["base"] = complete(server, "base").choices[0].logprobs.token_logprobs
+    assert len({tuple(one) for one in found.values()}) == len(second.clusters) + 1
+    assert (
+        complete(server, "mine").choices[0].logprobs.token_logprobs
+        == before
+        == found[second.clusters[0].adapter]
+    )
+
+
+def test_no_request_fails_while_bundles_change(server: Any, small_bundle: Bundle, second: Bundle) -> None:
+    async def scenario() -> tuple[list[int], list[int]]:
+        headers = {"authorization": f"Bearer {server.key}"}
+        statuses: list[int] = []
+        stop = asyncio.Event()
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as client:
+
+            async def ask(number: int) -> None:
+                body = {"model": "fedrouter", "prompt": f"{PROMPT} {number}", "max_tokens": 4}
+                while not stop.is_set():
+                    answer = await client.post("/v1/completions", json={**body, "stream": number % 2 == 0})
+                    statuses.append(answer.status_code if "error" not in answer.text else -1)
+
+            clients = [asyncio.create_task(ask(number)) for number in range(4)]
+            reloads = []
+            for name in ("second", small_bundle.path.name, "second"):
+                answer = await client.post("/v1/fedrouter/reload", json={"bundle": name})
+                reloads.append(answer.status_code)
+            stop.set()
+            await asyncio.gather(*clients)
+        return statuses, reloads
+
+    statuses, reloads = asyncio.run(scenario())
+    assert reloads == [200] * 3
+    assert len(statuses) >= 4
+    assert set(statuses) == {200}
+
+
+def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(server: Any, small_bundle: Bundle) -> None:
+    bad = small_bundle.path.parent / "bad"
+    shutil.copytree(small_bundle.path, bad)
+    (bad / "router.safetensors").write_bytes(b"")
+    done = reload(server, "bad")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "router.safetensors" in done.stderr
+    assert complete(server).model in {"base", *(one.adapter for one in small_bundle.clusters)}
+    for path in ("../run/bundle", "/etc", "no-such-bundle"):
+        assert post_reload(server, path).status_code == 400
+
+
+def test_vllms_own_way_to_load_adapters_is_closed(server: Any) -> None:
+    body = {"lora_name": "evil", "lora_path": str(server.bundle.path), "name": "evil", "src": "/"}
+    for key in (None, server.key):
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"):
+            assert HTTP.post(f"{server.url}{path}", json=body, headers=headers).status_code == 404
+    assert HTTP.delete(f"{server.url}/adapters/mine").status_code == 404
+    assert "mine" in {model.id for model in server.client.models.list()}
+    assert HTTP.post(f"{server.url}/v1/fedrouter/reload", json={"bundle": "second"}).status_code == 401
