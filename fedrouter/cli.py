@@ -93,6 +93,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
     ] = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Start no vLLM: route to this server, which holds the adapters."),
+    ] = None,
     overload: Annotated[
         str, typer.Option(metavar="base|reject", help="Too many wait to be routed: base answers, or 503.")
     ] = "base",
@@ -104,6 +108,16 @@ def serve(
     from fedrouter.serve.launch import serve as run
     from fedrouter.serve.limits import Limits
 
+    limits = Limits(overload, max_queue, routing_timeout_s, max_body_mib)
+    if upstream:
+        if adapter or context.args:
+            raise ConfigError(
+                "--adapter and vLLM's flags belong to the upstream servers: leave them out here"
+            )
+        from fedrouter.serve.upstream import serve_upstream
+
+        code = serve_upstream(bundle_directory(bundle), base, host, port, api_key_env, upstream, limits)
+        raise typer.Exit(code)
     code = run(
         bundle_directory(bundle),
         base=base,
@@ -112,7 +126,7 @@ def serve(
         api_key_env=api_key_env,
         adapters=dict(_named_path(text) for text in adapter or []),
         vllm_args=context.args,
-        limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
+        limits=limits,
     )
     raise typer.Exit(code)
 

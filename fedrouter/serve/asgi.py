@@ -1,9 +1,13 @@
-"""ASGI's types, and the application behind the hook asked from inside."""
+"""ASGI's types, bodies read and answers sent, and the application behind the hook asked from inside."""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import math
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
+
+from fedrouter.serve.bodies import Refusal
+from fedrouter.serve.limits import Limits, TooLarge
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -74,3 +78,40 @@ def reason(answer: Any) -> str:
     """Return what an error's body says, in OpenAI's shape or not."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+async def read_body(receive: Receive, limits: Limits) -> bytes | None:
+    """Return the whole body, or None when the client has gone; refuse one that is too large."""
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limits.max_body_mib * 2**20:
+            raise TooLarge(limits.max_body_mib)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def send_refusal(send: Send, refusal: Refusal) -> None:
+    """Answer with an error in OpenAI's shape."""
+    await send_json(send, refusal.status, refusal.payload, refusal.headers)
+
+
+async def send_json(send: Send, status: int, payload: Any, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Answer with JSON; ``more`` headers beside its own."""
+    body = json.dumps(_finite(payload), allow_nan=False).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity (the margin of the only cluster, the distance of no text): null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

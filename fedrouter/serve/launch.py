@@ -58,7 +58,7 @@ def serve(
     bundle, command = prepare(bundle_path, base, host, port, api_key_env, adapters, vllm_args, limits)
     try:
         with running(command) as process:
-            print(_ready(bundle, command, api_key_env), flush=True)  # noqa: T201 - for the one who started it
+            print(ready_lines(bundle, command.url, api_key_env), flush=True)  # noqa: T201 - for the one who started it
             code = process.wait()
     except KeyboardInterrupt:
         return 0
@@ -102,13 +102,7 @@ def prepare(
     """Check everything that can be checked before vLLM starts; return what to start."""
     cpu = find_vllm()
     check_port(host, port)
-    key = None
-    if api_key_env is not None:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise ServingError(
-                f"environment variable {api_key_env} is empty or not set; put the API key into it"
-            )
+    key = read_key(api_key_env)
     bundle = load_bundle(bundle_path)
     base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
     check_base(bundle, base_path)
@@ -127,6 +121,15 @@ def prepare(
     )
     check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
     return bundle, command
+
+
+def read_key(variable: str | None) -> str | None:
+    """Return the API key that an environment variable holds; None without a variable."""
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ServingError(f"environment variable {variable} is empty or not set; put the API key into it")
+    return os.environ[variable]
 
 
 def build_command(
@@ -216,13 +219,14 @@ def _number(arguments: Sequence[str], flag: str) -> int:
     return int(values[-1]) if values and values[-1].isdigit() else 0
 
 
-def _ready(bundle: Bundle, command: Command, api_key_env: str | None) -> str:
+def ready_lines(bundle: Bundle, url: str, api_key_env: str | None) -> str:
+    """Return what is printed when a server is ready: what it serves, and how to try it."""
     key_env = api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     question = json.dumps({"model": VIRTUAL_NAME, "messages": [{"role": "user", "content": "Hello"}]})
     return (
-        f"Ready: {command.url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
+        f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
-        f"Try: curl -i {command.url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d '{question}'"
     )

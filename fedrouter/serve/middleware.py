@@ -15,9 +15,8 @@ What to serve is read from the environment at lifespan start-up, once: see ``rou
 import asyncio
 import json
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -25,10 +24,9 @@ from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
 from fedrouter.serve import engine, metrics
-from fedrouter.serve.asgi import App, Inner, Message, Receive, Scope, Send
+from fedrouter.serve.asgi import App, Inner, Message, Receive, Scope, Send, read_body, send_json, send_refusal
 from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
 from fedrouter.serve.canary import READY, Readiness
-from fedrouter.serve.limits import Limits, TooLarge
 from fedrouter.serve.reload import Reloader, is_admin
 from fedrouter.serve.routing import OVERLOAD, Routing, load_routing
 from fedrouter.types import Decision
@@ -54,12 +52,12 @@ class FedRouterMiddleware:
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
         elif is_admin(scope["path"]):
-            await _send_refusal(send, Refusal(404, "Not Found", kind="NotFoundError"))
+            await send_refusal(send, Refusal(404, "Not Found", kind="NotFoundError"))
         elif route in (("POST", CHAT), ("POST", COMPLETIONS)):
             with self.routing.in_use() as routing:
                 await _RoutedRequest(self.app, routing, route[1])(scope, receive, send)
         elif route == ("GET", READY):
-            await _send_json(send, *self._readiness.answer())
+            await send_json(send, *self._readiness.answer())
         elif route == ("POST", RELOAD):
             await self._answer(scope, receive, send, partial(self._reload, scope))
         elif route == ("GET", CLUSTERS):
@@ -68,6 +66,11 @@ class FedRouterMiddleware:
             await self._answer(scope, receive, send, self._dry_run)
         else:
             await self.app(scope, receive, send)
+
+    @property
+    def state(self) -> str:
+        """Whether it can answer: "starting", "ready" or "failed"."""
+        return self._readiness.state
 
     @property
     def routing(self) -> Routing:
@@ -121,9 +124,9 @@ class FedRouterMiddleware:
                 await send(message)
             return
         try:
-            await _send_json(send, 200, await endpoint(receive))
+            await send_json(send, 200, await endpoint(receive))
         except Refusal as refusal:
-            await _send_refusal(send, refusal)
+            await send_refusal(send, refusal)
 
     async def _clusters(self, _receive: Receive) -> Any:
         bundle = self.routing.bundle
@@ -152,7 +155,7 @@ class FedRouterMiddleware:
         )
 
     async def _payload(self, receive: Receive) -> dict[str, Any]:
-        body = await _read_body(receive, self.routing.limits)
+        body = await read_body(receive, self.routing.limits)
         try:
             payload = json.loads(body or b"")
         except (ValueError, RecursionError) as error:
@@ -210,7 +213,7 @@ class _RoutedRequest:
     async def _receive(self, receive: Receive) -> Message:
         self._read = True
         try:
-            body = await _read_body(receive, self._routing.limits)
+            body = await read_body(receive, self._routing.limits)
             if body is not None:
                 return {"type": "http.request", "body": await self._rewrite(body), "more_body": False}
         except Refusal as refusal:
@@ -245,7 +248,7 @@ class _RoutedRequest:
             self._answered = True
             assert self._refusal is not None
             metrics.answered("", self._refusal.status)
-            await _send_refusal(send, self._refusal)
+            await send_refusal(send, self._refusal)
 
 
 def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]:
@@ -260,41 +263,6 @@ def _headers(decision: Decision, routing_ms: float) -> list[tuple[bytes, bytes]]
         "routing-ms": f"{routing_ms:.3f}",
     }
     return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
-
-
-async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
-    """Return the whole body, or None when the client has gone; refuse one that is too large."""
-    chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limits.max_body_mib * 2**20:
-            raise TooLarge(limits.max_body_mib)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-async def _send_refusal(send: Send, refusal: Refusal) -> None:
-    await _send_json(send, refusal.status, refusal.payload, refusal.headers)
-
-
-async def _send_json(send: Send, status: int, payload: Any, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    body = json.dumps(_finite(payload), allow_nan=False).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity (the margin of the only cluster, the distance of no text): null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ms_since(start: float) -> float:

@@ -116,9 +116,25 @@ def load_routing() -> Routing:
     """
     if "FEDROUTER_BUNDLE" not in os.environ:
         raise ServingError("FEDROUTER_BUNDLE is not set: start the server with `fedrouter serve BUNDLE`")
-    bundle = load_bundle(Path(os.environ["FEDROUTER_BUNDLE"]))
-    base = os.environ.get("FEDROUTER_BASE")
-    base_path = Path(base) if base else resolve_base(bundle.base.model, bundle.base.revision)
+    return make_routing(
+        Path(os.environ["FEDROUTER_BUNDLE"]), os.environ.get("FEDROUTER_BASE"), Limits.from_env()
+    )
+
+
+def make_routing(bundle_path: Path, base: str | None, limits: Limits) -> Routing:
+    """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
+
+    Parameters
+    ----------
+    base : the base model's directory or hub id, when not what the bundle says.
+
+    Raises
+    ------
+    FedRouterError
+        If the bundle, the base model or the embedder must not be served.
+    """
+    bundle = load_bundle(bundle_path)
+    base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
     check_base(bundle, base_path)
     embedder = load_embedder(bundle.embedder, bundle.base, base_path)
     check_embedder(bundle, embedder)
@@ -129,7 +145,7 @@ def load_routing() -> Routing:
         bundle,
         embedder,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        Limits.from_env(),
+        limits,
         base_path,
     )
 
