@@ -52,13 +52,7 @@ class Inner:
             "client": None,
             "server": None,
         }
-        request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         status, pieces = 0, []
-
-        async def receive() -> Message:
-            if not request:  # we never leave before the answer
-                await asyncio.Event().wait()
-            return request.pop()
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -66,12 +60,24 @@ class Inner:
                 status = message["status"]
             pieces.append(message.get("body", b""))
 
-        await self._app(scope, receive, send)
+        await self._app(scope, whole(body), send)
         text = b"".join(pieces).decode(errors="replace")
         try:
             return status, json.loads(text)
         except ValueError:
             return status, text
+
+
+def whole(body: bytes) -> Receive:
+    """Return a ``receive`` for a body that is there at once, of a client that never leaves."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    return receive
 
 
 def reason(answer: Any) -> str:

@@ -24,7 +24,18 @@ from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
 from fedrouter.serve import engine, metrics
-from fedrouter.serve.asgi import App, Inner, Message, Receive, Scope, Send, read_body, send_json, send_refusal
+from fedrouter.serve.asgi import (
+    App,
+    Inner,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+    send_json,
+    send_refusal,
+    whole,
+)
 from fedrouter.serve.bodies import CHAT, COMPLETIONS, Refusal, parse_routed, routed_texts
 from fedrouter.serve.canary import READY, Readiness
 from fedrouter.serve.reload import Reloader, is_admin
@@ -118,7 +129,8 @@ class FedRouterMiddleware:
         async def judge(message: Message) -> None:
             verdict.append(message)
 
-        await self.app({**scope, "method": "GET", "path": path, "raw_path": path.encode()}, receive, judge)
+        question = {**scope, "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+        await self.app(question, whole(b""), judge)
         if verdict[0]["status"] != 200:
             for message in verdict:
                 await send(message)
@@ -140,10 +152,8 @@ class FedRouterMiddleware:
 
     async def _reload(self, scope: Scope, receive: Receive) -> Any:
         headers = dict(scope["headers"])
-        if not headers.get(b"content-type", b"").startswith(b"application/json"):
-            raise Refusal(
-                415, "send application/json", kind="UnsupportedMediaTypeError"
-            )  # no web form may reload
+        if not headers.get(b"content-type", b"").startswith(b"application/json"):  # a web form must not do it
+            raise Refusal(415, "send application/json", kind="UnsupportedMediaTypeError")
         payload = await self._payload(receive)
         inner = Inner(self.app, scope, headers.get(b"authorization"))
         return await self._reloader.reload(inner, self.routing, payload.get("bundle"), self._flip)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.serve.checks import free_port
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Blackford | population | 5683"
@@ -203,3 +205,31 @@ def test_vllms_own_way_to_load_adapters_is_closed(server: Any) -> None:
     assert HTTP.delete(f"{server.url}/adapters/mine").status_code == 404
     assert "mine" in {model.id for model in server.client.models.list()}
     assert HTTP.post(f"{server.url}/v1/fedrouter/reload", json={"bundle": "second"}).status_code == 401
+
+
+def test_a_proxy_routes_to_servers_elsewhere(server: Any, small_bundle: Bundle) -> None:
+    port = free_port()
+    arguments = ["serve", str(small_bundle.path), "--port", str(port), "--upstream", server.url]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedrouter", *arguments, "--api-key-env", "FEDROUTER_TEST_KEY"],
+        env={**os.environ, "FEDROUTER_TEST_KEY": server.key},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert f"Ready: http://127.0.0.1:{port}/v1" in process.stdout.readline()
+        headers = {"authorization": f"Bearer {server.key}"}
+        body = {"model": "fedrouter", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+        address = f"http://127.0.0.1:{port}/v1/completions"
+        there = HTTP.post(address, json=body, headers=headers)
+        assert there.json()["model"] == there.headers["x-fedrouter-adapter"] == complete(server).model
+        assert there.json()["choices"][0]["text"] == complete(server).choices[0].text
+        with HTTP.stream("POST", address, json={**body, "stream": True}, headers=headers) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+        assert len(lines) >= 4
+        assert lines[-1] == "data: [DONE]"
+        assert HTTP.post(address, json=body).status_code == 401
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0

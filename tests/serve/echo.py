@@ -151,7 +151,7 @@ class Server:
         async def receive() -> Any:
             answer.num_reads += 1
             if answer.num_reads > len(pieces):
-                return {"type": "http.disconnect"}
+                await asyncio.Event().wait()  # it stays until it is answered
             more = answer.num_reads < len(pieces)
             return {"type": "http.request", "body": pieces[answer.num_reads - 1], "more_body": more}
 

@@ -112,6 +112,8 @@ def test_routes_to_an_upstream_over_kept_connections(
         async with front(word_bundle, [url]) as server:
             await ready(server)
             apps[0].connections.clear()
+            dry = await server.ask("/v1/fedrouter/route", {"prompt": TASKS["summary"]})
+            assert dry.json["model"] == adapter_of("summary")
             return [await ask(server, TASKS["summary"]) for _ in range(20)]
 
     with serving(apps[0]) as url:
