@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fedrouter.serve.asgi import Scope
@@ -40,8 +41,9 @@ async def forget(scope: Scope, ids: Sequence[int]) -> None:
     """
     remove = getattr(_dig(scope, "engine_client"), "remove_lora", None)
     if remove is not None:
-        for one in ids:
-            await remove(one)
+        with suppress(NotImplementedError):
+            for one in ids:
+                await remove(one)
 
 
 def _dig(scope: Scope, *names: str) -> Any:
