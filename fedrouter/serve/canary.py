@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.fedrouter.canary")
 async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
     """Ask the base and every adapter for the first token after a fixed text, all at once.
 
-    An adapter that answers as the base does, to the last digit of the likelihood, is asked twice more.
+    An adapter that answers as the base does, to the last digit of the likelihood, is asked five times more.
 
     Raises
     ------
@@ -29,13 +29,18 @@ async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
         If one answers every text as the base does: it is loaded and has no effect.
     """
     suspects = list(adapters)
-    for text in PROBE_TEXTS:
+    for attempt, text in enumerate(PROBE_TEXTS * 2):
+        if attempt >= len(
+            PROBE_TEXTS
+        ):  # seen on vLLM's CPU backend while adapters load beside running requests
+            await asyncio.sleep(RETRY_S)
         base, *answers = await asyncio.gather(
             *(_first_token(inner, name, text) for name in (BASE_NAME, *suspects))
         )
         suspects = [name for name, answer in zip(suspects, answers, strict=True) if answer == base]
         if not suspects:
             return
+        logger.warning("%s answered a canary prompt as the base did: %s", ", ".join(suspects), base)
     raise BundleError(f"adapter {suspects[0]} answers as the base does: it has no effect; train it again")
 
 
