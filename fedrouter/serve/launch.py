@@ -182,6 +182,10 @@ def build_command(
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
     if cpu:
         argv += ["--dtype", "float32", "--enforce-eager"]
+        # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
+        # others (index -1 in lora/ops/torch_ops): one slot stays empty, even while two bundles are held.
+        slots = str(len(modules) + len(bundle.clusters) + 1)
+        argv += ["--max-loras", slots, "--max-cpu-loras", slots]
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         cores = cores or len(os.sched_getaffinity(0))
         if cores <= SMALL_MACHINE:

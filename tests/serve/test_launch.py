@@ -3,6 +3,7 @@
 import json
 import socket
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert value(command, "--dtype") == "float32"
     assert command.defaults["OMP_NUM_THREADS"] == "1"
     assert value(command, "--distributed-executor-backend") == "uni"
+    slots = {flag: one for flag, one in pairwise(command.argv) if flag in ("--max-loras", "--max-cpu-loras")}
+    assert set(slots.values()) == {"7"}  # two bundles, and one slot that stays empty
     big = build(word_bundle, cpu=True, cores=64)
     assert "OMP_NUM_THREADS" not in big.defaults
     assert "uni" not in big.argv
