@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--data", action="append", default=None)
     parser.add_argument("--limit", type=int, default=100, help="test prompts a task")
-    parser.add_argument("--seed", type=int, default=0)
+    # Settings were chosen on seeds 0 and 11, and test prompts of these were looked at: report others.
+    parser.add_argument("--seed", type=int, default=1, help="of training data and of test prompts")
     parser.add_argument("--name", default="end_to_end")
     parser.add_argument("--out", type=Path, help="keep the runs here and go on with what is there")
     options = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     models = ["fedrouter", "oracle", "fedavg", "base"]
     serving = Options(port=free_port(), adapters={"fedavg": fedavg})
     with running_server(bundles["fedrouter"].path, serving, log=out / "server.log") as url:
-        records = load(options.data or ["builtin:four-tasks"], num_per_task=options.limit)
+        records = load(options.data or ["builtin:four-tasks"], num_per_task=options.limit, seed=options.seed)
         measured = evaluate(url, records, models, limit_per_task=options.limit, console=console)
     console.print(render(measured))
     scored = {m.model: m for m in measured.models}
