@@ -165,9 +165,12 @@ def build_command(
         json.dumps({"name": name, "path": str(path.resolve()), "base_model_name": BASE_NAME})
         for name, path in modules.items()
     ]
-    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(len(modules), MAX_SLOTS))]
     # An evicted adapter would be read from disk again; while a bundle is reloaded, two are held.
-    argv += ["--max-cpu-loras", str(len(modules) + len(bundle.adapter_paths))]
+    held = len(modules) + len(bundle.adapter_paths)
+    # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
+    # others (index -1 in lora/ops/torch_ops): one slot stays empty there, even while two bundles are held.
+    slots, held = (held + 1, held + 1) if cpu else (min(len(modules), MAX_SLOTS), held)
+    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(held)]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
@@ -182,10 +185,6 @@ def build_command(
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
     if cpu:
         argv += ["--dtype", "float32", "--enforce-eager"]
-        # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
-        # others (index -1 in lora/ops/torch_ops): one slot stays empty, even while two bundles are held.
-        slots = str(len(modules) + len(bundle.clusters) + 1)
-        argv += ["--max-loras", slots, "--max-cpu-loras", slots]
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         cores = cores or len(os.sched_getaffinity(0))
         if cores <= SMALL_MACHINE:

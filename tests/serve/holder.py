@@ -15,6 +15,7 @@ class HolderApp:
     broken : adapters that are refused when they are to be loaded.
     idle : adapters that have no effect.
     gate : closed, it holds up answers to prompts that say "slow".
+    waiting : how many of these there were.
     """
 
     def __init__(self, adapters: list[str]):
@@ -22,6 +23,7 @@ class HolderApp:
         self.broken: set[str] = set()
         self.idle: set[str] = set()
         self.gate = asyncio.Event()
+        self.waiting = 0
         self.changes: list[tuple[str, str]] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -62,14 +64,14 @@ class HolderApp:
         if name != "base" and name not in self.adapters:
             return 404, {"error": {"message": f"The model `{name}` does not exist."}}
         if "slow" in json.dumps(payload):
+            self.waiting += 1
             await self.gate.wait()
             if name != "base" and name not in self.adapters:
                 return 500, {"error": {"message": f"{name} is gone while it answers"}}
         likelihood = -1.0 if name == "base" or name in self.idle else -1.5
-        return 200, {
-            "model": name,
-            "choices": [{"text": name, "logprobs": {"tokens": ["a"], "token_logprobs": [likelihood]}}],
-        }
+        choice = {"text": name, "logprobs": {"tokens": ["a"], "token_logprobs": [likelihood]}}
+        prompts = payload.get("prompt")
+        return 200, {"model": name, "choices": [choice] * (len(prompts) if isinstance(prompts, list) else 1)}
 
     async def _send(self, send: Any, status: int, payload: Any) -> None:
         await send({"type": "http.response.start", "status": status, "headers": []})

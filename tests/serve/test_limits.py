@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch  # noqa: F401 - so that no wait below is for its import
 from echo import TASKS, Answer, Server, WordEmbedder
 
 from fedrouter.errors import ServingError
+from fedrouter.serve.bodies import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from fedrouter.serve.limits import Limits
 
-COMPLETIONS = "/v1/completions"
 MakeServer = Callable[..., Server]
 
 
@@ -133,3 +134,53 @@ def test_limits_reach_the_server_through_its_environment(monkeypatch: pytest.Mon
     monkeypatch.setenv("FEDROUTER_LIMITS", '{"max_quue": 1}')
     with pytest.raises(ServingError, match="FEDROUTER_LIMITS"):
         Limits.from_env()
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        (COMPLETIONS, {"prompt": [TASKS["headline"], TASKS["summary"]]}),  # would be split
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": text} for text in (TASKS["summary"], "zebra " * 9)]},
+        ),
+        (RESPONSES, {"input": TASKS["headline"]}),
+        (MESSAGES, {"messages": [{"role": "user", "content": TASKS["headline"]}], "max_tokens": 8}),
+    ],
+)
+def test_overload_is_the_same_on_every_path(make_server: MakeServer, path: str, given: Any) -> None:
+    async def one(server: Server) -> Answer:
+        async with server:
+            return await server.ask(path, {"model": "fedrouter", **given})
+
+    answer = asyncio.run(one(make_server(routing_timeout_s=1e-9, fallback="generalist")))
+    assert (answer.status, answer.json) == (200, {"model": "base", **given})
+    assert answer.routing["adapter"] == "base"
+    for options in ({"overload": "reject"}, {"fallback": "reject"}):
+        server = make_server(routing_timeout_s=1e-9, **options)
+        answer = asyncio.run(one(server))
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert not server.app.bodies
+
+
+def test_a_conversation_whose_earlier_turns_wait_too_long_is_overload(
+    make_server: MakeServer, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [TASKS["summary"], "zebra " * 50]
+    body = {"model": "fedrouter", "messages": [{"role": "user", "content": text} for text in turns]}
+    gate, embed = threading.Event(), embedder.embed
+    monkeypatch.setattr(
+        embedder, "embed", lambda texts: embed(texts) if turns[1] in texts or gate.wait(5) else None
+    )
+    server = make_server(routing_timeout_s=1.0)
+
+    async def scenario() -> Answer:
+        async with server:
+            answer = await server.ask(CHAT, body)
+            gate.set()
+            return answer
+
+    answer = asyncio.run(scenario())
+    assert embedder.batches[0] == turns[1:]
+    assert (answer.json["model"], answer.routing["fallback"]) == ("base", "true")
+    assert answer.routing["cluster"] == "", "overload, and not the distance of the last turn"

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 from echo import TASKS, Server, WordEmbedder
+from holder import HolderApp
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from fedrouter.bundle import Bundle
+from fedrouter.serve.bodies import ROUTED
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 COMPLETIONS = "/v1/completions"
@@ -58,6 +62,45 @@ def test_counts_requests_by_what_answered(
     assert since("fedrouter_fallbacks_total", reason="no_text") == 1
     assert since("fedrouter_distance_ratio_count", cluster="headline") >= 2
     assert since("fedrouter_routing_seconds_count") == 5
+
+
+@pytest.mark.parametrize("path", ROUTED)
+def test_counts_on_every_path(
+    server: Server, adapter_of: Callable[[str], str], since: Since, path: str
+) -> None:
+    text = TASKS["summary"]
+    body = {"model": "fedrouter", "prompt": text, "input": text, "max_tokens": 8}
+    body["messages"] = [{"role": "user", "content": text}]
+
+    async def one() -> None:
+        async with server:
+            await server.ask(path, body)
+            await server.ask(path, {**body, "model": "base"})
+            await server.ask(path, body, key="wrong")
+
+    asyncio.run(one())
+    assert since("fedrouter_requests_total", adapter=adapter_of("summary"), outcome="ok") == 1
+    assert since("fedrouter_routing_seconds_count") == 1
+
+
+def test_a_split_list_counts_for_each_adapter_and_each_prompt(
+    make_server: Callable[..., Server], adapter_of: Callable[[str], str], since: Since, word_bundle: Bundle
+) -> None:
+    server = make_server(HolderApp(list(word_bundle.adapter_paths)))
+    far = "zebra " * 50
+    [answer] = ask(server, [TASKS["summary"], TASKS["headline"], TASKS["summary"], far, far])
+    assert answer.status == 200
+    for adapter in (adapter_of("summary"), adapter_of("headline"), "base"):
+        assert since("fedrouter_requests_total", adapter=adapter, outcome="ok") == 1
+    assert since("fedrouter_distance_ratio_count", cluster="summary") >= 2
+    assert since("fedrouter_fallbacks_total", reason="radius") == 2
+    assert since("fedrouter_routing_seconds_count") == 1
+
+
+def test_counts_what_the_fallback_rejects(make_server: Callable[..., Server], since: Since) -> None:
+    ask(make_server(fallback="reject"), "zebra " * 50)
+    assert since("fedrouter_requests_total", adapter="reject", outcome="refused") == 1
+    assert since("fedrouter_fallbacks_total", reason="radius") == 1
 
 
 def test_counts_batches_and_leaves_no_one_in_the_queue(

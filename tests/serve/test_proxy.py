@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ async def ready(server: Server) -> None:
             await asyncio.sleep(0.02)
 
 
-def ask(server: Server, prompt: str, **options: Any) -> Any:
+def ask(server: Server, prompt: Any, **options: Any) -> Any:
     return server.ask(COMPLETIONS, {"model": "fedrouter", "prompt": prompt}, **options)
 
 
@@ -212,6 +213,31 @@ def test_the_key_is_asked_for_before_anything_is_read(word_bundle: Bundle, apps:
     assert (wrong.num_reads, none.num_reads) == (0, 0)
     assert large.status == 413
     assert b"fedrouter_requests_total" in b"".join(metrics.pieces)
+
+
+def test_a_proxy_with_a_fallback_and_clients_keys(word_bundle: Bundle, apps: list[UpstreamApp]) -> None:
+    access = Access(KEY, {hashlib.sha256(b"ann").hexdigest(): "a"})
+
+    async def scenario(url: str) -> list[Answer]:
+        async with front(word_bundle, [url], "generalist", access) as server:
+            await ready(server)
+            far = "zebra " * 50
+            return [
+                await ask(server, far, key="ann"),
+                await ask(server, [far, TASKS["summary"]], key="ann"),
+                await server.ask("/tokenize", {}, key="bob"),
+                await server.ask("/v1/fedrouter/reload", {"bundle": "x"}, key="ann"),
+                await server.ask("/v1/fedrouter/reload", {"bundle": "x"}),
+                await server.ask("/v1/load_lora_adapter", {}),
+                await server.ask("/v1/models", method="GET", key="ann"),
+            ]
+
+    with serving(apps[0]) as url:
+        far, split, *others, models = asyncio.run(scenario(url))
+    assert far.json["model"] == word_bundle.generalist
+    assert split.json["model"].split(",") == [word_bundle.generalist, word_bundle.clusters[1].adapter]
+    assert [answer.status for answer in others] == [401, 403, 409, 404]
+    assert {card["id"] for card in models.json["data"]} == {"base", "fedrouter", *word_bundle.adapter_paths}
 
 
 def test_streams_and_ends_upstream_when_the_client_leaves(

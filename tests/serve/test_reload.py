@@ -1,6 +1,7 @@
 """Another bundle without a restart: what changes, what is refused, and what requests notice of it."""
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from urllib.parse import unquote
 
 import pytest
 from bundles import write_word_bundle
-from echo import PATIENT, TASKS, Answer, Server, WordEmbedder
+from echo import KEY, PATIENT, TASKS, Answer, Server, WordEmbedder
 from holder import HolderApp
 
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import BundleError
 from fedrouter.serve import engine, reload
 from fedrouter.serve.access import Access
+from fedrouter.serve.bodies import ROUTED
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.reload import find_bundle, is_admin
 from fedrouter.serve.routing import Routing
@@ -40,7 +42,7 @@ class Setup:
     async def reload(self, name: Any, **options: Any) -> Answer:
         return await self.server.ask(RELOAD, {"bundle": name}, **options)
 
-    async def ask(self, prompt: str) -> Answer:
+    async def ask(self, prompt: Any) -> Answer:
         return await self.server.ask(COMPLETIONS, {"model": "fedrouter", "prompt": prompt})
 
 
@@ -329,3 +331,104 @@ def test_requests_that_never_end_do_not_hold_a_bundle_for_ever(
         return answer
 
     assert within(setup, scenario).json["unloaded"] == setup.adapters("one")
+
+
+def test_the_generalist_changes_with_its_bundle(setup: Setup) -> None:
+    second = write_word_bundle(setup.root / "two", seeds=(20, 21, 22))
+    setup.app.idle.add(str(second.generalist))
+    refused = within(setup, lambda: setup.reload("two"))
+    assert (refused.status, "answers as the base does" in refused.json["error"]["message"]) == (400, True)
+    setup.app.idle.clear()
+    served = setup_of(setup.root, setup.first, fallback="generalist")
+
+    async def scenario() -> list[Answer]:
+        far = "zebra " * 50
+        return [await served.ask(far), await served.reload("two"), await served.ask(far)]
+
+    before, answer, after = within(served, scenario)
+    assert before.json["model"] == setup.first.generalist
+    assert after.json["model"] == second.generalist, "the fallback of the server outlives the reload"
+    assert second.generalist in answer.json["loaded"]
+    assert setup.first.generalist in answer.json["unloaded"]
+
+
+def test_a_bundle_that_cannot_have_the_servers_fallback_is_refused(setup: Setup) -> None:
+    write_word_bundle(setup.root / "two", seeds=(20, 21, 22), generalist=None)
+    served = setup_of(setup.root, setup.first, fallback="generalist")
+    refused = within(served, lambda: served.reload("two"))
+    assert refused.status == 400
+    assert "holds no generalist" in refused.json["error"]["message"]
+    assert not served.app.changes
+    assert within(setup, lambda: setup.reload("two")).status == 200
+
+
+def test_a_tenant_cannot_reload(setup: Setup) -> None:
+    write_word_bundle(setup.root / "two", seeds=(20, 21, 22))
+    tenants = {hashlib.sha256(b"ann").hexdigest(): "a"}
+    served = setup_of(setup.root, setup.first, access=Access(KEY, tenants))
+
+    async def scenario() -> list[Answer]:
+        refused = [await served.reload("two", key=key) for key in ("ann", "wrong", None)]
+        assert not served.app.changes
+        return [*refused, await served.reload("two")]
+
+    assert [answer.status for answer in within(served, scenario)] == [403, 401, 401, 200]
+
+
+def test_clients_change_with_the_bundle(setup: Setup) -> None:
+    write_word_bundle(setup.root / "two", seeds=(20, 21, 22), clients=dict.fromkeys(TASKS, ("b", "c")))
+    body = {"model": "fedrouter", "prompt": TASKS["summary"]}
+
+    async def scenario() -> list[Answer]:
+        async def ask(client: str) -> Answer:
+            return await setup.server.ask(COMPLETIONS, body, headers={"x-fedrouter-client": client})
+
+        before = [await ask(client) for client in "abc"]
+        await setup.reload("two")
+        return [*before, *[await ask(client) for client in "abc"]]
+
+    answers = within(setup, scenario)
+    assert [answer.status for answer in answers] == [200, 200, 404, 404, 200, 200]
+    assert answers[4].json["model"] == setup.adapters("two")[1]
+
+
+@pytest.mark.parametrize("path", ROUTED)
+def test_requests_on_every_path_keep_the_bundle_that_they_began_with(setup: Setup, path: str) -> None:
+    write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
+    text = TASKS["summary"] + " slow"
+    body = {"model": "fedrouter", "prompt": text, "input": text, "max_tokens": 8}
+    body["messages"] = [{"role": "user", "content": text}]
+
+    async def scenario() -> Answer:
+        slow = asyncio.create_task(setup.server.ask(path, body))
+        while not setup.app.waiting:
+            await asyncio.sleep(0.01)
+        reloading = asyncio.create_task(setup.reload("two"))
+        while setup.server.hook.routing.bundle.path.name != "two":
+            await asyncio.sleep(0.01)
+        setup.app.gate.set()
+        await reloading
+        return await slow
+
+    answer = within(setup, scenario)
+    assert (answer.status, answer.json["model"]) == (200, setup.adapters("one")[1])
+
+
+def test_a_split_list_keeps_the_bundle_that_it_began_with(setup: Setup) -> None:
+    write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
+    prompts = [TASKS["summary"] + " slow", TASKS["headline"] + " slow"]
+
+    async def scenario() -> Answer:
+        slow = asyncio.create_task(setup.ask(prompts))
+        while setup.app.waiting < 2:
+            await asyncio.sleep(0.01)
+        reloading = asyncio.create_task(setup.reload("two"))
+        while setup.server.hook.routing.bundle.path.name != "two":
+            await asyncio.sleep(0.01)
+        setup.app.gate.set()
+        await reloading
+        return await slow
+
+    headline, summary = setup.adapters("one")[:2]
+    answer = within(setup, scenario)
+    assert (answer.status, answer.json["model"]) == (200, f"{summary},{headline}")
