@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedrouter.config import load_config
 from fedrouter.evaluate import evaluate, load, render
-from fedrouter.serve.launch import running_server
+from fedrouter.serve.launch import Options, free_port, running_server
 from fedrouter.train.run import train
 
 FEDAVG = ["method=fedavg", "cluster={}"]
@@ -48,9 +48,8 @@ def main() -> None:
         seconds[method] = time.perf_counter() - began
     fedavg = bundles["fedavg"].adapter_path(bundles["fedavg"].clusters[0])
     models = ["fedrouter", "oracle", "fedavg", "base"]
-    with running_server(
-        bundles["fedrouter"].path, adapters={"fedavg": fedavg}, log=out / "server.log"
-    ) as url:
+    serving = Options(port=free_port(), adapters={"fedavg": fedavg})
+    with running_server(bundles["fedrouter"].path, serving, log=out / "server.log") as url:
         records = load(options.data or ["builtin:four-tasks"], num_per_task=options.limit, seed=options.seed)
         measured = evaluate(url, records, models, limit_per_task=options.limit, console=console)
     console.print(render(measured))

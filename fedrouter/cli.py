@@ -103,22 +103,55 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Clients' API keys: JSON, SHA-256 of a key to client name."),
     ] = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Start no vLLM: route to this server, which holds the adapters."),
+    ] = None,
+    overload: Annotated[
+        str, typer.Option(metavar="base|reject", help="Too many wait to be routed: base answers, or 503.")
+    ] = "base",
+    max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait to be routed.")] = 256,
+    routing_timeout_s: Annotated[float, typer.Option(help="The longest wait to be routed.")] = 5.0,
+    max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 32.0,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
+    from fedrouter.serve.launch import Options
     from fedrouter.serve.launch import serve as run
+    from fedrouter.serve.limits import Limits
+    from fedrouter.serve.upstream import serve_upstream
 
-    code = run(
-        bundle_directory(bundle),
+    directory = bundle_directory(bundle)
+    options = Options(
         base=base,
         host=host,
         port=port,
         api_key_env=api_key_env,
+        keys_file=keys_file,
+        fallback=fallback,
+        limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
         adapters=dict(_named_path(text) for text in adapter or []),
         vllm_args=context.args,
-        fallback=fallback,
-        keys_file=keys_file,
     )
-    raise typer.Exit(code)
+    raise typer.Exit(serve_upstream(directory, upstream, options) if upstream else run(directory, options))
+
+
+@app.command()
+def reload(
+    url: Annotated[str, typer.Argument(help="The server, http://HOST:PORT.")],
+    bundle: Annotated[
+        str, typer.Argument(help="A bundle where the server runs, beside the one that it serves.")
+    ],
+    api_key_env: KeyOption = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Old requests are waited for.")] = 900.0,
+) -> None:
+    """Let a running server serve another bundle, without a restart."""
+    from fedrouter.serve.client import request_reload
+
+    changes = request_reload(url, bundle, _api_key(api_key_env), timeout_s)
+    for what in ("loaded", "kept", "unloaded"):
+        if changes[what]:
+            console.print(f"{what}: {', '.join(changes[what])}", highlight=False, soft_wrap=True)
+    console.print(f"{url} serves {changes['bundle']}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -21,7 +21,13 @@ LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in part
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
 
 # Where a library may be imported; everywhere else it is out of place.
-HOMES = {"faiss": "route", "trl": "train.sft", "flwr": "train.flower", "vllm": "serve"}
+HOMES = {
+    "faiss": "route",
+    "trl": "train.sft",
+    "flwr": "train.flower",
+    "vllm": "serve",
+    "prometheus_client": "serve",  # comes with vLLM
+}
 
 
 def imported(source, module, is_package=False):

@@ -15,9 +15,11 @@ from fedrouter.serve.asgi import Scope, header_values, path_of
 from fedrouter.serve.bodies import AS_BASE, ROUTED, Refusal
 
 CLIENT_HEADER = "x-fedrouter-client"
-CLUSTERS, DRY_RUN, MODELS = "/v1/fedrouter/clusters", "/v1/fedrouter/route", "/v1/models"
+MODELS = "/v1/models"
+CLUSTERS, DRY_RUN = "/v1/fedrouter/clusters", "/v1/fedrouter/route"
+READY, RELOAD = "/v1/fedrouter/ready", "/v1/fedrouter/reload"
 # Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
-OPEN = ("/health", "/ping", "/metrics", "/version", "/v1/fedrouter/ready")
+OPEN = ("/health", "/ping", "/metrics", "/version", READY)
 FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN)
 
 

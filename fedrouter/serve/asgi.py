@@ -1,10 +1,13 @@
-"""What the hook needs of ASGI: its types, whole bodies, JSON answers."""
+"""What the hook needs of ASGI: its types, bodies read, answers sent, and the application behind it asked."""
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fedrouter.serve.bodies import MESSAGES, Refusal
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -12,6 +15,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
+
+KEPT = ("app", "asgi", "root_path", "state")  # of the scope that a question from inside is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,35 +27,55 @@ class Answer:
     body: bytes
     headers: Headers = ()
 
-
-def json_answer(status: int, payload: Any, headers: Headers = ()) -> Answer:
-    """Return an answer in JSON; infinite numbers become null."""
-    body = json.dumps(_finite(payload), allow_nan=False).encode()
-    return Answer(status, body, [(b"content-type", b"application/json"), *headers])
-
-
-async def send_answer(send: Send, answer: Answer) -> None:
-    """Send a whole answer."""
-    length = (b"content-length", str(len(answer.body)).encode())
-    headers = [*((name, value) for name, value in answer.headers if name.lower() != length[0]), length]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
+    @property
+    def payload(self) -> Any:
+        """The body: parsed where it is JSON, text where it is not."""
+        text = self.body.decode(errors="replace")
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole body, or None when the client has gone."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+class Inner:
+    """The application behind the hook, for requests of our own.
+
+    Parameters
+    ----------
+    scope : of the request that makes us ask, or of the lifespan.
+    authorization : value of the header with which we ask; none where the server has no key.
+    """
+
+    def __init__(self, app: App, scope: Scope, authorization: bytes | None):
+        self.scope = scope
+        self._app = app
+        self._kept = {name: scope[name] for name in KEPT if name in scope}
+        self._headers = [(b"content-type", b"application/json")]
+        if authorization is not None:
+            self._headers.append((b"authorization", authorization))
+
+    async def ask(self, method: str, path: str, payload: Any = None) -> Answer:
+        """Ask with a body in JSON, or without one."""
+        full = self._kept.get("root_path", "") + path
+        body = b"" if payload is None else json.dumps(payload).encode()
+        scope = {
+            **self._kept,
+            "type": "http",
+            "http_version": "1.1",
+            "scheme": "http",
+            "method": method,
+            "path": full,
+            "raw_path": full.encode(),
+            "query_string": b"",
+            "headers": [*self._headers, (b"content-length", str(len(body)).encode())],
+            "client": None,
+            "server": None,
+        }
+        return await collect(self._app, scope, whole(body))
 
 
 async def collect(app: App, scope: Scope, receive: Receive) -> Answer:
-    """Ask an application and return its whole answer."""
+    """Hand a request to an application and return its whole answer."""
     messages: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -63,6 +88,73 @@ async def collect(app: App, scope: Scope, receive: Receive) -> Answer:
     return Answer(
         start["status"], b"".join(message.get("body", b"") for message in messages), start.get("headers", ())
     )
+
+
+def whole(body: bytes, left: asyncio.Event | None = None) -> Receive:
+    """Return a ``receive`` for a body that is there at once, of a client that stays until ``left`` is set."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    gone = left or asyncio.Event()
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def read_body(receive: Receive, max_mib: float) -> bytes | None:
+    """Return the whole body, or None when the client has gone.
+
+    Raises
+    ------
+    Refusal
+        413 for a body larger than ``max_mib`` MiB, as soon as so much of it is there.
+    """
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > max_mib * 2**20:
+            raise Refusal(413, f"the body is larger than {max_mib:g} MiB")
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client, whose body has been read, has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_answer(status: int, payload: Any, headers: Headers = ()) -> Answer:
+    """Return an answer in JSON; infinite numbers become null."""
+    body = json.dumps(_finite(payload), allow_nan=False).encode()
+    return Answer(status, body, [(b"content-type", b"application/json"), *headers])
+
+
+def refused(refusal: Refusal, path: str = "") -> Answer:
+    """Return the answer to a request that is refused; on Anthropic's paths its clients can read it too."""
+    more = {"type": "error"} if path.startswith(MESSAGES) else {}
+    return json_answer(refusal.status, more | refusal.payload, refusal.headers)
+
+
+async def send_answer(send: Send, answer: Answer) -> None:
+    """Send a whole answer."""
+    length = (b"content-length", str(len(answer.body)).encode())
+    headers = [*((name, value) for name, value in answer.headers if name.lower() != length[0]), length]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+def reason(payload: Any) -> str:
+    """Return what an error's body says, in OpenAI's shape or not."""
+    error = payload.get("error", payload) if isinstance(payload, dict) else payload
+    return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 def header_values(scope: Scope, name: str) -> list[str]:

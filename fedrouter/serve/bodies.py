@@ -28,16 +28,34 @@ ERROR_TYPES = {
     401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
+    409: "ConflictError",
+    413: "RequestEntityTooLargeError",
+    415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
+    503: "ServiceUnavailableError",
 }
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure
-    """A request that is answered here with an error, in OpenAI's shape; ``code`` is the status by default."""
+    """A request that is answered here with an error, in OpenAI's shape.
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    Parameters
+    ----------
+    code : the status by default.
+    retry_s : seconds after which the client may try again, where that makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_s: int | None = None,
+    ):
         super().__init__(message)
         self.status = status
+        self.headers = [] if retry_s is None else [(b"retry-after", str(retry_s).encode())]
         kind = ERROR_TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
         self.payload = {"error": {"message": message, "type": kind, "param": param, "code": code or status}}
 

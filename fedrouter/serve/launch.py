@@ -9,7 +9,8 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
@@ -17,9 +18,11 @@ from fedrouter.embed import load_embedder
 from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve.access import load_keys
+from fedrouter.serve import engine
+from fedrouter.serve.access import READY, load_keys
 from fedrouter.serve.bodies import VIRTUAL_NAME
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
+from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command, running
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
@@ -32,39 +35,40 @@ OURS = (
 )
 
 
-def serve(
-    bundle_path: Path,
-    base: str | None,
-    host: str,
-    port: int,
-    api_key_env: str | None,
-    adapters: Mapping[str, Path],
-    vllm_args: Sequence[str],
-    fallback: str | None = None,
-    keys_file: Path | None = None,
-) -> int:
-    """Serve a bundle until SIGINT or SIGTERM; return the exit code.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to serve a bundle."""
 
-    Parameters
-    ----------
-    base : the base model's directory or hub id, when not what the bundle says.
-    api_key_env : name of the environment variable that holds the API key.
-    adapters : more PEFT adapters to serve, by name; they are never routed to.
-    vllm_args : passed on to vLLM, after and so before our own in force.
-    fallback : what answers beyond the radius, instead of the bundle's.
-    keys_file : clients' API keys, see ``access.load_keys``.
+    base: str | None = None
+    # the base model's directory or hub id, when not what the bundle says
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_env: str | None = None
+    # name of the environment variable that holds the server's API key
+    keys_file: Path | None = None
+    # clients' API keys, see ``access.load_keys``
+    fallback: str | None = None
+    # what answers beyond the radius, instead of the bundle's
+    limits: Limits = field(default_factory=Limits)
+    # how much is taken on before requests are turned away
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    # more PEFT adapters to serve, by name; they are never routed to
+    vllm_args: Sequence[str] = ()
+    # passed on to vLLM, after and so before our own in force
+
+
+def serve(bundle_path: Path, options: Options) -> int:
+    """Serve a bundle until SIGINT or SIGTERM; return the exit code.
 
     Raises
     ------
     FedRouterError
         If the bundle must not be served, or the server cannot start or ends by itself.
     """
-    bundle, command = prepare(
-        bundle_path, base, host, port, api_key_env, adapters, vllm_args, fallback, keys_file
-    )
+    bundle, command = prepare(bundle_path, options)
     try:
         with running(command) as process:
-            print(_ready(bundle, command, api_key_env), flush=True)  # noqa: T201 - for the one who started it
+            print(ready_lines(bundle, command.url, options), flush=True)  # noqa: T201 - for who started it
             code = process.wait()
     except KeyboardInterrupt:
         return 0
@@ -74,80 +78,63 @@ def serve(
 @contextmanager
 def running_server(
     bundle_path: Path,
+    options: Options | None = None,
     *,
-    base: str | None = None,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    api_key_env: str | None = None,
-    adapters: Mapping[str, Path] | None = None,
-    vllm_args: Sequence[str] = (),
-    fallback: str | None = None,
-    keys_file: Path | None = None,
     log: Path | None = None,
     timeout_s: float | None = 900.0,
 ) -> Iterator[str]:
     """Serve a bundle while the block runs; yield the server's address, ``http://HOST:PORT``.
 
-    Takes a free port unless one is given. The server and all its processes are gone afterwards.
+    Takes a free port without options. The server and all its processes are gone afterwards.
     """
-    port = free_port(host) if port is None else port
-    _, command = prepare(
-        bundle_path, base, host, port, api_key_env, adapters or {}, vllm_args, fallback, keys_file
-    )
+    _, command = prepare(bundle_path, options or Options(port=free_port()))
     with running(command, log, timeout_s):
         yield command.url
 
 
-def prepare(
-    bundle_path: Path,
-    base: str | None,
-    host: str,
-    port: int,
-    api_key_env: str | None,
-    adapters: Mapping[str, Path],
-    vllm_args: Sequence[str],
-    fallback: str | None = None,
-    keys_file: Path | None = None,
-) -> tuple[Bundle, Command]:
+def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     """Check everything that can be checked before vLLM starts; return what to start."""
     cpu = find_vllm()
-    check_port(host, port)
-    key = None
-    if api_key_env is not None:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise ServingError(
-                f"environment variable {api_key_env} is empty or not set; put the API key into it"
-            )
-    steering = {}
-    if keys_file is not None:
-        load_keys(keys_file)
-        steering["FEDROUTER_KEYS"] = str(keys_file.resolve())
-        # The clients' keys end at the hook; between it and vLLM there is one that nobody has to know.
-        key = key or os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(32)
+    check_port(options.host, options.port)
+    key = server_key(options)
     bundle = load_bundle(bundle_path)
-    if fallback is not None:
-        Router(bundle, fallback)  # refuses one that the bundle cannot have
-        steering["FEDROUTER_FALLBACK"] = fallback
-    base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
-    check_base(bundle, base_path)
-    ranks = {name: check_adapter(name, path, bundle) for name, path in adapters.items()}
-    command = build_command(
-        bundle, base_path, host, port, adapters, max([bundle.rank, *ranks.values()]), vllm_args, key, cpu
+    if options.fallback is not None:
+        Router(bundle, options.fallback)  # refuses one that the bundle cannot have
+    base_path = resolve_base(
+        options.base or bundle.base.model, None if options.base else bundle.base.revision
     )
-    command = replace(command, env={**command.env, **steering})
+    check_base(bundle, base_path)
+    ranks = [check_adapter(name, path, bundle) for name, path in options.adapters.items()]
+    command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
     check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
     return bundle, command
+
+
+def server_key(options: Options) -> str | None:
+    """Return the server's own API key; None if everybody may ask everything.
+
+    Clients' keys end at the hook: with a keys file there is always one behind it, that nobody has to know.
+
+    Raises
+    ------
+    ServingError
+        If the variable holds no key, or the keys file cannot be used.
+    """
+    variable = options.api_key_env or "VLLM_API_KEY"
+    key = os.environ.get(variable) or None
+    if options.api_key_env is not None and key is None:
+        raise ServingError(f"environment variable {variable} is empty or not set; put the API key into it")
+    if options.keys_file is not None:
+        load_keys(options.keys_file)
+        key = key or secrets.token_urlsafe(32)
+    return key
 
 
 def build_command(
     bundle: Bundle,
     base_path: Path,
-    host: str,
-    port: int,
-    adapters: Mapping[str, Path],
+    options: Options,
     rank: int,
-    vllm_args: Sequence[str],
     api_key: str | None = None,
     cpu: bool = False,
     cores: int | None = None,
@@ -165,36 +152,34 @@ def build_command(
     ServingError
         If the rank is beyond what vLLM allows, or ``vllm_args`` sets what is set here.
     """
-    for argument in vllm_args:
-        if argument.split("=")[0].replace("_", "-") in OURS:
-            raise ServingError(
-                f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
-            )
+    _check_arguments(options.vllm_args)
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
-    modules = bundle.adapter_paths | dict(adapters)
+    modules = bundle.adapter_paths | dict(options.adapters)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
-    argv += [
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--middleware",
-        MIDDLEWARE,
-        "--enable-lora",
-        "--lora-modules",
-    ]
+    argv += ["--host", options.host, "--port", str(options.port), "--middleware", MIDDLEWARE]
+    argv += ["--enable-lora", "--lora-modules"]
     argv += [
         json.dumps({"name": name, "path": str(path.resolve()), "base_model_name": BASE_NAME})
         for name, path in modules.items()
     ]
-    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(len(modules), MAX_SLOTS))]
-    argv += ["--max-cpu-loras", str(len(modules))]  # an evicted adapter would be read from disk again
+    # An evicted adapter would be read from disk again; while a bundle is reloaded, two are held.
+    held = len(modules) + len(bundle.adapter_paths)
+    # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
+    # others (index -1 in lora/ops/torch_ops): one slot stays empty there, even while two bundles are held.
+    slots, held = (held + 1, held + 1) if cpu else (min(len(modules), MAX_SLOTS), held)
+    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(held)]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
+    env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve()), engine.RELOADS: "1"}
+    env |= options.limits.to_env()
+    if options.fallback is not None:
+        env["FEDROUTER_FALLBACK"] = options.fallback
+    if options.keys_file is not None:
+        env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
     if api_key is not None:
         env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
@@ -207,19 +192,40 @@ def build_command(
             # with that process; it would leave one core to the scheduler as well.
             argv += ["--distributed-executor-backend", "uni"]
             defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(max(1, cores - 1))}
-    tls = any(argument.startswith("--ssl-certfile") for argument in vllm_args)
-    return Command([*argv, *vllm_args], env, defaults, host, port, tls)
+    tls = any(argument.startswith("--ssl-certfile") for argument in options.vllm_args)
+    return Command([*argv, *options.vllm_args], env, defaults, options.host, options.port, tls, READY)
 
 
-def _ready(bundle: Bundle, command: Command, api_key_env: str | None) -> str:
-    key_env = api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
-    if "FEDROUTER_KEYS" in command.env:
+def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
+    """Return what is printed when a server is ready: what it serves, and how to try it."""
+    key_env = options.api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
+    if options.keys_file is not None:
         key_env = key_env or "CLIENT_KEY"
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     question = json.dumps({"model": VIRTUAL_NAME, "messages": [{"role": "user", "content": "Hello"}]})
     return (
-        f"Ready: {command.url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
+        f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
-        f"Try: curl -i {command.url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d '{question}'"
     )
+
+
+def _check_arguments(vllm_args: Sequence[str]) -> None:
+    for argument in vllm_args:
+        if argument.split("=")[0].replace("_", "-") in OURS:
+            raise ServingError(
+                f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
+            )
+    if _number(vllm_args, "--api-server-count") > 1:
+        raise ServingError(
+            "vLLM flag --api-server-count: fedrouter starts one API process; for more start several servers "
+            "and `fedrouter serve --upstream` before them"
+        )
+
+
+def _number(arguments: Sequence[str], flag: str) -> int:
+    """Return the value of a numeric flag, 0 without; what is no number is vLLM's to refuse."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    values = [value for name, value in pairwise(words) if name.replace("_", "-") == flag]
+    return int(values[-1]) if values and values[-1].isdigit() else 0

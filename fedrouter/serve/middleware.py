@@ -11,7 +11,8 @@ The life of a request:
    for several adapters goes there as several requests and comes back as one (``split.py``).
 6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
 
-What to serve is read from the environment at lifespan start-up, once: see ``routing.load_routing``.
+What to serve is read from the environment at lifespan start-up: see ``routing.load_routing``. A reload
+replaces it (``reload.py``); a request goes on with what it began with.
 """
 
 import asyncio
@@ -25,27 +26,40 @@ from urllib.parse import quote
 
 from fedrouter.errors import FedRouterError
 from fedrouter.route import BASE_NAME, REJECT
-from fedrouter.serve import conversation, split
-from fedrouter.serve.access import CLIENT_HEADER, CLUSTERS, DRY_RUN, MODELS, Access, Caller, load_access
+from fedrouter.serve import conversation, engine, metrics, split
+from fedrouter.serve.access import (
+    CLIENT_HEADER,
+    CLUSTERS,
+    DRY_RUN,
+    MODELS,
+    READY,
+    RELOAD,
+    Access,
+    Caller,
+    load_access,
+)
 from fedrouter.serve.asgi import (
     Answer,
     App,
     Headers,
+    Inner,
     Message,
     Receive,
     Scope,
     Send,
     collect,
+    header_values,
     json_answer,
     path_of,
     read_body,
+    refused,
     send_answer,
 )
+from fedrouter.serve.batch import Overloaded
 from fedrouter.serve.bodies import (
     AS_BASE,
     CHAT,
     COMPLETIONS,
-    MESSAGES,
     ROUTED,
     UNROUTED,
     VIRTUAL_NAME,
@@ -54,11 +68,15 @@ from fedrouter.serve.bodies import (
     parse,
     parse_routed,
 )
-from fedrouter.serve.routing import Routing, load_routing
+from fedrouter.serve.canary import Readiness
+from fedrouter.serve.reload import Reloader, is_admin
+from fedrouter.serve.routing import OVERLOAD, Routing, load_routing
 from fedrouter.types import Decision
 
 NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
+
+Endpoint = Callable[[Inner, Scope, Receive, Caller], Awaitable[Any]]
 
 
 class FedRouterMiddleware:
@@ -74,6 +92,12 @@ class FedRouterMiddleware:
         self._load, self._load_access = load, load_access
         self._routing: Routing | None = None
         self._access = Access()
+        self._readiness, self._reloader = Readiness(), Reloader()
+        self._endpoints: dict[tuple[str, str], Endpoint] = {
+            ("GET", CLUSTERS): self._clusters,
+            ("POST", DRY_RUN): self._dry_run,
+            ("POST", RELOAD): self._reload,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -88,18 +112,26 @@ class FedRouterMiddleware:
         try:
             caller, scope = self._access.admit(scope)
         except Refusal as refusal:
-            await send_answer(send, _refused(refusal, route[1]))
+            await send_answer(send, refused(refusal, route[1]))
             return
-        if route[0] == "POST" and route[1] in (*ROUTED, *AS_BASE, *UNROUTED):
-            await _RoutedRequest(self.app, self.routing, route[1], caller)(scope, receive, send)
-        elif route == ("GET", CLUSTERS):
-            await self._answer(scope, receive, send, self._clusters, caller)
+        if is_admin(scope["path"]):
+            await send_answer(send, refused(Refusal(404, "Not Found")))
+        elif route[0] == "POST" and route[1] in (*ROUTED, *AS_BASE, *UNROUTED):
+            with self.routing.in_use() as routing:
+                await _RoutedRequest(self.app, routing, route[1], caller)(scope, receive, send)
+        elif route == ("GET", READY):
+            await send_answer(send, self._readiness.answer())
         elif route == ("GET", MODELS) and caller.tenant:
             await self._models(scope, receive, send, caller)
-        elif route == ("POST", DRY_RUN):
-            await self._answer(scope, receive, send, self._dry_run, caller)
+        elif route in self._endpoints:
+            await self._answer(scope, receive, send, caller, self._endpoints[route])
         else:
             await self.app(scope, receive, send)
+
+    @property
+    def state(self) -> str:
+        """Whether it can answer: "starting", "ready" or "failed"."""
+        return self._readiness.state
 
     @property
     def routing(self) -> Routing:
@@ -117,40 +149,43 @@ class FedRouterMiddleware:
             if not isinstance(error, FedRouterError):
                 logger.exception("FedRouter cannot start")
             return await send({"type": "lifespan.startup.failed", "message": f"FedRouter: {error}"})
-        logger.info(
-            "FedRouter routes to %d adapters of %s",
-            len(self.routing.bundle.clusters),
-            self.routing.bundle.path,
-        )
+        self._flip(self.routing)
 
         async def replay() -> Message:
             return startup.pop() if startup else await receive()
 
+        async def watching_send(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                inner = Inner(self.app, scope, engine.own_authorization(scope))
+                self._readiness.prove(inner, list(self.routing.bundle.adapter_paths))
+            await send(message)
+
         try:
-            await self.app(scope, replay, send)
+            await self.app(scope, replay, watching_send)
         finally:
-            self.routing.batcher.close()
+            self._readiness.close()
+            self.routing.close()
+
+    def _flip(self, routing: Routing) -> None:
+        self._routing = routing
+        logger.info(
+            "FedRouter routes to %d adapters of %s", len(routing.bundle.clusters), routing.bundle.path
+        )
 
     async def _answer(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        endpoint: Callable[[Receive, Caller], Awaitable[Any]],
-        caller: Caller,
+        self, scope: Scope, receive: Receive, send: Send, caller: Caller, endpoint: Endpoint
     ) -> None:
         """Answer an endpoint of our own, for those only whom the server lets list its models."""
-        path = scope.get("root_path", "") + MODELS
-        listing = {**scope, "method": "GET", "path": path, "raw_path": path.encode()}
-        verdict = await collect(self.app, listing, receive)
+        shown = next(iter(header_values(scope, "authorization")), None)
+        inner = Inner(self.app, scope, shown.encode("latin-1") if shown is not None else None)
+        verdict = await inner.ask("GET", MODELS)
         if verdict.status != 200:
             await send_answer(send, verdict)
             return
         try:
-            _check_client(self.routing, caller)
-            await send_answer(send, json_answer(200, await endpoint(receive, caller)))
+            await send_answer(send, json_answer(200, await endpoint(inner, scope, receive, caller)))
         except Refusal as refusal:
-            await send_answer(send, _refused(refusal))
+            await send_answer(send, refused(refusal))
 
     async def _models(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         """List those models only that a tenant may name."""
@@ -161,7 +196,8 @@ class FedRouterMiddleware:
             answer = json_answer(200, listed)
         await send_answer(send, answer)
 
-    async def _clusters(self, _receive: Receive, caller: Caller) -> Any:
+    async def _clusters(self, _inner: Inner, _scope: Scope, _receive: Receive, caller: Caller) -> Any:
+        _check_client(self.routing, caller)
         bundle = self.routing.bundle
         shown = ("name", "adapter", "num_examples", "task_counts", "clients", "radius")
         clusters = [
@@ -176,17 +212,29 @@ class FedRouterMiddleware:
             "clusters": clusters,
         }
 
-    async def _dry_run(self, receive: Receive, caller: Caller) -> Any:
-        payload = parse(await read_body(receive) or b"")
+    async def _dry_run(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
+        payload = await self._payload(receive)
+        path = CHAT if "messages" in payload else COMPLETIONS
+        with self.routing.in_use() as routing:
+            asked = conversations(path, payload, routing.decode)
+            if asked is None or len(asked) != 1:
+                raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
+            start = time.perf_counter()
+            [decision] = await _decide(routing, asked, caller)
+        return {**asdict(decision), "routing_ms": _ms_since(start)}
+
+    async def _reload(self, inner: Inner, scope: Scope, receive: Receive, _caller: Caller) -> Any:
+        kind = next(iter(header_values(scope, "content-type")), "")
+        if not kind.startswith("application/json"):  # a web form must not do it
+            raise Refusal(415, "send application/json")
+        payload = await self._payload(receive)
+        return await self._reloader.reload(inner, self.routing, payload.get("bundle"), self._flip)
+
+    async def _payload(self, receive: Receive) -> dict[str, Any]:
+        payload = parse(await read_body(receive, self.routing.limits.max_body_mib) or b"")
         if payload is None:
             raise Refusal(400, "the body must be a JSON object")
-        path = CHAT if "messages" in payload else COMPLETIONS
-        asked = conversations(path, payload, self.routing.decode)
-        if asked is None or len(asked) != 1:
-            raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
-        start = time.perf_counter()
-        [decision] = await _decide(self.routing, asked, caller)
-        return {**asdict(decision), "routing_ms": _ms_since(start)}
+        return payload
 
 
 class _RoutedRequest:
@@ -197,6 +245,8 @@ class _RoutedRequest:
         self._read = self._answered = False
         self._headers: Headers = ()
         self._answer: Answer | None = None  # ours, in the place of vLLM's
+        self._adapters: tuple[str, ...] = ()  # what answers, once that is decided; "" if refused before
+        self._status: int | None = None  # None as long as nobody got an answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = dict(scope)  # as no application has seen it yet
@@ -208,6 +258,7 @@ class _RoutedRequest:
             if self._answer is not None:  # what vLLM says of the body that it did not get is of no interest
                 await self._send(send, self._answer)
             elif message["type"] == "http.response.start":
+                self._status = message["status"]
                 await send({**message, "headers": [*message.get("headers", ()), *self._headers]})
             else:
                 await send(message)
@@ -217,23 +268,29 @@ class _RoutedRequest:
         except Exception:
             if self._answer is None:
                 raise
+        finally:
+            self._count()
         if self._answer is not None:
             await self._send(send, self._answer)
 
     async def _receive(self, receive: Receive) -> Message:
-        body = await read_body(receive)
         self._read = True
         try:
+            body = await read_body(receive, self._routing.limits.max_body_mib)
             body = body if body is None else await self._rewrite(body, receive)
             if body is not None:
                 return {"type": "http.request", "body": body, "more_body": False}
         except Refusal as refusal:
-            refused = _refused(refusal, self._path)
-            self._answer = replace(refused, headers=[*refused.headers, *self._headers])
+            self._refuse(refusal)
         except Exception:
             logger.exception("routing failed")
-            self._answer = _refused(Refusal(500, "routing failed; the server's log says why"), self._path)
+            self._refuse(Refusal(500, "routing failed; the server's log says why"))
         return {"type": "http.disconnect"}  # the client has gone, or is answered by us
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._adapters = self._adapters or ("",)
+        answer = refused(refusal, self._path)
+        self._answer = replace(answer, headers=[*answer.headers, *self._headers])
 
     async def _rewrite(self, body: bytes, receive: Receive) -> bytes | None:
         """Return the body with the adapter's name as ``model``; as it is where nothing is to be routed.
@@ -256,23 +313,37 @@ class _RoutedRequest:
             return body
         start = time.perf_counter()
         decisions = await _decide(self._routing, asked, self._caller)
+        overload = "overload" if decisions[0] is OVERLOAD else None
+        metrics.decided(decisions, time.perf_counter() - start, overload)
         self._headers = _headers(decisions, _ms_since(start))
         models = [decision.model for decision in decisions]
         if REJECT in models:
+            self._adapters = (REJECT,)
             raise Refusal(
                 422, "no task cluster is near this prompt, and this server answers no others", code=NO_CLUSTER
             )
-        if len(set(models)) == 1:
-            return _named(payload, models[0])
-        if payload.get("stream"):
-            found = ", ".join(dict.fromkeys(models))
+        adapters = tuple(dict.fromkeys(models))
+        if len(adapters) > 1 and payload.get("stream"):
+            found = ", ".join(adapters)
             raise Refusal(
                 400, f"these prompts go to different adapters ({found}): stream them one by one", "stream"
             )
+        self._adapters = adapters
+        if len(adapters) == 1:
+            return _named(payload, models[0])
         answer = await split.complete(self._app, self._scope, receive, payload, models)
-        if answer is not None:
+        if answer is None:
+            self._count()  # before vLLM answers nobody
+        else:
             self._answer = replace(answer, headers=[*answer.headers, *self._headers])
         return None
+
+    def _count(self) -> None:
+        """Count the request, once for each adapter that it asked."""
+        status = self._answer.status if self._answer is not None else self._status
+        for adapter in self._adapters:
+            metrics.answered(adapter, status)
+        self._adapters = ()
 
     async def _send(self, send: Send, answer: Answer) -> None:
         if not self._answered:
@@ -281,9 +352,14 @@ class _RoutedRequest:
 
 
 async def _decide(routing: Routing, asked: Sequence[Sequence[str]], caller: Caller) -> list[Decision]:
-    """Decide for each conversation, among the task clusters of the caller."""
+    """Decide for each conversation, among the task clusters of the caller; for all of them or none."""
     _check_client(routing, caller)
-    return await conversation.decide(asked, lambda texts: routing.decide(texts, caller.client))
+    try:
+        return await conversation.decide(asked, lambda texts: routing.decide(texts, caller.client))
+    except Overloaded:
+        if REJECT in (routing.limits.overload, routing.fallback):
+            raise Refusal(503, "too many requests wait to be routed: try again later", retry_s=1) from None
+        return [OVERLOAD for _ in asked]
 
 
 def _check_client(routing: Routing, caller: Caller) -> None:
@@ -329,11 +405,6 @@ def _headers(decisions: Sequence[Decision], routing_ms: float) -> Headers:
         "routing-ms": f"{routing_ms:.3f}",
     }
     return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
-
-
-def _refused(refusal: Refusal, path: str = "") -> Answer:
-    more = {"type": "error"} if path.startswith(MESSAGES) else {}  # as Anthropic's clients expect it
-    return json_answer(refusal.status, more | refusal.payload)
 
 
 def _ms_since(start: float) -> float:

@@ -34,6 +34,7 @@ class Command:
     host: str
     port: int
     tls: bool = False
+    ready_path: str = "/health"  # answers 200 when it is ready; {"state": "failed"} when it never will be
 
     @property
     def url(self) -> str:
@@ -46,19 +47,19 @@ class Command:
 def running(
     command: Command, log: Path | None = None, timeout_s: float | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, yield it once it is healthy, stop it and every process of its group at the end.
+    """Start a server, yield it once it is ready, stop it and every process of its group at the end.
 
     SIGTERM becomes KeyboardInterrupt meanwhile, so that stopping this process stops the server.
 
     Parameters
     ----------
     log : where the server's output goes; passed through to stderr without.
-    timeout_s : seconds to wait for it to be healthy; for ever without.
+    timeout_s : seconds to wait for it to be ready; for ever without.
 
     Raises
     ------
     ServingError
-        If it ends during start-up or is not healthy in time.
+        If it ends during start-up, says that it has failed, or is not ready in time.
     """
     with _on_signals(_interrupt, signal.SIGTERM):
         process = subprocess.Popen(
@@ -74,10 +75,13 @@ def running(
         try:
             pump.start()
             deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-            while not _healthy(command):
+            while (state := _state(command)) != "ready":
+                where = f"{log} says more" if log else "its output above says more"
+                if state == "failed":
+                    time.sleep(0.2)  # for the line that says why
+                    raise ServingError(f"{command.url} cannot be served: {_cause(tail)}; {where}")
                 if process.poll() is not None:
                     pump.join(GRACE_S)
-                    where = f"{log} says more" if log else "its output above says more"
                     raise ServingError(
                         f"vLLM ended with exit code {process.returncode} before it was ready: "
                         f"{_cause(tail)}; {where}"
@@ -108,7 +112,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def _healthy(command: Command) -> bool:
+def _state(command: Command) -> str:
+    """Ask whether the server is "ready", has "failed" or is still "starting"."""
     address = command.url.split("://")[1].rsplit(":", 1)[0].strip("[]")
     connection: http.client.HTTPConnection
     if command.tls:  # only asks whether it is up: whose certificate it is does not matter
@@ -117,10 +122,13 @@ def _healthy(command: Command) -> bool:
     else:
         connection = http.client.HTTPConnection(address, command.port, timeout=2)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        connection.request("GET", command.ready_path)
+        answer = connection.getresponse()
+        if answer.status == 200:
+            return "ready"
+        return "failed" if b'"failed"' in answer.read(100) else "starting"
     except (OSError, http.client.HTTPException):
-        return False
+        return "starting"
     finally:
         connection.close()
 

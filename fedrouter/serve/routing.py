@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from fedrouter.errors import ServingError
 from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve.batch import Batcher
+from fedrouter.serve.limits import Limits
 from fedrouter.types import Decision, TaskCluster
 
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
 """What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
+OVERLOAD = replace(NO_TEXT)
+"""What is decided where routing would take too long; told apart from no text by identity."""
 
 
 class Routing:
@@ -30,7 +34,9 @@ class Routing:
     Parameters
     ----------
     decode : token ids of the base model → text.
-    fallback : instead of the bundle's.
+    fallback : instead of the bundle's, and of those that replace it.
+    limits : how many texts may wait for how long, and what happens to the others.
+    base_path : where the base model is; None where it is not checked against.
     """
 
     def __init__(
@@ -39,17 +45,60 @@ class Routing:
         embedder: Embedder,
         decode: Callable[[Sequence[int]], str],
         fallback: str | None = None,
+        limits: Limits | None = None,
+        base_path: Path | None = None,
     ):
-        self.bundle = bundle
+        self.bundle, self.embedder, self.base_path = bundle, embedder, base_path
         self.decode = decode
+        self.limits = limits or Limits()
+        self._given_fallback = fallback
         self.clients = frozenset(client for cluster in bundle.clusters for client in cluster.clients)
         self.fallback = fallback or bundle.fallback
         router = Router(bundle, self.fallback)
         self.no_text = replace(NO_TEXT, model=router.beyond or BASE_NAME)
         self._routers: dict[str | None, Router] = {None: router}
-        self._embedder = embedder
-        self.batcher = Batcher[tuple[str, str | None], Decision](self._work, start=_one_thread)
+        self._batcher = Batcher[tuple[str, str | None], Decision](
+            self._work,
+            start=_one_thread,
+            max_queue=self.limits.max_queue,
+            timeout_s=self.limits.routing_timeout_s,
+        )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+        self._num_users = 0
+        self._unused = asyncio.Event()
+
+    def like(self, bundle: Bundle) -> "Routing":
+        """Return a routing of another bundle with the same embedder, limits and given fallback.
+
+        Raises
+        ------
+        ConfigError
+            If the bundle cannot have that fallback.
+        """
+        return Routing(bundle, self.embedder, self.decode, self._given_fallback, self.limits, self.base_path)
+
+    @contextmanager
+    def in_use(self) -> Iterator["Routing"]:
+        """Keep its adapters loaded while a request is decided and answered."""
+        self._num_users += 1
+        try:
+            yield self
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._unused.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no request uses it, once none can begin to; return whether that came in time."""
+        if self._num_users:
+            self._unused.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._unused.wait(), timeout_s)
+        return not self._num_users
+
+    def close(self) -> None:
+        """Let its thread end."""
+        self._batcher.close()
 
     def clusters(self, client: str | None) -> list[TaskCluster]:
         """Return the task clusters that hold rows of a client; all of them for None."""
@@ -61,16 +110,18 @@ class Routing:
         Parameters
         ----------
         client : one of ``clients``, whose task clusters are chosen from; None for all.
+
+        Raises
+        ------
+        Overloaded
+            If too many texts wait, or these would wait too long.
         """
-
-        async def one(text: str) -> Decision:
-            return await self.batcher.submit((text, client)) if text.strip() else self.no_text
-
-        return list(await asyncio.gather(*map(one, texts)))
+        decided = iter(await self._batcher.submit_all([(text, client) for text in texts if text.strip()]))
+        return [next(decided) if text.strip() else self.no_text for text in texts]
 
     def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
         """Embed all texts together; route each among its client's task clusters."""
-        vectors = self._embedder.embed([text for text, _ in items])
+        vectors = self.embedder.embed([text for text, _ in items])
         for client in {client for _, client in items} - self._routers.keys():
             self._routers[client] = Router(self.bundle, self.fallback, client)
         return [
@@ -83,7 +134,7 @@ def load_routing() -> Routing:
     """Load and check what the environment names, in each of the server's processes.
 
     FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
-    FEDROUTER_FALLBACK a fallback instead of the bundle's.
+    FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on.
 
     Raises
     ------
@@ -92,9 +143,29 @@ def load_routing() -> Routing:
     """
     if "FEDROUTER_BUNDLE" not in os.environ:
         raise ServingError("FEDROUTER_BUNDLE is not set: start the server with `fedrouter serve BUNDLE`")
-    bundle = load_bundle(Path(os.environ["FEDROUTER_BUNDLE"]))
-    base = os.environ.get("FEDROUTER_BASE")
-    base_path = Path(base) if base else resolve_base(bundle.base.model, bundle.base.revision)
+    return make_routing(
+        Path(os.environ["FEDROUTER_BUNDLE"]),
+        os.environ.get("FEDROUTER_BASE"),
+        os.environ.get("FEDROUTER_FALLBACK"),
+        Limits.from_env(),
+    )
+
+
+def make_routing(bundle_path: Path, base: str | None, fallback: str | None, limits: Limits) -> Routing:
+    """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
+
+    Parameters
+    ----------
+    base : the base model's directory or hub id, when not what the bundle says.
+    fallback : instead of the bundle's.
+
+    Raises
+    ------
+    FedRouterError
+        If the bundle, the base model or the embedder must not be served.
+    """
+    bundle = load_bundle(bundle_path)
+    base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
     check_base(bundle, base_path)
     embedder = load_embedder(bundle.embedder, bundle.base, base_path)
     check_embedder(bundle, embedder)
@@ -105,7 +176,9 @@ def load_routing() -> Routing:
         bundle,
         embedder,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        os.environ.get("FEDROUTER_FALLBACK"),
+        fallback,
+        limits,
+        base_path,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fedrouter.serve.asgi import Answer, App, Message, Receive, Scope, collect, json_answer
+from fedrouter.serve.asgi import Answer, App, Receive, Scope, collect, disconnected, json_answer, whole
 
 REQUEST_ID = b"x-request-id"
 
@@ -34,7 +34,9 @@ async def complete(
         prompts = [payload["prompt"][row] for row in rows[model]]
         body = {**payload, "model": model, "prompt": prompts}
         try:
-            answer = await _ask(app, _own_id(scope, body, number), json.dumps(body).encode(), over)
+            # when all is over, the application sees a client that has left, and stops
+            asked = whole(json.dumps(body).encode(), left=over)
+            answer = await collect(app, _own_id(scope, body, number), asked)
         except Exception:
             over.set()
             raise
@@ -43,11 +45,11 @@ async def complete(
             over.set()
         return answer
 
-    leaving = asyncio.create_task(_disconnect(receive))
+    leaving = asyncio.create_task(disconnected(receive))
     leaving.add_done_callback(lambda _: over.set())
     try:
-        asked = [ask(number, model) for number, model in enumerate(rows)]
-        results = await asyncio.gather(*asked, return_exceptions=True)
+        asking = [ask(number, model) for number, model in enumerate(rows)]
+        results = await asyncio.gather(*asking, return_exceptions=True)
         if failed or leaving.done():
             return failed[0] if failed else None
     finally:
@@ -84,19 +86,6 @@ def merge(answers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -
     }
 
 
-async def _ask(app: App, scope: Scope, body: bytes, over: asyncio.Event) -> Answer:
-    """Send one sub-request; when it is over, the application sees a client that has left, and stops."""
-    request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if request:
-            return request.pop()
-        await over.wait()
-        return {"type": "http.disconnect"}
-
-    return await collect(app, scope, receive)
-
-
 def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:
     """Give all sub-requests but the first, whose id the answer has, an id of their own."""
     if not number:
@@ -108,11 +97,6 @@ def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:
         for name, value in scope["headers"]
     ]
     return {**scope, "headers": headers}
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _sum(values: Sequence[Any]) -> Any:

@@ -16,6 +16,7 @@ from fedrouter.types import Array, EmbedderSpec
 
 DIM = 64
 KEY = "sesame"
+PATIENT = {"routing_timeout_s": 60.0}  # limits on a busy machine, where the first batch imports torch
 TASKS = {
     "headline": "write a headline for this news story",
     "summary": "summarise this chat between two friends",
@@ -174,7 +175,7 @@ class Server:
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 gone.set()
 
-        given = {"authorization": f"Bearer {key}"} if key else {}
+        given = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         raw_headers = [
             (name.encode(), value.encode()) for name, value in (given | dict(headers or {})).items()
         ]

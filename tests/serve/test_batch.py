@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrouter.serve.batch import Batcher
+from fedrouter.serve.batch import Batcher, Overloaded
 
 
 class Doubler:
@@ -30,9 +30,11 @@ class Doubler:
         return [2 * item for item in items]
 
 
-def run(work: Doubler, scenario: Callable[[Batcher[int, int]], Awaitable[Any]], max_batch: int = 4) -> Any:
+def run(
+    work: Doubler, scenario: Callable[[Batcher[int, int]], Awaitable[Any]], max_batch: int = 4, **options: Any
+) -> Any:
     async def main() -> Any:
-        batcher = Batcher[int, int](work, max_batch)
+        batcher = Batcher[int, int](work, max_batch, **options)
         try:
             return await scenario(batcher)
         finally:
@@ -99,3 +101,41 @@ def test_who_leaves_the_queue_is_not_worked_for() -> None:
 
     assert run(work, scenario) == 4
     assert work.batches == [[0], [2]]
+
+
+def test_a_full_queue_turns_away_and_takes_on_again() -> None:
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> list[int]:
+        work.gate.clear()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)  # now it is in the thread and no longer in the queue
+        waiting = asyncio.create_task(batcher.submit_all([1, 2]))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.submit(3)
+        work.gate.set()
+        return [await first, *await waiting, await batcher.submit(4)]
+
+    assert run(work, scenario, max_queue=2) == [0, 2, 4, 8]
+    assert work.batches == [[0], [1, 2], [4]]
+
+
+def test_items_that_belong_together_may_outnumber_the_queue() -> None:
+    assert run(Doubler(), lambda b: b.submit_all([*range(9)]), max_queue=2) == [*range(0, 18, 2)]
+    assert run(Doubler(), lambda b: b.submit_all([])) == []
+
+
+def test_who_waits_too_long_is_told_and_not_worked_for() -> None:
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> int:
+        work.gate.clear()
+        found = await asyncio.gather(batcher.submit(0), return_exceptions=True)
+        late = await asyncio.gather(batcher.submit(1), batcher.submit_all([2, 3]), return_exceptions=True)
+        assert [type(one) for one in [*found, *late]] == [Overloaded] * 3
+        work.gate.set()
+        return await batcher.submit(5)
+
+    assert run(work, scenario, max_queue=3, timeout_s=0.1) == 10
+    assert work.batches == [[0], [5]]

@@ -102,7 +102,7 @@ def test_there_are_enough_probes_of_every_task() -> None:
 
 @pytest.mark.slow
 def test_a_conversation_is_embedded_as_a_training_record_is(routing: Routing) -> None:
-    embedder = routing._embedder
+    embedder = routing.embedder
     for probe in PROBES[::4]:
         turns = [Turn(m["role"], m["content"]) for m in probe["messages"] if isinstance(m["content"], str)]
         if len(turns) < len(probe["messages"]):

@@ -13,13 +13,15 @@ from safetensors.numpy import load_file, save_file
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ConfigError, ServingError
 from fedrouter.serve import checks, launch
-from fedrouter.serve.launch import build_command, check_adapter, check_port, free_port, prepare
+from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
+from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
 
 
-def build(bundle: Bundle, **options: Any) -> Command:
-    options = {"rank": bundle.rank, "adapters": {}, "vllm_args": ()} | options
-    return build_command(bundle, Path("/models/base"), "127.0.0.1", 8000, **options)
+def build(bundle: Bundle, **more: Any) -> Command:
+    """Build the command with options, and whatever else differs from the bundle alone."""
+    options = Options(**{name: more.pop(name) for name in Options.__slots__ if name in more})
+    return build_command(bundle, Path("/models/base"), options, **{"rank": bundle.rank} | more)
 
 
 def value(command: Command, flag: str) -> str:
@@ -40,10 +42,11 @@ def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None
     assert word_bundle.generalist in modules(command)
     assert value(command, "--model") == "/models/base"
     assert command.argv[command.argv.index("--served-model-name") + 1 :][:2] == ["base", "fedrouter"]
-    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "4"
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("4", "8")  # two bundles
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
-    assert command.env == {"FEDROUTER_BUNDLE": str(word_bundle.path), "FEDROUTER_BASE": "/models/base"}
+    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+    assert command.env["FEDROUTER_BASE"] == "/models/base"
     assert "--chat-template" not in command.argv
 
 
@@ -55,7 +58,7 @@ def test_middleware_can_be_loaded_as_vllm_loads_it(word_bundle: Bundle) -> None:
 def test_more_adapters_count_for_the_limits(word_bundle: Bundle, tmp_path: Path) -> None:
     command = build(word_bundle, adapters={"own": tmp_path, "other": tmp_path}, rank=20)
     assert modules(command)["own"] == str(tmp_path)
-    assert value(command, "--max-cpu-loras") == "6"
+    assert value(command, "--max-cpu-loras") == "10"
     assert value(command, "--max-lora-rank") == "32"
 
 
@@ -76,7 +79,12 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
         word_bundle, clusters=tuple(replace(word_bundle.clusters[0], adapter=f"a{i}") for i in range(40))
     )
     command = build(many)
-    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "41")
+    assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "82")
+
+
+def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
+    limits = Limits("reject", max_queue=3)
+    assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()
 
 
 def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
@@ -94,8 +102,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
     for name in ("check_base", "check_embedder", "load_embedder"):
         monkeypatch.setattr(launch, name, lambda *_: None)
 
-    def run(api_key_env: str | None = None, **options: Any) -> Command:
-        return prepare(word_bundle.path, None, "127.0.0.1", free_port(), api_key_env, {}, (), **options)[1]
+    def run(**options: Any) -> Command:
+        return prepare(word_bundle.path, Options(port=free_port(), **options))[1]
 
     return run
 
@@ -110,8 +118,10 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
     assert len(first.env["VLLM_API_KEY"]) >= 32
     assert first.env["VLLM_API_KEY"] != second.env["VLLM_API_KEY"]
     monkeypatch.setenv("OPERATOR", "open")
-    assert checked("OPERATOR", keys_file=keys).env["VLLM_API_KEY"] == "open"
+    assert checked(api_key_env="OPERATOR", keys_file=keys).env["VLLM_API_KEY"] == "open"
     assert "VLLM_API_KEY" not in checked().env
+    monkeypatch.setenv("VLLM_API_KEY", "inherited")
+    assert checked(keys_file=keys).env["VLLM_API_KEY"] == "inherited"
 
 
 def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) -> None:
@@ -127,6 +137,8 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert value(command, "--dtype") == "float32"
     assert command.defaults["OMP_NUM_THREADS"] == "1"
     assert value(command, "--distributed-executor-backend") == "uni"
+    # two bundles, and one slot that stays empty
+    assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "9"
     big = build(word_bundle, cpu=True, cores=64)
     assert "OMP_NUM_THREADS" not in big.defaults
     assert "uni" not in big.argv
@@ -141,6 +153,23 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
 def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
     with pytest.raises(ServingError, match=argument):
         build(word_bundle, vllm_args=[argument])
+
+
+@pytest.mark.parametrize("arguments", [["--api-server-count", "2"], ["--seed=1", "--api_server_count=4"]])
+def test_several_api_processes_are_refused(word_bundle: Bundle, arguments: list[str]) -> None:
+    with pytest.raises(ServingError, match="one API process"):
+        build(word_bundle, vllm_args=arguments)
+    build(word_bundle, vllm_args=["--api-server-count", "1"])
+
+
+def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(word_bundle.path)
+    command = build(replace(word_bundle, path=tmp_path / "current"))
+    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
+    assert command.env["FEDROUTER_BUNDLE"] == str(
+        word_bundle.path
+    )  # a link that moves changes nothing by itself
+    assert set(modules(command).values()) == {str(path) for path in word_bundle.adapter_paths.values()}
 
 
 def test_tls_flags_change_the_address(word_bundle: Bundle) -> None:
@@ -168,14 +197,14 @@ def test_a_port_in_use_is_refused() -> None:
 def test_missing_vllm_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks.util, "find_spec", lambda name: None)
     with pytest.raises(ServingError, match=r"fedrouter\[serve\].*fedrouter\[serve-cpu\]"):
-        prepare(tmp_path, None, "127.0.0.1", 8000, None, {}, ())
+        prepare(tmp_path, Options())
 
 
 def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ServingError, match="NO_SUCH_KEY"):
-        prepare(tmp_path, None, "127.0.0.1", free_port(), "NO_SUCH_KEY", {}, ())
+        prepare(tmp_path, Options(port=free_port(), api_key_env="NO_SUCH_KEY"))
 
 
 def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:

@@ -32,6 +32,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else lambda *
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
+FAILED = b'{"state": "failed"}'
+
 
 def command(script: str, *arguments: str) -> Command:
     port = free_port()
@@ -88,6 +90,18 @@ def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
         pass
 
 
+def test_a_server_that_has_failed_is_stopped(tmp_path: Path) -> None:
+    script = SERVER.replace("200 if", "503 if").replace(
+        "self.end_headers()", "self.end_headers(); self.wfile.write(FAILED)"
+    )
+    script = f"FAILED = {FAILED!r}\nprint('BundleError: adapter x has no effect', flush=True)\n{script}"
+    with (
+        pytest.raises(ServingError, match=r"adapter x has no effect.*log says more"),
+        running(command(script), tmp_path / "log", timeout_s=20),
+    ):
+        pass
+
+
 def test_sigterm_stops_the_server_with_its_parent(tmp_path: Path) -> None:
     parent = f"""
 import sys
@@ -137,8 +151,9 @@ def test_the_environment_overrides_defaults_only(tmp_path: Path, monkeypatch: py
 def no_vllm(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> None:
     """Let the checks of a bundle pass and a small server start in vLLM's place."""
 
-    def prepare(_path: Path, _base: str | None, host: str, port: int, *_: object) -> tuple[Bundle, Command]:
-        return word_bundle, Command([sys.executable, "-c", SERVER, str(port)], {}, {}, host, port)
+    def prepare(_path: Path, options: launch.Options) -> tuple[Bundle, Command]:
+        argv = [sys.executable, "-c", SERVER, str(options.port)]
+        return word_bundle, Command(argv, {}, {}, options.host, options.port)
 
     monkeypatch.setattr(launch, "prepare", prepare)
 
@@ -160,4 +175,4 @@ def test_a_server_that_ends_by_itself_is_an_error(
 
     monkeypatch.setattr(launch, "running", contextmanager(end_it))
     with pytest.raises(ServingError, match="by itself with exit code -9"):
-        serve(tmp_path, None, "127.0.0.1", free_port(), None, {}, ())
+        serve(tmp_path, launch.Options(port=free_port()))

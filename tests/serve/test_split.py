@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from echo import TASKS, EchoApp, Server
+from echo import KEY, TASKS, EchoApp, Server
 
 from fedrouter.serve.bodies import COMPLETIONS
 from fedrouter.serve.split import merge
@@ -26,6 +26,8 @@ class CompletionsApp(EchoApp):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return await super().__call__(scope, receive, send)
+        if dict(scope["headers"]).get(b"authorization") != f"Bearer {KEY}".encode():
+            return await self._answer(send, 401, [b"{}"])
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionError("client disconnected")

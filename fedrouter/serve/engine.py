@@ -1,0 +1,55 @@
+"""What we know of vLLM beyond HTTP: its application's state. All of it may be absent."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from fedrouter.serve.asgi import Scope
+
+RELOADS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # the environment variable that lets vLLM load adapters
+
+
+def lora_limits(scope: Scope) -> tuple[int, int] | None:
+    """Return ``--max-lora-rank`` and ``--max-cpu-loras`` as they are in force; None if unknown."""
+    config = _dig(scope, "vllm_config", "lora_config")
+    rank, number = getattr(config, "max_lora_rank", None), getattr(config, "max_cpu_loras", None)
+    return (rank, number) if isinstance(rank, int) and isinstance(number, int) else None
+
+
+def num_api_processes(scope: Scope) -> int:
+    """Return how many processes answer requests; each has adapters and a mapping of its own."""
+    found = _dig(scope, "vllm_config", "parallel_config", "_api_process_count")
+    several = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # vLLM sets it for several
+    return found if isinstance(found, int) else 2 if several else 1
+
+
+def own_authorization(scope: Scope) -> bytes | None:
+    """Return the header value with which this server lets us in; None where it has no key."""
+    keys = _dig(scope, "args", "api_key") or [os.environ.get("VLLM_API_KEY")]
+    return f"Bearer {keys[0]}".encode() if keys[0] else None
+
+
+def adapter_ids(scope: Scope, names: Sequence[str]) -> list[int]:
+    """Return vLLM's numbers of adapters; of those that it has."""
+    known = _dig(scope, "openai_serving_models", "lora_requests") or {}
+    return [known[name].lora_int_id for name in names if name in known]
+
+
+async def forget(scope: Scope, ids: Sequence[int]) -> None:
+    """Let the engine drop adapters that no name leads to any more.
+
+    Without it they would go as the least recently used, and others might before them.
+    """
+    remove = getattr(_dig(scope, "engine_client"), "remove_lora", None)
+    if remove is not None:
+        with suppress(NotImplementedError):
+            for one in ids:
+                await remove(one)
+
+
+def _dig(scope: Scope, *names: str) -> Any:
+    found = getattr(scope.get("app"), "state", None)
+    for name in names:
+        found = getattr(found, name, None)
+    return found

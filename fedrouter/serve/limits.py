@@ -1,0 +1,50 @@
+"""How much the hook takes on before it says no."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from fedrouter.errors import ServingError
+
+OVERLOADS = ("base", "reject")
+VARIABLE = "FEDROUTER_LIMITS"  # how they reach vLLM's processes
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server process takes on.
+
+    Raises
+    ------
+    ServingError
+        If a value makes no sense.
+    """
+
+    overload: str = "base"
+    # what happens to a request that would wait too long: the base model answers, or 503 with Retry-After
+    max_queue: int = 256
+    # texts that may wait to be embedded; a request that finds so many is one too many
+    routing_timeout_s: float = 5.0
+    # from a request's arrival at the queue to its decision, seconds
+    max_body_mib: float = 32.0
+    # of a request to a routed path, MiB; images make bodies large
+
+    def __post_init__(self) -> None:
+        if self.overload not in OVERLOADS:
+            raise ServingError(f"overload {self.overload!r} is none of {OVERLOADS}")
+        for name in ("max_queue", "routing_timeout_s", "max_body_mib"):
+            if not getattr(self, name) > 0:
+                raise ServingError(f"{name} must be above 0, not {getattr(self, name)}")
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment that carries them to another process."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Read them from this process's environment; the defaults where there are none."""
+        try:
+            return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
+        except (TypeError, ValueError) as error:
+            raise ServingError(f"environment variable {VARIABLE} is not readable: {error}") from error

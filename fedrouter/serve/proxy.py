@@ -1,0 +1,223 @@
+"""A small reverse proxy before vLLM servers that hold the adapters, for the hook to stand before.
+
+The life of a request, after the hook has chosen the adapter:
+
+1. Without the key, where there is one, it ends here and its body is not read.
+2. It goes to the healthy upstream with the fewest requests in flight, over a connection that is kept.
+3. An upstream that fails before it begins to answer is left out until it is healthy; the next one is asked.
+4. The answer's bytes go to the client as they come. A client that leaves ends the request upstream as well.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from prometheus_client import make_asgi_app
+
+from fedrouter.serve.asgi import (
+    App,
+    Receive,
+    Scope,
+    Send,
+    disconnected,
+    header_values,
+    json_answer,
+    path_of,
+    read_body,
+    refused,
+    send_answer,
+)
+from fedrouter.serve.bodies import Refusal
+from fedrouter.serve.limits import Limits
+
+CHECK_S = 2.0
+CONNECT_S = 5.0
+NOT_NOW = (
+    404,
+    502,
+    503,
+    504,
+)  # nothing has begun; 404: it has changed its adapters since it was last checked
+HOP_BY_HOP = {
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+    b"transfer-encoding", b"upgrade", b"host", b"content-length",
+}  # fmt: skip
+logger = logging.getLogger("vllm.fedrouter.proxy")
+
+
+@dataclass(eq=False)
+class Upstream:
+    """One vLLM server."""
+
+    url: str
+    healthy: bool = False
+    num_in_flight: int = 0
+    problem: str = ""  # the last one that was logged
+
+
+class Proxy:
+    """An ASGI application that forwards to upstream servers.
+
+    Parameters
+    ----------
+    urls : of the upstream servers, ``http://HOST:PORT``.
+    models : that an upstream must list to be healthy.
+    api_key : asked of clients and shown to the upstreams; without one, clients' headers go there unchecked.
+    """
+
+    def __init__(self, urls: Sequence[str], models: Sequence[str], api_key: str | None, limits: Limits):
+        self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self._models, self._limits = frozenset(models), limits
+        self._authorization = f"Bearer {api_key}".encode() if api_key else None
+        self._metrics: App = make_asgi_app()
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=CONNECT_S),  # an answer may take as long as it takes
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            trust_env=False,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not forwarded")
+        elif scope["path"] == "/metrics":
+            await self._metrics(scope, receive, send)
+        elif scope["path"] == "/health":
+            healthy = any(one.healthy for one in self.upstreams)
+            await send_answer(send, json_answer(200 if healthy else 503, {}))
+        elif not self._may_enter(scope):
+            await send_answer(send, json_answer(401, {"error": "Unauthorized"}))
+        else:
+            await self._forward(scope, receive, send)
+
+    def _may_enter(self, scope: Scope) -> bool:
+        shown = next(iter(header_values(scope, "authorization")), "").encode("latin-1")
+        return self._authorization is None or hmac.compare_digest(shown, self._authorization)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        checks = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        for check in checks:
+            check.cancel()
+        await self._client.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive, self._limits.max_body_mib)
+        except Refusal as refusal:
+            return await send_answer(send, refused(refusal, path_of(scope)))
+        if body is None:
+            return None
+        answering = asyncio.create_task(self._answer(scope, body, send))
+        leaving = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:
+            for task in (answering, leaving):
+                task.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+        return None
+
+    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
+        tried: set[Upstream] = set()
+        while upstream := self._pick(tried):
+            tried.add(upstream)
+            async with self._ask(upstream, scope, body) as answer:
+                if answer is None or (answer.status_code in NOT_NOW and self._pick(tried)):
+                    continue
+                headers = [(name.lower(), value) for name, value in answer.headers.raw]
+                length = [one for one in headers if one[0] == b"content-length"]
+                kept = [*_end_to_end(headers), *length]
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+                try:
+                    async for piece in answer.aiter_raw():
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                except httpx.TransportError as error:  # too late for another one: cut the answer off
+                    self._lost(upstream, f"{error or type(error).__name__}")
+                    raise ConnectionError(f"{upstream.url} broke off its answer") from error
+                return await send({"type": "http.response.body", "body": b""})
+        unavailable = Refusal(503, "no upstream server answers: try again later", retry_s=2)
+        return await send_answer(send, refused(unavailable, path_of(scope)))
+
+    def _pick(self, tried: set[Upstream]) -> Upstream | None:
+        left = [one for one in self.upstreams if one.healthy and one not in tried]
+        return min(left, key=lambda one: one.num_in_flight, default=None)
+
+    @contextlib.asynccontextmanager
+    async def _ask(
+        self, upstream: Upstream, scope: Scope, body: bytes
+    ) -> AsyncIterator[httpx.Response | None]:
+        """Yield an answer that has begun, or None if there is none."""
+        query = scope.get("query_string", b"").decode("latin-1")
+        path = scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0]
+        request = self._client.build_request(
+            scope["method"],
+            f"{upstream.url}{path}{'?' if query else ''}{query}",
+            content=body,
+            headers=_end_to_end(scope["headers"]),
+        )
+        upstream.num_in_flight += 1
+        try:
+            try:
+                answer = await self._client.send(request, stream=True)
+            except httpx.TransportError as error:
+                self._lost(upstream, f"{error or type(error).__name__}")
+                yield None
+                return
+            try:
+                yield answer
+            finally:
+                await answer.aclose()
+        finally:
+            upstream.num_in_flight -= 1
+
+    def _lost(self, upstream: Upstream, problem: str) -> None:
+        if upstream.healthy or problem != upstream.problem:
+            logger.warning("upstream %s is left out: %s", upstream.url, problem)
+        upstream.healthy, upstream.problem = False, problem
+
+    async def _watch(self, upstream: Upstream) -> None:
+        """Ask an upstream again and again whether it lives and holds what is routed to."""
+        headers = {"authorization": self._authorization.decode()} if self._authorization else {}
+        while True:
+            try:
+                health = await self._client.get(f"{upstream.url}/health", timeout=CONNECT_S)
+                answer = await self._client.get(
+                    f"{upstream.url}/v1/models", headers=headers, timeout=CONNECT_S
+                )
+                problem = _problem(health, answer, self._models)
+            except httpx.TransportError as error:
+                problem = f"{error or type(error).__name__}"
+            if problem:
+                self._lost(upstream, problem)
+            elif not upstream.healthy:
+                logger.info("upstream %s is healthy", upstream.url)
+                upstream.healthy, upstream.problem = True, ""
+            await asyncio.sleep(CHECK_S)
+
+
+def _problem(health: httpx.Response, models: httpx.Response, wanted: frozenset[str]) -> str:
+    """Return why an upstream must not be asked; empty if it may."""
+    if health.status_code != 200 or models.status_code != 200:
+        return f"/health says {health.status_code}, /v1/models {models.status_code}"
+    try:
+        listed: set[Any] = {card["id"] for card in models.json()["data"]}
+    except (ValueError, KeyError, TypeError):
+        return "/v1/models is no list of models"
+    missing = sorted(wanted - listed)
+    return f"it does not serve {', '.join(missing)}" if missing else ""
+
+
+def _end_to_end(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]

@@ -1,0 +1,197 @@
+"""A new bundle without a restart: validate, load beside the old one, try, flip, drain, unload.
+
+Adapter names end in a hash of their content, so two bundles can be loaded side by side, and what both hold is
+not loaded again. Until the flip nothing that is served changes: a bundle that is refused leaves no trace.
+"""
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
+from fedrouter.errors import BundleError, FedRouterError
+from fedrouter.serve import engine, metrics
+from fedrouter.serve.access import MODELS
+from fedrouter.serve.asgi import Inner, reason
+from fedrouter.serve.bodies import Refusal
+from fedrouter.serve.canary import check_adapters
+from fedrouter.serve.routing import Routing
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+ADMIN = re.compile(r"load_lora_adapter|(^|/)adapters(/|$)")  # the second: the same by SageMaker's names
+logger = logging.getLogger("vllm.fedrouter.reload")
+DRAIN_S = 600.0  # then old adapters go all the same; requests that vLLM has begun to answer keep theirs
+
+
+class Reloader:
+    """Replaces the routing of one server process, one bundle at a time."""
+
+    def __init__(self) -> None:
+        self._busy = False
+
+    async def reload(
+        self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
+    ) -> dict[str, Any]:
+        """Serve another bundle; return what was loaded, kept and unloaded.
+
+        Parameters
+        ----------
+        name : the bundle's path, in the directory that holds the served bundle.
+        flip : makes a routing the one in use.
+
+        Raises
+        ------
+        Refusal
+            If the bundle must not be served here, or nothing can be reloaded now; the old one goes on.
+        """
+        if self._busy:
+            raise Refusal(409, "a reload is under way: wait for it to end")
+        self._busy = True
+        try:
+            changes = await self._reload(inner, old, name, flip)
+        except (FedRouterError, Refusal) as error:
+            metrics.RELOADS.labels("refused").inc()
+            if isinstance(error, Refusal):
+                raise
+            raise Refusal(400, f"{error}; the bundle served so far stays", "bundle") from error
+        finally:
+            self._busy = False
+        metrics.RELOADS.labels("loaded").inc()
+        return changes
+
+    async def _reload(
+        self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
+    ) -> dict[str, Any]:
+        _check_server(inner)
+        path = find_bundle(Path(os.environ["FEDROUTER_BUNDLES"]), name)
+        new = await asyncio.to_thread(_load_like, old, path)
+        wanted = new.bundle.adapter_paths
+        served = await _adapters(inner)
+        fresh = [adapter for adapter in wanted if adapter not in served]
+        _check_room(inner, new.bundle, len(served) + len(fresh))
+        loaded: list[str] = []
+        try:
+            for adapter in fresh:
+                where = str(wanted[adapter].resolve())
+                await _change(inner, LOAD, {"lora_name": adapter, "lora_path": where})
+                loaded.append(adapter)
+            await check_adapters(inner, loaded)
+        except BaseException:
+            await _unload(inner, loaded)
+            raise
+        flip(new)
+        await old.drained(DRAIN_S)
+        old.close()
+        retired = [adapter for adapter in old.bundle.adapter_paths if adapter not in wanted]
+        try:
+            await _unload(inner, retired)
+        except FedRouterError as error:  # the new bundle is served: what is left costs memory only
+            logger.warning("%s", error)
+        kept = [adapter for adapter in wanted if adapter not in loaded]
+        return {"bundle": path.name, "loaded": loaded, "kept": kept, "unloaded": retired}
+
+
+def is_admin(path: str) -> bool:
+    """Return whether a path leads to vLLM's own endpoints for adapters: nobody's business outside."""
+    return ADMIN.search(path) is not None
+
+
+def find_bundle(root: Path, name: Any) -> Path:
+    """Return a bundle's real directory, which lies in ``root`` with all its files.
+
+    A link within ``root`` (``current``, say) is followed; one that leads out of it is refused.
+
+    Raises
+    ------
+    BundleError
+        If ``name`` is no path, leads out of ``root``, or nothing is there.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise BundleError('send {"bundle": PATH}')
+    root = root.resolve()
+    path = (root / name).resolve()
+    inside = ".." not in Path(name).parts and path.is_relative_to(root) and path != root
+    if not inside:
+        raise BundleError(f"bundle {name} is not in {root}, the only place that bundles are loaded from")
+    if not path.is_dir():
+        raise BundleError(f"bundle {name}: no such directory in {root}")
+    for file in path.rglob("*"):
+        if not file.resolve().is_relative_to(root):
+            raise BundleError(f"bundle {name}: {file.relative_to(path)} is a link that leads out of {root}")
+    return path
+
+
+def _check_server(inner: Inner) -> None:
+    if engine.num_api_processes(inner.scope) > 1:
+        raise Refusal(
+            409,
+            "a server with several API processes cannot reload: this request reached only one of them; "
+            "restart it, or scale out with several servers behind `fedrouter serve --upstream`",
+        )
+    if "FEDROUTER_BUNDLES" not in os.environ or os.environ.get(engine.RELOADS) != "1":
+        raise Refusal(409, "this server was started without reloading: restart it")
+
+
+def _load_like(old: Routing, path: Path) -> Routing:
+    """Load a bundle for routing; refuse what differs in anything that is fixed while a server runs."""
+    bundle = load_bundle(path)
+    if bundle.base.fingerprint != old.bundle.base.fingerprint:
+        raise BundleError(
+            f"{path.name} belongs to base model {bundle.base.model}, another than the one served"
+        )
+    mine, theirs = (replace(one.embedder, model="") for one in (old.bundle, bundle))
+    if mine != theirs:
+        raise BundleError(
+            f"{path.name} belongs to embedder {bundle.embedder.model}, another than the one in use"
+        )
+    if _template(bundle) != _template(old.bundle):
+        raise BundleError(f"{path.name} has another chat template, which only a restart can change")
+    if old.base_path is not None:
+        check_base(bundle, old.base_path)
+    check_embedder(bundle, old.embedder)
+    return old.like(bundle)
+
+
+def _template(bundle: Bundle) -> bytes | None:
+    return bundle.chat_template.read_bytes() if bundle.chat_template else None
+
+
+async def _adapters(inner: Inner) -> set[str]:
+    """Return the names of the adapters that the server has."""
+    answer = await inner.ask("GET", MODELS)
+    if answer.status != 200:
+        raise Refusal(answer.status, reason(answer.payload))
+    return {card["id"] for card in answer.payload["data"] if card.get("parent")}
+
+
+def _check_room(inner: Inner, bundle: Bundle, number: int) -> None:
+    limits = engine.lora_limits(inner.scope)
+    if limits is None:  # then vLLM says so itself
+        return
+    if bundle.rank > limits[0]:
+        raise BundleError(
+            f"{bundle.path.name} has rank {bundle.rank}, and the server runs with --max-lora-rank {limits[0]}"
+        )
+    if number > limits[1]:
+        raise BundleError(
+            f"{bundle.path.name}: {number} adapters, old and new, "
+            f"and the server runs with --max-cpu-loras {limits[1]}"
+        )
+
+
+async def _change(inner: Inner, path: str, payload: dict[str, str]) -> None:
+    answer = await inner.ask("POST", path, payload)
+    if answer.status != 200:
+        raise BundleError(f"vLLM refuses adapter {payload['lora_name']}: {reason(answer.payload)}")
+
+
+async def _unload(inner: Inner, adapters: Sequence[str]) -> None:
+    ids = engine.adapter_ids(inner.scope, adapters)
+    for adapter in adapters:
+        await _change(inner, UNLOAD, {"lora_name": adapter})
+    await engine.forget(inner.scope, ids)

@@ -1,0 +1,78 @@
+"""The hook before vLLM servers that somebody else started: ``fedrouter serve BUNDLE --upstream URL``."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedrouter.errors import ServingError
+from fedrouter.route import BASE_NAME
+from fedrouter.serve.access import Access, load_keys
+from fedrouter.serve.checks import check_port
+from fedrouter.serve.launch import Options, ready_lines, server_key
+from fedrouter.serve.process import Command
+
+NEEDED = ("httpx", "prometheus_client", "uvicorn")
+
+
+def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> int:
+    """Route to vLLM servers that hold a bundle's adapters, until SIGINT or SIGTERM; return the exit code.
+
+    Parameters
+    ----------
+    urls : of the servers. Each must serve every adapter of the bundle under its name, and the base as "base".
+
+    Raises
+    ------
+    FedRouterError
+        If the bundle must not be served, or the proxy cannot start.
+    """
+    if options.adapters or options.vllm_args:
+        raise ServingError("--adapter and vLLM's flags belong to the upstream servers: leave them out here")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ServingError(f'{", ".join(missing)} not installed: pip install "fedrouter[proxy]"')
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ServingError(f"--upstream {url}: expected http://HOST:PORT")
+    check_port(options.host, options.port)
+    key = server_key(options)
+    if key is not None:
+        os.environ["VLLM_API_KEY"] = key  # where the hook finds it in vLLM's processes too
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_serve(bundle_path, urls, options, key))
+    return 0
+
+
+async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: str | None) -> None:
+    import uvicorn
+
+    from fedrouter.serve.middleware import FedRouterMiddleware
+    from fedrouter.serve.proxy import Proxy
+    from fedrouter.serve.routing import make_routing
+
+    access = Access(key, load_keys(options.keys_file) if options.keys_file else None)
+    routing = await asyncio.to_thread(
+        make_routing, bundle_path, options.base, options.fallback, options.limits
+    )
+    models = [BASE_NAME, *routing.bundle.adapter_paths]
+    proxy = Proxy(urls, models, key, options.limits)
+    hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access)
+    server = uvicorn.Server(
+        uvicorn.Config(hook, options.host, options.port, log_level="warning", access_log=False, lifespan="on")
+    )
+    serving = asyncio.create_task(server.serve())
+    while hook.state == "starting" and not serving.done():
+        await asyncio.sleep(0.05)
+    if hook.state == "ready":
+        url = Command((), {}, {}, options.host, options.port).url
+        print(ready_lines(routing.bundle, url, options), flush=True)  # noqa: T201 - for who started it
+    elif hook.state == "failed":
+        server.should_exit = True
+    await serving
+    if hook.state == "failed":
+        raise ServingError("an adapter answers as the base does upstream; the output above names it")
+    if not server.started:
+        raise ServingError("the proxy could not start; its output above says why")
