@@ -64,7 +64,7 @@ def measure(clients: int) -> dict[str, float]:
     settings = [f"base.model={BASE}"] if BASE.exists() else []
     settings += [
         f"data.num_clients={clients or 8}",
-        "data.num_per_task=1600",
+        "data.num_per_task=400",
         f"train.rounds={2 if clients == 8 else 1}",
         f"train.steps={STEPS // (clients or 1)}",
     ]
