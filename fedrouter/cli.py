@@ -342,7 +342,11 @@ def _api_key(variable: str | None) -> str | None:
 
 def main() -> None:
     """Run the command line; a domain error is one line and exit code 1."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # SIGINT too: a script's background job inherits it ignored
+        signal.signal(number, _interrupt)
     try:
         app()
     except FedRouterError as error:
