@@ -342,11 +342,8 @@ def _api_key(variable: str | None) -> str | None:
 
 def main() -> None:
     """Run the command line; a domain error is one line and exit code 1."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # SIGINT too: a script's background job inherits it ignored
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job inherits it ignored
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except FedRouterError as error:
