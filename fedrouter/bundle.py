@@ -24,9 +24,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from fedrouter.embed import Embedder, probe
+from fedrouter.embed import Embedder, load_embedder, probe
 from fedrouter.errors import BundleError
-from fedrouter.models import base_fingerprint
+from fedrouter.models import base_fingerprint, resolve_base
 from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, RoutingSpace, TaskCluster
 
 SCHEMA_VERSION = 1
@@ -173,6 +173,36 @@ def load_bundle(path: Path) -> Bundle:
             raise BundleError(f"{directory}: its tensors differ in name or shape from the others'")
         shapes = found
     return bundle
+
+
+def find_base(bundle: Bundle, base: str | None = None) -> Path:
+    """Return the checked directory of a bundle's base model.
+
+    Parameters
+    ----------
+    base : a directory or hub id, when not what the bundle says.
+
+    Raises
+    ------
+    ModelError, BundleError
+        If there is no such model, or it is not the one that the adapters were trained on.
+    """
+    path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
+    check_base(bundle, path)
+    return path
+
+
+def find_embedder(bundle: Bundle, base_path: Path) -> Embedder:
+    """Load and check a bundle's embedder; the slowest of all checks.
+
+    Raises
+    ------
+    ConfigError, ModelError, BundleError
+        If it does not load, or does not compute what the bundle's embedder computed.
+    """
+    embedder = load_embedder(bundle.embedder, bundle.base, base_path)
+    check_embedder(bundle, embedder)
+    return embedder
 
 
 def check_base(bundle: Bundle, base_path: Path) -> None:

@@ -303,16 +303,10 @@ def bundle_directory(path: Path) -> Path:
 
 
 def _load(directory: Path, base: str | None) -> "tuple[Bundle, Embedder]":
-    from fedrouter.bundle import check_base, check_embedder, load_bundle
-    from fedrouter.embed import load_embedder
-    from fedrouter.models import resolve_base
+    from fedrouter.bundle import find_base, find_embedder, load_bundle
 
     bundle = load_bundle(bundle_directory(directory))
-    path = resolve_base(base or bundle.base.model, bundle.base.revision)
-    check_base(bundle, path)
-    embedder = load_embedder(bundle.embedder, bundle.base, path)
-    check_embedder(bundle, embedder)
-    return bundle, embedder
+    return bundle, find_embedder(bundle, find_base(bundle, base))
 
 
 def _show(report: "Report", out: Path | None, records: Path | None) -> None:

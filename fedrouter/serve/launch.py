@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
-from fedrouter.embed import load_embedder
+from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
 from fedrouter.errors import ServingError
-from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve import engine
 from fedrouter.serve.access import READY, load_keys
@@ -100,13 +98,10 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     bundle = load_bundle(bundle_path)
     if options.fallback is not None:
         Router(bundle, options.fallback)  # refuses one that the bundle cannot have
-    base_path = resolve_base(
-        options.base or bundle.base.model, None if options.base else bundle.base.revision
-    )
-    check_base(bundle, base_path)
+    base_path = find_base(bundle, options.base)
     ranks = [check_adapter(name, path, bundle) for name, path in options.adapters.items()]
     command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
-    check_embedder(bundle, load_embedder(bundle.embedder, bundle.base, base_path))  # the slowest check
+    find_embedder(bundle, base_path)  # the slowest check
     return bundle, command
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle
-from fedrouter.embed import Embedder, load_embedder
+from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
+from fedrouter.embed import Embedder
 from fedrouter.errors import ServingError
-from fedrouter.models import resolve_base
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve.batch import Batcher
 from fedrouter.serve.limits import Limits
@@ -165,10 +164,8 @@ def make_routing(bundle_path: Path, base: str | None, fallback: str | None, limi
         If the bundle, the base model or the embedder must not be served.
     """
     bundle = load_bundle(bundle_path)
-    base_path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
-    check_base(bundle, base_path)
-    embedder = load_embedder(bundle.embedder, bundle.base, base_path)
-    check_embedder(bundle, embedder)
+    base_path = find_base(bundle, base)
+    embedder = find_embedder(bundle, base_path)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))

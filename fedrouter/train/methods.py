@@ -64,7 +64,8 @@ def group(federation: Federation, config: Config, fresh: AdapterState) -> Groupi
         return Grouping(
             space, federation.assign(space), None, fresh_state([fresh] * len(set(space.cluster_of)))
         )
-    known = _introduce(federation)
+    point = _point(federation)
+    known = federation.assign(point)  # they say who they are and what labels they hold
     clients = [assignment.client for assignment in known]
     everything = Membership(dict.fromkeys(clients, (0,)), {}, 1)
     state, num = None, len(clients)
@@ -79,14 +80,12 @@ def group(federation: Federation, config: Config, fresh: AdapterState) -> Groupi
         names = tuple(_labels(known))
         told = Membership({}, {task: k for k, task in enumerate(names)}, len(names))
     else:
-        state, updates = _warm_up(
-            federation, federation.assign(_point(federation), everything), config, fresh
-        )
+        state, updates = _warm_up(federation, federation.assign(point, everything), config, fresh)
         of = group_clients([updates[client] for client in clients], config.cluster.global_)
         told = Membership({c: (int(k),) for c, k in zip(clients, of, strict=True)}, {}, int(of.max()) + 1)
         names = tuple(f"group-{k}" for k in range(told.num))
         state = replace(fresh_state([state.adapters[0]] * told.num), number=state.number)
-    space = _told_space(federation, told)
+    space = _told_space(federation, point, told)
     num_adapters = told.num + (config.method == "feddpa")
     return Grouping(
         space, federation.assign(space, told), names, state or fresh_state([fresh] * num_adapters)
@@ -174,11 +173,6 @@ def _warm_up(
     }
 
 
-def _introduce(federation: Federation) -> list[Assignment]:
-    """Have the clients say who they are and what labels they hold."""
-    return federation.assign(_point(federation))
-
-
 def _point(federation: Federation) -> RoutingSpace:
     """Return a space with one centroid, so that nothing is told apart."""
     dim = federation.summarise(1)[0].centroids.shape[1]
@@ -186,9 +180,9 @@ def _point(federation: Federation) -> RoutingSpace:
     return RoutingSpace(zeros, np.eye(dim, dtype=np.float32), zeros[None], (0,))
 
 
-def _told_space(federation: Federation, told: Membership) -> RoutingSpace:
+def _told_space(federation: Federation, point: RoutingSpace, told: Membership) -> RoutingSpace:
     """Return a space with one centroid a task cluster: the mean of the rows that were told."""
-    groups, _ = pool(federation.regroup(_point(federation), told), least=0)
+    groups, _ = pool(federation.regroup(point, told), least=0)
     return routing_space(groups, np.arange(told.num))
 
 

@@ -98,9 +98,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
     """``prepare`` of the word bundle, whose base model and embedder are on no disk."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(launch, "resolve_base", lambda *_: Path("/models/base"))
-    for name in ("check_base", "check_embedder", "load_embedder"):
-        monkeypatch.setattr(launch, name, lambda *_: None)
+    monkeypatch.setattr(launch, "find_base", lambda *_: Path("/models/base"))
+    monkeypatch.setattr(launch, "find_embedder", lambda *_: None)
 
     def run(**options: Any) -> Command:
         return prepare(word_bundle.path, Options(port=free_port(), **options))[1]

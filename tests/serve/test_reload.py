@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -392,6 +392,19 @@ def test_clients_change_with_the_bundle(setup: Setup) -> None:
     assert answers[4].json["model"] == setup.adapters("two")[1]
 
 
+async def during_a_reload(setup: Setup, asking: Coroutine[Any, Any, Answer], waiting: int) -> Answer:
+    """Answer a request that began before a reload and ends after its flip."""
+    slow = asyncio.create_task(asking)
+    while setup.app.waiting < waiting:
+        await asyncio.sleep(0.01)
+    reloading = asyncio.create_task(setup.reload("two"))
+    while setup.server.hook.routing.bundle.path.name != "two":
+        await asyncio.sleep(0.01)
+    setup.app.gate.set()
+    await reloading
+    return await slow
+
+
 @pytest.mark.parametrize("path", ROUTED)
 def test_requests_on_every_path_keep_the_bundle_that_they_began_with(setup: Setup, path: str) -> None:
     write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
@@ -399,18 +412,7 @@ def test_requests_on_every_path_keep_the_bundle_that_they_began_with(setup: Setu
     body = {"model": "fedrouter", "prompt": text, "input": text, "max_tokens": 8}
     body["messages"] = [{"role": "user", "content": text}]
 
-    async def scenario() -> Answer:
-        slow = asyncio.create_task(setup.server.ask(path, body))
-        while not setup.app.waiting:
-            await asyncio.sleep(0.01)
-        reloading = asyncio.create_task(setup.reload("two"))
-        while setup.server.hook.routing.bundle.path.name != "two":
-            await asyncio.sleep(0.01)
-        setup.app.gate.set()
-        await reloading
-        return await slow
-
-    answer = within(setup, scenario)
+    answer = within(setup, lambda: during_a_reload(setup, setup.server.ask(path, body), waiting=1))
     assert (answer.status, answer.json["model"]) == (200, setup.adapters("one")[1])
 
 
@@ -418,17 +420,6 @@ def test_a_split_list_keeps_the_bundle_that_it_began_with(setup: Setup) -> None:
     write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
     prompts = [TASKS["summary"] + " slow", TASKS["headline"] + " slow"]
 
-    async def scenario() -> Answer:
-        slow = asyncio.create_task(setup.ask(prompts))
-        while setup.app.waiting < 2:
-            await asyncio.sleep(0.01)
-        reloading = asyncio.create_task(setup.reload("two"))
-        while setup.server.hook.routing.bundle.path.name != "two":
-            await asyncio.sleep(0.01)
-        setup.app.gate.set()
-        await reloading
-        return await slow
-
     headline, summary = setup.adapters("one")[:2]
-    answer = within(setup, scenario)
+    answer = within(setup, lambda: during_a_reload(setup, setup.ask(prompts), waiting=2))
     assert (answer.status, answer.json["model"]) == (200, f"{summary},{headline}")
