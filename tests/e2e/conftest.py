@@ -14,12 +14,15 @@ from pathlib import Path
 
 import openai
 import pytest
+from rich.console import Console
 
 from fedrouter.bundle import Bundle
+from fedrouter.config import load_config
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
 from fedrouter.route import Router
 from fedrouter.serve.launch import free_port
+from fedrouter.train.run import train
 from fedrouter.types import Decision, Turn
 
 KEY_ENV, KEY = "FEDROUTER_TEST_KEY", "sesame-open"
@@ -34,6 +37,19 @@ class Server:
     bundle: Bundle
     ready: list[str]  # what ``fedrouter serve`` printed
     client: openai.OpenAI
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle really trained, briefly: four clients, four task clusters, the built-in base."""
+    settings = [
+        "data.num_clients=4",
+        "data.num_per_task=60",
+        "train.rounds=2",
+        "train.steps=4",
+        "cluster.global=4",
+    ]
+    return train(load_config(None, settings), tmp_path_factory.mktemp("small") / "run", Console(quiet=True))
 
 
 @pytest.fixture(scope="session")
