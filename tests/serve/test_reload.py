@@ -15,7 +15,7 @@ from holder import HolderApp
 
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import BundleError
-from fedrouter.serve import engine, reload
+from fedrouter.serve import canary, engine, reload
 from fedrouter.serve.access import Access
 from fedrouter.serve.bodies import ROUTED
 from fedrouter.serve.limits import Limits
@@ -53,6 +53,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     first = write_word_bundle(root / "one")
     monkeypatch.setenv("FEDROUTER_BUNDLES", str(root))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(canary, "RETRY_S", 0.01)
     return setup_of(root, first)
 
 
