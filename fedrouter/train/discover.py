@@ -19,9 +19,12 @@ The exchanges, in order; no row leaves its client in any of them:
    is a task cluster's ``radius``.
 
 The paper's way (section 3) is ``kmeans``: k-means on each client, k-means over the centroids, plain Euclid.
+
+What clients reveal is summed as it comes: the server holds one client's matrices at a time, and of each client
+only counts and centroids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -65,10 +68,9 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
     return routing_space(components, labels)
 
 
-def kmeans_space(clients: Sequence[LocalClusters], num: Count, seed: int) -> RoutingSpace:
+def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
     """Cluster all centroids by k-means, weighted by counts; distances are Euclidean (paper section 3)."""
-    counts = np.concatenate([c.counts for c in clients])
-    centroids = np.concatenate([c.centroids for c in clients])
+    counts, centroids, _ = _collected(clients)
     assert num != "auto", "the configuration refuses this"
     if num > len(counts):
         raise TrainingError(
@@ -80,15 +82,13 @@ def kmeans_space(clients: Sequence[LocalClusters], num: Count, seed: int) -> Rou
     return _space(np.zeros(d), np.eye(d), found.cluster_centers_, np.arange(num))
 
 
-def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
+def condense(clients: Iterable[LocalClusters], num: int) -> LocalClusters:
     """Join all clients' local clusters into ``num`` components.
 
     Always the pair whose union raises log det of the pooled within-cluster covariance least (Friedman and
     Rubin 1967), kept up to date by rank-one updates of its inverse: O(m² + m d + d²) a union.
     """
-    counts: Float64s = np.concatenate([c.counts for c in clients])
-    centroids: Float64s = np.concatenate([c.centroids for c in clients])
-    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    counts, centroids, scatter = _collected(clients)
     total = counts.sum()
     if len(counts) > MAX_JOINED:  # joining is quadratic: what lies closest goes together first
         counts, centroids, scatter = _prejoin(counts, centroids, scatter)
@@ -118,7 +118,7 @@ def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
     return LocalClusters(counts[alive], centroids[alive], scatter)
 
 
-def pool(clients: Sequence[LocalClusters], least: int = MIN_COMPONENT) -> tuple[LocalClusters, Float64s]:
+def pool(clients: Iterable[LocalClusters], least: int = MIN_COMPONENT) -> tuple[LocalClusters, Float64s]:
     """Pool the clients' components; drop those with fewer than ``least`` rows.
 
     Returns
@@ -126,16 +126,20 @@ def pool(clients: Sequence[LocalClusters], least: int = MIN_COMPONENT) -> tuple[
     components : over all clients, scatter about the pooled centroids.
     support : (clients, m) rows of each client in each component.
     """
-    support = np.stack([c.counts for c in clients])
-    counts = support.sum(0)
-    sums = np.sum([c.counts[:, None] * c.centroids for c in clients], axis=0)
-    centroids = sums / np.maximum(counts, 1)[:, None]
-    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    revealed, sums, scatter = [], _Sum(), _Sum()
     for c in clients:
-        offset = (c.centroids - centroids) * np.sqrt(c.counts)[:, None]
-        scatter = scatter + offset.T @ offset
+        sums.add(c.counts[:, None] * c.centroids)
+        scatter.add(c.scatter)
+        held = np.flatnonzero(c.counts)
+        revealed.append((c.counts, held, c.centroids[held]))
+    support = np.stack([own for own, _, _ in revealed])
+    counts = support.sum(0)
+    centroids = sums.value / np.maximum(counts, 1)[:, None]
+    for own, held, means in revealed:
+        offset = (means - centroids[held]) * np.sqrt(own[held])[:, None]
+        scatter.add(offset.T @ offset)
     kept = counts >= min(least, counts.max())
-    return LocalClusters(counts[kept], centroids[kept], scatter), support[:, kept]
+    return LocalClusters(counts[kept], centroids[kept], scatter.value), support[:, kept]
 
 
 def component_space(components: LocalClusters) -> RoutingSpace:
@@ -155,7 +159,7 @@ def span(space: RoutingSpace) -> Float64s:
     return np.asarray(vectors[: max(1, int((values > 1e-4 * max(values[0], 1e-12)).sum()))].T)
 
 
-def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
+def separate(clients: Iterable[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
     Two components are as far apart as their prompts (``_separations``) times their completions
@@ -164,11 +168,13 @@ def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, n
     which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
     that few clients hold counts in full.
     """
-    n: Float64s = PRIOR_MEAN + np.sum([m.counts for m in clients], axis=0)
-    s: Float64s = PRIOR_MEAN * centres + np.sum([m.sums for m in clients], axis=0)
-    q: Float64s = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :]
-    q = q + np.sum([m.squares for m in clients], axis=0)
-    answers: Float64s = np.sum([m.answers for m in clients], axis=0)
+    totals = [_Sum() for _ in range(4)]
+    for m in clients:
+        for total, part in zip(totals, (m.counts, m.sums, m.squares, m.answers), strict=True):
+            total.add(part)
+    n, s, q, answers = (total.value for total in totals)
+    n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
+    q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
     rows = support.sum(1, keepdims=True)
     groups = [[i] for i in range(len(n))]
     if num != "auto" and num > len(groups):
@@ -243,6 +249,29 @@ def radius(subsets: Sequence[Subset], quantile: float) -> float:
         within = np.average([np.interp(middle, s.distances, QUANTILES) for s in subsets], weights=weights)
         low, high = (middle, high) if within < quantile else (low, middle)
     return high
+
+
+class _Sum:
+    """A running sum of arrays, in the order in which they come."""
+
+    value: Float64s
+
+    def add(self, part: Float64s) -> None:
+        """Add one client's; the first is copied, the others go into it in place."""
+        if hasattr(self, "value"):
+            self.value += part
+        else:
+            self.value = part.astype(np.float64)
+
+
+def _collected(clients: Iterable[LocalClusters]) -> tuple[Float64s, Float64s, Float64s]:
+    """Return all counts, all centroids and the sum of the scatter matrices."""
+    counts, centroids, scatter = [], [], _Sum()
+    for c in clients:
+        counts.append(c.counts)
+        centroids.append(c.centroids)
+        scatter.add(c.scatter)
+    return np.concatenate(counts), np.concatenate(centroids), scatter.value
 
 
 def _space(mean: Float64s, transform: Float64s, centroids: Float64s, cluster_of: Labels) -> RoutingSpace:
