@@ -20,7 +20,7 @@ The exchanges, in order; no row leaves its client in any of them:
 
 The paper's way (section 3) is ``kmeans``: k-means on each client, k-means over the centroids, plain Euclid.
 
-What clients reveal is summed as it comes: the server holds one client's matrices at a time, and of each client
+What clients reveal is summed as it comes: the server holds one client's matrices at a time, and of each
 only counts and centroids.
 """
 
@@ -36,6 +36,7 @@ from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 MAX_JOINED = 512  # local clusters that the server joins one by one
+MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random, or fewer attempts
 NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are looked for
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
@@ -56,16 +57,21 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
     TrainingError
         If more task clusters are asked for than can be told apart.
     """
-    clients = federation.summarise(settings.local)
     if settings.method == "kmeans":
-        return kmeans_space(clients, settings.global_, seed)
+        return kmeans_space(federation.summarise(settings.local), settings.global_, seed)
+    return routing_space(*find_components(federation, settings))
+
+
+def find_components(federation: Federation, settings: ClusterSettings) -> tuple[LocalClusters, Labels]:
+    """Return the components, and the task cluster of each: exchanges 1 to 4."""
+    clients = federation.summarise(settings.local)
     components = condense(clients, max(NUM_COMPONENTS, 0 if settings.global_ == "auto" else settings.global_))
     for _ in range(PASSES):
         components, support = pool(federation.regroup(component_space(components)))
     space = component_space(components)
     basis = span(space)
-    labels = separate(federation.moments(space, basis), space.centroids @ basis, support, settings.global_)
-    return routing_space(components, labels)
+    moments = federation.moments(space, basis)
+    return components, separate(moments, space.centroids @ basis, support, settings.global_)
 
 
 def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
@@ -77,7 +83,8 @@ def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> Rou
             f"{num} task clusters but only {len(counts)} local clusters; "
             "lower cluster.global or raise cluster.local"
         )
-    found = KMeans(num, n_init=50, random_state=seed).fit(centroids, sample_weight=counts)
+    attempts = 50 if len(counts) <= MAX_FITTED else 10
+    found = KMeans(num, n_init=attempts, random_state=seed).fit(centroids, sample_weight=counts)
     d = centroids.shape[1]
     return _space(np.zeros(d), np.eye(d), found.cluster_centers_, np.arange(num))
 
@@ -291,7 +298,11 @@ def _shrink(covariance: Float64s) -> Float64s:
 
 def _prejoin(counts: Float64s, centroids: Float64s, scatter: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     z = centroids @ whitening(scatter / max(counts.sum() - len(counts), 1))
-    labels = KMeans(MAX_JOINED, n_init=1, random_state=0).fit_predict(z, sample_weight=counts)
+    fitted = np.arange(len(z))
+    if len(z) > MAX_FITTED:
+        fitted = np.random.default_rng(0).choice(len(z), MAX_FITTED, replace=False)
+    found = KMeans(MAX_JOINED, n_init=1, random_state=0).fit(z[fitted], sample_weight=counts[fitted])
+    labels = found.predict(z)
     _, labels = np.unique(labels, return_inverse=True)
     pooled = np.zeros((labels.max() + 1, centroids.shape[1]))
     np.add.at(pooled, labels, centroids * counts[:, None])
