@@ -1,4 +1,4 @@
-"""Clients that come late: a finished run, and rows that nobody had → another run; only what is new is trained.
+"""Clients that come late: from a finished run to another one, in which only what is new was trained.
 
 1. Each client that joins embeds its rows and compares them with the bundle's task clusters, in the bundle's
    space, which stays as it is. Rows within a radius belong there: the client is listed, nothing is trained.
@@ -166,13 +166,19 @@ def placed(
     chance = num * (1 - quantile) + CHANCE * math.sqrt(num * quantile * (1 - quantile))
     least = max(MIN_TASK_ROWS, math.floor(chance) + 1)
     space = bundle.space
-    if num_outside >= least:
-        components, labels = find_components(
-            LocalFederation([c for c in outside.values() if c.num_fitted], trainer), ClusterSettings()
-        )
-        space = widened(bundle.space, components.centroids.astype(np.float32), labels)
     assignments = list(federation.assign(space))
-    kept = [k for k, rows in _rows(assignments).items() if k >= first and rows >= least]
+    settings = ClusterSettings()
+    while num_outside >= least:  # of few rows discovery makes too many tasks: join until all are large enough
+        among = LocalFederation([c for c in outside.values() if c.num_fitted], trainer)
+        components, labels = find_components(among, settings)
+        space = widened(bundle.space, components.centroids.astype(np.float32), labels)
+        assignments = list(federation.assign(space))
+        rows = _rows(assignments)
+        num_new = int(labels.max()) + 1
+        if num_new == 1 or all(rows.get(first + k, 0) >= least for k in range(num_new)):
+            break
+        settings = ClusterSettings.model_validate({"global": num_new - 1})
+    kept = [k for k, size in _rows(assignments).items() if k >= first and size >= least]
     if len(kept) < max(space.cluster_of) + 1 - first:  # the others' rows go to the nearest that is left
         space = narrowed(space, [*range(first), *sorted(kept)])
         assignments = list(federation.assign(space))
