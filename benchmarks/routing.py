@@ -28,9 +28,9 @@ from fedrouter.embed import Embedder, embedder_spec, load_embedder, routing_text
 from fedrouter.partition import partition
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import nearest
+from fedrouter.train.describe import describe
 from fedrouter.train.discover import discover
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.run import describe
 from fedrouter.types import Array, BaseSpec, Record
 
 SCENARIOS = ("single", "dual", "all")

@@ -83,6 +83,32 @@ def train(
     )
 
 
+@app.command()
+def join(
+    run: Annotated[Path, typer.Argument(help="A finished run; it stays as it is.")],
+    client: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; otherwise RUN and the names, beside it.")
+    ] = None,
+) -> None:
+    """Add clients to a finished run; train only what is new."""
+    sources = dict(_named(text, "--client", "NAME=FILE") for text in client)
+    if len(sources) < len(client):
+        raise ConfigError("--client: a name is given twice")
+    from fedrouter.train.join import join as add
+
+    try:
+        bundle = add(run, sources, out, console)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command goes on from the last finished round")
+        raise typer.Exit(130) from None
+    console.print(
+        f"bundle: {bundle.path}\non a running server: fedrouter reload URL {bundle.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @app.command(context_settings={"allow_extra_args": True})
 def serve(
     context: typer.Context,
@@ -129,7 +155,10 @@ def serve(
         keys_file=keys_file,
         fallback=fallback,
         limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
-        adapters=dict(_named_path(text) for text in adapter or []),
+        adapters={
+            name: Path(path)
+            for name, path in (_named(text, "--adapter", "NAME=DIR") for text in adapter or [])
+        },
         vllm_args=context.args,
     )
     raise typer.Exit(serve_upstream(directory, upstream, options) if upstream else run(directory, options))
@@ -319,11 +348,11 @@ def _show(report: "Report", out: Path | None, records: Path | None) -> None:
         write_records(report, records)
 
 
-def _named_path(text: str) -> tuple[str, Path]:
+def _named(text: str, option: str, form: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise ConfigError(f"--adapter {text}: expected NAME=DIR")
-    return name, Path(path)
+        raise ConfigError(f"{option} {text}: expected {form}")
+    return name, path
 
 
 def _api_key(variable: str | None) -> str | None:

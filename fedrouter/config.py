@@ -1,6 +1,7 @@
 """TOML to typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,6 +281,33 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         where = str(path) if path else "configuration"
         raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def read_resolved(file: Path) -> Config:
+    """Read the resolved configuration that lies beside a run.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, or this version cannot read it.
+    """
+    try:
+        # Defaults are left out: an option that was never given may not be given with others.
+        return Config.model_validate(
+            _differing(json.loads(file.read_text(encoding="utf-8")), Config().model_dump(by_alias=True))
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    pairs = {k: (v, defaults.get(k)) for k, v in values.items() if k not in defaults or v != defaults[k]}
+    return {
+        k: _differing(v, d) if d and isinstance(v, dict) and isinstance(d, dict) else v
+        for k, (v, d) in pairs.items()
+    }
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

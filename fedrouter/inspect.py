@@ -34,6 +34,9 @@ def _show_run(path: Path, console: Console) -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     done = max((line["round"] + 1 for line in lines), default=0)
     console.print(f"run {path}: {done} of {config['train']['rounds']} rounds, base {config['base']['model']}")
+    joined = path / "joined.json"
+    for one in json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else []:
+        console.print(f"joined {one['run']}: {', '.join(one['clients'])}", highlight=False, soft_wrap=True)
     if lines:
         table = Table(
             "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"
@@ -55,7 +58,9 @@ def _show_run(path: Path, console: Console) -> None:
     if (path / "bundle").exists():
         _show_bundle(load_bundle(path / "bundle"), console)
     else:
-        console.print("no bundle yet; run the same train command again to go on")
+        console.print(
+            f"no bundle yet; give the same {'join' if joined.exists() else 'train'} command again to go on"
+        )
 
 
 def _show_bundle(bundle: Bundle, console: Console) -> None:

@@ -1,7 +1,8 @@
 """What a client does when asked. Rows never leave this class."""
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,16 @@ class Client:
         self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 
+    @property
+    def num_rows(self) -> int:
+        """Rows it holds."""
+        return len(self._records)
+
+    @property
+    def num_fitted(self) -> int:
+        """Rows that are not set aside."""
+        return len(self._fit)
+
     def summarise(self, num: Count) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
         seed = derive_seed(self._seed, self.name)
@@ -72,6 +83,24 @@ class Client:
         self._rows, subsets = cluster.assign(self._vectors, self._held, space, self._tasks, rows)
         self._subsets.clear()
         return Assignment(self.name, subsets)
+
+    def compare(self, space: RoutingSpace, radii: Sequence[float]) -> "tuple[Mapping[int, int], Client]":
+        """Compare the rows with task clusters that stand.
+
+        Returns
+        -------
+        within : how many rows lie within each task cluster's radius; this is revealed.
+        beyond : the client with its other rows alone, in coordinates of ``space``; it stays where it is.
+        """
+        labels, outside = cluster.compare(self._vectors, space, radii)
+        rest = copy.copy(self)
+        rest._fit, rest._held = (np.flatnonzero(np.isin(outside, own)) for own in (self._fit, self._held))
+        rest._vectors = ((self._vectors[outside] - space.mean) @ space.transform).astype(np.float32)
+        rest._answers = self._answers[outside]
+        rest._records = [self._records[i] for i in outside]
+        rest._tasks = [self._tasks[i] for i in outside]
+        rest._rows, rest._subsets = {}, {}
+        return dict(zip(*(a.tolist() for a in np.unique(labels, return_counts=True)), strict=True)), rest
 
     def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""

@@ -135,6 +135,14 @@ def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
     return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
 
 
+def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labels, Labels]:
+    """Return the task cluster of each row within its radius, and the numbers of the rows beyond."""
+    centroid, distance = nearest(x, space)
+    labels = np.asarray(space.cluster_of)[centroid]
+    inside = distance <= np.asarray(radii)[labels]
+    return labels[inside], np.flatnonzero(~inside)
+
+
 def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
     """Count the task labels among ``rows``."""
     counts: dict[str, int] = {}

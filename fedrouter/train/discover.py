@@ -19,9 +19,12 @@ The exchanges, in order; no row leaves its client in any of them:
    is a task cluster's ``radius``.
 
 The paper's way (section 3) is ``kmeans``: k-means on each client, k-means over the centroids, plain Euclid.
+
+What clients reveal is summed as it comes: the server holds one client's matrices at a time, and of each
+only counts and centroids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -33,6 +36,7 @@ from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 MAX_JOINED = 512  # local clusters that the server joins one by one
+MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random, or fewer attempts
 NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are looked for
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
@@ -53,42 +57,45 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
     TrainingError
         If more task clusters are asked for than can be told apart.
     """
-    clients = federation.summarise(settings.local)
     if settings.method == "kmeans":
-        return kmeans_space(clients, settings.global_, seed)
+        return kmeans_space(federation.summarise(settings.local), settings.global_, seed)
+    return routing_space(*find_components(federation, settings))
+
+
+def find_components(federation: Federation, settings: ClusterSettings) -> tuple[LocalClusters, Labels]:
+    """Return the components, and the task cluster of each: exchanges 1 to 4."""
+    clients = federation.summarise(settings.local)
     components = condense(clients, max(NUM_COMPONENTS, 0 if settings.global_ == "auto" else settings.global_))
     for _ in range(PASSES):
         components, support = pool(federation.regroup(component_space(components)))
     space = component_space(components)
     basis = span(space)
-    labels = separate(federation.moments(space, basis), space.centroids @ basis, support, settings.global_)
-    return routing_space(components, labels)
+    moments = federation.moments(space, basis)
+    return components, separate(moments, space.centroids @ basis, support, settings.global_)
 
 
-def kmeans_space(clients: Sequence[LocalClusters], num: Count, seed: int) -> RoutingSpace:
+def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
     """Cluster all centroids by k-means, weighted by counts; distances are Euclidean (paper section 3)."""
-    counts = np.concatenate([c.counts for c in clients])
-    centroids = np.concatenate([c.centroids for c in clients])
+    counts, centroids, _ = _collected(clients)
     assert num != "auto", "the configuration refuses this"
     if num > len(counts):
         raise TrainingError(
             f"{num} task clusters but only {len(counts)} local clusters; "
             "lower cluster.global or raise cluster.local"
         )
-    found = KMeans(num, n_init=50, random_state=seed).fit(centroids, sample_weight=counts)
+    attempts = 50 if len(counts) <= MAX_FITTED else 10
+    found = KMeans(num, n_init=attempts, random_state=seed).fit(centroids, sample_weight=counts)
     d = centroids.shape[1]
     return _space(np.zeros(d), np.eye(d), found.cluster_centers_, np.arange(num))
 
 
-def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
+def condense(clients: Iterable[LocalClusters], num: int) -> LocalClusters:
     """Join all clients' local clusters into ``num`` components.
 
     Always the pair whose union raises log det of the pooled within-cluster covariance least (Friedman and
     Rubin 1967), kept up to date by rank-one updates of its inverse: O(m² + m d + d²) a union.
     """
-    counts: Float64s = np.concatenate([c.counts for c in clients])
-    centroids: Float64s = np.concatenate([c.centroids for c in clients])
-    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    counts, centroids, scatter = _collected(clients)
     total = counts.sum()
     if len(counts) > MAX_JOINED:  # joining is quadratic: what lies closest goes together first
         counts, centroids, scatter = _prejoin(counts, centroids, scatter)
@@ -118,7 +125,7 @@ def condense(clients: Sequence[LocalClusters], num: int) -> LocalClusters:
     return LocalClusters(counts[alive], centroids[alive], scatter)
 
 
-def pool(clients: Sequence[LocalClusters], least: int = MIN_COMPONENT) -> tuple[LocalClusters, Float64s]:
+def pool(clients: Iterable[LocalClusters], least: int = MIN_COMPONENT) -> tuple[LocalClusters, Float64s]:
     """Pool the clients' components; drop those with fewer than ``least`` rows.
 
     Returns
@@ -126,16 +133,20 @@ def pool(clients: Sequence[LocalClusters], least: int = MIN_COMPONENT) -> tuple[
     components : over all clients, scatter about the pooled centroids.
     support : (clients, m) rows of each client in each component.
     """
-    support = np.stack([c.counts for c in clients])
-    counts = support.sum(0)
-    sums = np.sum([c.counts[:, None] * c.centroids for c in clients], axis=0)
-    centroids = sums / np.maximum(counts, 1)[:, None]
-    scatter = np.asarray(np.sum([c.scatter for c in clients], axis=0))
+    revealed, sums, scatter = [], _Sum(), _Sum()
     for c in clients:
-        offset = (c.centroids - centroids) * np.sqrt(c.counts)[:, None]
-        scatter = scatter + offset.T @ offset
+        sums.add(c.counts[:, None] * c.centroids)
+        scatter.add(c.scatter)
+        held = np.flatnonzero(c.counts)
+        revealed.append((c.counts, held, c.centroids[held]))
+    support = np.stack([own for own, _, _ in revealed])
+    counts = support.sum(0)
+    centroids = sums.value / np.maximum(counts, 1)[:, None]
+    for own, held, means in revealed:
+        offset = (means - centroids[held]) * np.sqrt(own[held])[:, None]
+        scatter.add(offset.T @ offset)
     kept = counts >= min(least, counts.max())
-    return LocalClusters(counts[kept], centroids[kept], scatter), support[:, kept]
+    return LocalClusters(counts[kept], centroids[kept], scatter.value), support[:, kept]
 
 
 def component_space(components: LocalClusters) -> RoutingSpace:
@@ -155,7 +166,7 @@ def span(space: RoutingSpace) -> Float64s:
     return np.asarray(vectors[: max(1, int((values > 1e-4 * max(values[0], 1e-12)).sum()))].T)
 
 
-def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
+def separate(clients: Iterable[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
     Two components are as far apart as their prompts (``_separations``) times their completions
@@ -164,11 +175,13 @@ def separate(clients: Sequence[Moments], centres: Float64s, support: Float64s, n
     which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
     that few clients hold counts in full.
     """
-    n: Float64s = PRIOR_MEAN + np.sum([m.counts for m in clients], axis=0)
-    s: Float64s = PRIOR_MEAN * centres + np.sum([m.sums for m in clients], axis=0)
-    q: Float64s = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :]
-    q = q + np.sum([m.squares for m in clients], axis=0)
-    answers: Float64s = np.sum([m.answers for m in clients], axis=0)
+    totals = [_Sum() for _ in range(4)]
+    for m in clients:
+        for total, part in zip(totals, (m.counts, m.sums, m.squares, m.answers), strict=True):
+            total.add(part)
+    n, s, q, answers = (total.value for total in totals)
+    n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
+    q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
     rows = support.sum(1, keepdims=True)
     groups = [[i] for i in range(len(n))]
     if num != "auto" and num > len(groups):
@@ -245,6 +258,29 @@ def radius(subsets: Sequence[Subset], quantile: float) -> float:
     return high
 
 
+class _Sum:
+    """A running sum of arrays, in the order in which they come."""
+
+    value: Float64s
+
+    def add(self, part: Float64s) -> None:
+        """Add one client's; the first is copied, the others go into it in place."""
+        if hasattr(self, "value"):
+            self.value += part
+        else:
+            self.value = part.astype(np.float64)
+
+
+def _collected(clients: Iterable[LocalClusters]) -> tuple[Float64s, Float64s, Float64s]:
+    """Return all counts, all centroids and the sum of the scatter matrices."""
+    counts, centroids, scatter = [], [], _Sum()
+    for c in clients:
+        counts.append(c.counts)
+        centroids.append(c.centroids)
+        scatter.add(c.scatter)
+    return np.concatenate(counts), np.concatenate(centroids), scatter.value
+
+
 def _space(mean: Float64s, transform: Float64s, centroids: Float64s, cluster_of: Labels) -> RoutingSpace:
     return RoutingSpace(
         mean=mean.astype(np.float32),
@@ -262,7 +298,11 @@ def _shrink(covariance: Float64s) -> Float64s:
 
 def _prejoin(counts: Float64s, centroids: Float64s, scatter: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     z = centroids @ whitening(scatter / max(counts.sum() - len(counts), 1))
-    labels = KMeans(MAX_JOINED, n_init=1, random_state=0).fit_predict(z, sample_weight=counts)
+    fitted = np.arange(len(z))
+    if len(z) > MAX_FITTED:
+        fitted = np.random.default_rng(0).choice(len(z), MAX_FITTED, replace=False)
+    found = KMeans(MAX_JOINED, n_init=1, random_state=0).fit(z[fitted], sample_weight=counts[fitted])
+    labels = found.predict(z)
     _, labels = np.unique(labels, return_inverse=True)
     pooled = np.zeros((labels.max() + 1, centroids.shape[1]))
     np.add.at(pooled, labels, centroids * counts[:, None])

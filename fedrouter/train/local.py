@@ -34,17 +34,17 @@ class LocalFederation:
         self._clients = {client.name: client for client in clients}
         self._trainer = trainer
 
-    def summarise(self, num: Count) -> list[LocalClusters]:
+    def summarise(self, num: Count) -> Iterator[LocalClusters]:
         """Have every client cluster its own rows."""
-        return [client.summarise(num) for client in self._clients.values()]
+        return (client.summarise(num) for client in self._clients.values())
 
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""
-        return [client.regroup(space, told) for client in self._clients.values()]
+        return (client.regroup(space, told) for client in self._clients.values())
 
-    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+    def moments(self, space: RoutingSpace, basis: Float64s) -> Iterator[Moments]:
         """Have every client reveal moments of its set-aside rows."""
-        return [client.moments(space, basis) for client in self._clients.values()]
+        return (client.moments(space, basis) for client in self._clients.values())
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         """Tell every client the task clusters."""

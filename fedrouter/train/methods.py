@@ -175,7 +175,7 @@ def _warm_up(
 
 def _point(federation: Federation) -> RoutingSpace:
     """Return a space with one centroid, so that nothing is told apart."""
-    dim = federation.summarise(1)[0].centroids.shape[1]
+    dim = next(iter(federation.summarise(1))).centroids.shape[1]
     zeros = np.zeros(dim, dtype=np.float32)
     return RoutingSpace(zeros, np.eye(dim, dtype=np.float32), zeros[None], (0,))
 

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines when piped."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from fedrouter.types import TrainFailure, TrainReply
 class TrainProgress:
     """Shows rounds, clients, loss, examples a second and the time left."""
 
-    def __init__(self, console: Console, names: list[str], rounds: int, steps: int, start: int):
+    def __init__(self, console: Console, names: Sequence[str], rounds: int, steps: int, start: int):
         self._console = console
         self._names = names
         self._rounds = rounds

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,22 +13,22 @@ from rich.console import Console
 
 from fedrouter import __version__, data
 from fedrouter.builtin import is_builtin
-from fedrouter.bundle import GENERALIST, Bundle, load_bundle, write_bundle
-from fedrouter.config import Config, RoutingSettings
+from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
 from fedrouter.errors import TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
-from fedrouter.train.discover import radius
+from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish, group
 from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import RoundResult, exhausted, plan, run_rounds
+from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
-from fedrouter.types import Assignment, Record, Subset, TaskCluster
+from fedrouter.types import Assignment, Record, TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
 
@@ -53,10 +52,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     records = load_clients(config)
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
     path = resolve_base(config.base.model, config.base.revision)
-    tokenizer = load_tokenizer(path, config.base.chat_template)
-    device = _device(config.base.device)
-    dtype = _dtype(config.base.dtype, device)
-    model = load_base(path, dtype, device)
+    tokenizer, model, dtype = load_model(config, path)
     base = base_spec(config.base.model, config.base.revision, path)
 
     wanted = config.embedder
@@ -85,8 +81,43 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     state = resumed or grouping.state
     if resumed:
         console.print(f"going on after round {state.number}", highlight=False)
-    metrics = Metrics(out / "metrics.jsonl", state.number)
     names = [*(c.name for c in clusters), "global"]  # the last: FedDPA's
+    state = train_rounds(federation, assignments, state, config, out, digest, names, console)
+    adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
+    return write_bundle(
+        out / "bundle",
+        base=base,
+        embedder=spec,
+        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
+        adapters=adapters,
+        adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
+        space=space,
+        probe_vectors=probe_vectors,
+        fallback=config.routing.fallback,
+        versions=versions(),
+        chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
+        generalist=generalist,
+    )
+
+
+def train_rounds(
+    federation: Federation,
+    assignments: Sequence[Assignment],
+    state: RunState,
+    config: Config,
+    out: Path,
+    digest: str,
+    names: Sequence[str],
+    console: Console,
+) -> RunState:
+    """Run the rounds that are left, with a checkpoint and metrics after each; return the last state.
+
+    Raises
+    ------
+    TrainingError
+        If no client's update could be used in any round.
+    """
+    metrics = Metrics(out / "metrics.jsonl", state.number)
     rounds = range(state.number, config.train.rounds)
     steps = sum(n for number in rounds for _, _, n in plan(assignments, config, number))
     with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
@@ -103,21 +134,26 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         raise TrainingError(
             f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
         )
-    adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
-    return write_bundle(
-        out / "bundle",
-        base=base,
-        embedder=spec,
-        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
-        adapters=adapters,
-        adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
-        space=space,
-        probe_vectors=probe_vectors,
-        fallback=config.routing.fallback,
-        versions={"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}},
-        chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
-        generalist=generalist,
-    )
+    return state
+
+
+def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
+    """Return tokenizer, base model and dtype as the configuration says.
+
+    Raises
+    ------
+    TrainingError, ModelError
+        If there is no such device, or the model does not load.
+    """
+    tokenizer = load_tokenizer(path, config.base.chat_template)
+    device = _device(config.base.device)
+    dtype = _dtype(config.base.dtype, device)
+    return tokenizer, load_base(path, dtype, device), dtype
+
+
+def versions() -> dict[str, str]:
+    """Return what a bundle records of the libraries that wrote it."""
+    return {"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}}
 
 
 def load_clients(config: Config) -> dict[str, list[Record]]:
@@ -145,44 +181,6 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     )
 
 
-def describe(
-    assignments: Sequence[Assignment],
-    num_clusters: int,
-    routing: RoutingSettings,
-    names: Sequence[str] | None = None,
-) -> list[TaskCluster]:
-    """Describe each task cluster by what its clients revealed.
-
-    Without ``names`` it is named after its commonest task label.
-    """
-    clusters: list[TaskCluster] = []
-    taken = {GENERALIST}
-    for k in range(num_clusters):
-        members: list[tuple[str, Subset]] = [
-            (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
-        ]
-        counts: dict[str, int] = {}
-        for _, subset in members:
-            for task, count in subset.task_counts.items():
-                counts[task] = counts.get(task, 0) + count
-        common = max(counts, key=lambda t: (counts[t], t)) if counts else f"task-{k}"
-        name = _slug(names[k] if names else common)
-        while name in taken:
-            name = f"{name}-{k}"
-        taken.add(name)
-        clusters.append(
-            TaskCluster(
-                name=name,
-                adapter="",
-                num_examples=sum(s.num_examples for _, s in members),
-                clients=tuple(client for client, _ in members),
-                task_counts=dict(sorted(counts.items())),
-                radius=routing.slack * radius([s for _, s in members], routing.quantile) if members else 0.0,
-            )
-        )
-    return clusters
-
-
 class Metrics:
     """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again."""
 
@@ -191,7 +189,7 @@ class Metrics:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
-        _write_atomically(path, "".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:
         """Append one round."""
@@ -216,10 +214,14 @@ class Metrics:
 def _claim(config: Config, out: Path) -> None:
     """Write the resolved configuration beside the run, or check that it is the same."""
     file = out / "config.json"
+    if (out / "joined.json").exists() and not (out / "bundle").exists():
+        raise TrainingError(
+            f"{out} holds an unfinished fedrouter join; give that command again, or another --out"
+        )
     resolved = config.model_dump(by_alias=True)
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        _write_atomically(file, json.dumps(resolved, indent=2) + "\n")
+        write_atomically(file, json.dumps(resolved, indent=2) + "\n")
         return
     changed = _changed(json.loads(file.read_text(encoding="utf-8")), resolved)
     if changed:
@@ -236,7 +238,8 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [prefix]
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -254,7 +257,3 @@ def _device(name: str) -> str:
 
 def _dtype(name: str, device: str) -> str:
     return ("bfloat16" if device == "cuda" else "float32") if name == "auto" else name
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

@@ -1,7 +1,7 @@
 """The round loop. Knows clients only through the small ``Federation`` interface."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,17 +29,20 @@ from fedrouter.types import (
 
 
 class Federation(Protocol):
-    """The clients, wherever they run: in this process (local.py) or on other machines."""
+    """The clients, wherever they run: in this process (local.py) or on other machines.
 
-    def summarise(self, num: Count) -> list[LocalClusters]:
+    Replies come one by one, in the clients' order: thousands of them need not fit into memory together.
+    """
+
+    def summarise(self, num: Count) -> Iterable[LocalClusters]:
         """Have every client cluster its own rows."""
         ...
 
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterable[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""
         ...
 
-    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
+    def moments(self, space: RoutingSpace, basis: Float64s) -> Iterable[Moments]:
         """Have every client reveal moments of its set-aside rows, in coordinates ``basis``."""
         ...
 

@@ -1,0 +1,132 @@
+"""What global clustering costs the server with thousands of clients: seconds, peak memory, how both grow.
+
+python benchmarks/server_scale.py [CLIENTS …]
+
+A process of its own for each number of clients and each method: 4 centroids a client, 384 dimensions. Clients
+are made as they are asked and forgotten at once; the seconds that they compute are taken off, as they would
+in a federation compute on machines of their own. ``separation`` is the whole exchange of discover.py (local
+clusters, components, moments), ``kmeans`` the paper's way. Growth is the slope of log seconds over log
+clients.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from common import report
+
+from fedrouter.config import ClusterSettings, Config
+from fedrouter.train import cluster
+from fedrouter.train.describe import describe
+from fedrouter.train.discover import discover
+from fedrouter.types import Array, Assignment, Float64s, LocalClusters, Membership, Moments, RoutingSpace
+
+CLIENTS = (1_000, 2_500, 5_000, 10_000)
+DIM, LOCAL, ROWS, TASKS = 384, 4, 60, 8  # a client holds two tasks, each in two local clusters
+SETTINGS = {
+    "separation": ClusterSettings(),
+    "kmeans": ClusterSettings.model_validate({"method": "kmeans", "local": LOCAL, "global": TASKS}),
+}
+
+
+class Crowd:
+    """As many clients as wanted, each made from its number when it is asked."""
+
+    def __init__(self, num: int):
+        self.num, self.seconds = num, 0.0
+        centre = np.random.default_rng(0)
+        self.prompts = centre.normal(size=(TASKS, DIM)) * 1.5
+        self.answers = centre.normal(size=(TASKS, DIM))
+
+    def summarise(self, _num: object) -> Iterator[LocalClusters]:
+        """Local clusters as k-means would find them: two halves of either task."""
+        quarters = {k: np.arange(k, ROWS, LOCAL) for k in range(LOCAL)}
+        return self._each(lambda _name, x, _answers: cluster.gather(x, quarters, LOCAL))
+
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
+        """Rows by nearest component."""
+        return self._each(lambda _name, x, _answers: cluster.regroup(x, space))
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> Iterator[Moments]:
+        """Moments of rows set aside."""
+        held = np.arange(0, ROWS, 3)
+        return self._each(lambda _name, x, answers: cluster.moments(x, answers, held, space, basis))
+
+    def assign(self, space: RoutingSpace) -> Iterator[Assignment]:
+        """Rows by task cluster."""
+        held, tasks = np.arange(0, ROWS, 3), [None] * ROWS
+        return self._each(
+            lambda name, x, _answers: Assignment(name, cluster.assign(x, held, space, tasks)[1])
+        )
+
+    def _each(self, reveal: Callable[[str, Array, Array], Any]) -> Iterator[Any]:
+        for number in range(self.num):
+            began = time.perf_counter()
+            rng = np.random.default_rng(number)
+            tasks = np.array([number % TASKS, (number + 1 + number // TASKS % (TASKS - 1)) % TASKS])
+            own = tasks[np.arange(ROWS) % 2]
+            x = (self.prompts[own] + rng.normal(size=(ROWS, DIM))).astype(np.float32)
+            answers = (self.answers[own] + 0.2 * rng.normal(size=(ROWS, DIM))).astype(np.float32)
+            revealed = reveal(f"client-{number}", x, answers)
+            self.seconds += time.perf_counter() - began
+            yield revealed
+
+
+def main() -> None:
+    """Measure and report."""
+    sizes = tuple(int(text) for text in sys.argv[1:]) or CLIENTS
+    rows: list[tuple[str, str, str, bool | None]] = []
+    results: dict[str, Any] = {}
+    for method in SETTINGS:
+        found = {num: child(method, num) for num in sizes}
+        for num, one in found.items():
+            judged = num == 10_000
+            seconds, peak = one["seconds"], one["peak_mib"]
+            label = f"{method}, {num:,} clients × {LOCAL}"
+            rows.append((f"{label}: seconds", f"{seconds:.1f}", "≤ 30" if judged else "",
+                         seconds <= 30 if judged else None))  # fmt: skip
+            rows.append((f"{label}: peak MiB", f"{peak:.0f}", "< 1907 (2 GB)" if judged else "",
+                         peak < 2e9 / 2**20 if judged else None))  # fmt: skip
+            rows.append((f"{label}: task clusters", f"{one['clusters']:.0f}", f"{TASKS}",
+                         one["clusters"] == TASKS))  # fmt: skip
+        times = [found[num]["seconds"] for num in sizes]
+        growth = float(np.polyfit(np.log(sizes), np.log(times), 1)[0]) if len(sizes) > 1 else float("nan")
+        rows.append((f"{method}: seconds grow as clients to the power", f"{growth:.2f}", "≤ 1.2",
+                     growth <= 1.2))  # fmt: skip
+        results[method] = {"growth": round(growth, 3), **{str(num): one for num, one in found.items()}}
+    report("server_scale", results, rows)
+
+
+def child(method: str, num: int) -> dict[str, float]:
+    """Measure in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", method, str(num)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(method: str, num: int) -> dict[str, float]:
+    """Cluster ``num`` clients and calibrate the radii; return the server's seconds and the peak memory."""
+    crowd = Crowd(num)
+    began = time.perf_counter()
+    space = discover(crowd, SETTINGS[method], seed=0)  # type: ignore[arg-type]
+    clusters = describe(list(crowd.assign(space)), len(set(space.cluster_of)), Config().routing)
+    total = time.perf_counter() - began
+    return {
+        "seconds": round(total - crowd.seconds, 2),
+        "clients_seconds": round(crowd.seconds, 1),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "clusters": len(clusters),
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
+    else:
+        main()

@@ -1,0 +1,52 @@
+"""Task clusters as a bundle records them: names, rows, members, radii."""
+
+import re
+from collections.abc import Sequence
+
+from fedrouter.bundle import GENERALIST
+from fedrouter.config import RoutingSettings
+from fedrouter.train.discover import radius
+from fedrouter.types import Assignment, Subset, TaskCluster
+
+
+def describe(
+    assignments: Sequence[Assignment],
+    num_clusters: int,
+    routing: RoutingSettings,
+    names: Sequence[str] | None = None,
+    standing: Sequence[TaskCluster] = (),
+) -> list[TaskCluster]:
+    """Describe each task cluster by what its clients revealed; those beyond the ``standing`` ones, if any.
+
+    Without ``names`` it is named after its commonest task label.
+    """
+    clusters: list[TaskCluster] = []
+    taken = {GENERALIST, *(c.name for c in standing)}
+    for k in range(len(standing), num_clusters):
+        members: list[tuple[str, Subset]] = [
+            (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
+        ]
+        counts: dict[str, int] = {}
+        for _, subset in members:
+            for task, count in subset.task_counts.items():
+                counts[task] = counts.get(task, 0) + count
+        common = max(counts, key=lambda t: (counts[t], t)) if counts else f"task-{k}"
+        name = _slug(names[k] if names else common)
+        while name in taken:
+            name = f"{name}-{k}"
+        taken.add(name)
+        clusters.append(
+            TaskCluster(
+                name=name,
+                adapter="",
+                num_examples=sum(s.num_examples for _, s in members),
+                clients=tuple(client for client, _ in members),
+                task_counts=dict(sorted(counts.items())),
+                radius=routing.slack * radius([s for _, s in members], routing.quantile) if members else 0.0,
+            )
+        )
+    return clusters
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

@@ -1,0 +1,261 @@
+"""Clients that come late: from a finished run to another one, in which only what is new was trained.
+
+1. Each client that joins embeds its rows and compares them with the bundle's task clusters, in the bundle's
+   space, which stays as it is. Rows within a radius belong there: the client is listed, nothing is trained.
+2. Rows beyond every radius are looked for new tasks as discover.py does, among the clients that join. A new
+   task cluster needs ``MIN_TASK_ROWS`` rows, and more than the radius's quantile leaves outside by chance.
+3. Its components become centroids in the same space; rows set aside give its radius; its adapter starts from
+   the generalist and is trained for the configured rounds by the clients that hold such rows.
+4. The bundle of before stays where it is. The new one, old adapters byte for byte, is a run of its own.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from fedrouter import data
+from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
+from fedrouter.config import ClusterSettings, Config, read_resolved
+from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
+from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.models import read_chat_template, resolve_base
+from fedrouter.train.aggregate import mean
+from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
+from fedrouter.train.client import Client
+from fedrouter.train.cluster import Labels
+from fedrouter.train.describe import describe
+from fedrouter.train.discover import find_components
+from fedrouter.train.local import LocalFederation
+from fedrouter.train.memory import explained_out_of_memory
+from fedrouter.train.run import load_model, train_rounds, versions, write_atomically
+from fedrouter.train.server import Federation, fresh_state
+from fedrouter.train.sft import AdapterTrainer
+from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
+
+MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius
+CHANCE = 3.0  # standard deviations above what a radius's quantile leaves outside
+
+
+@explained_out_of_memory()
+def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Console) -> Bundle:
+    """Add clients to the finished ``run``; write another run, with a bundle that knows them, and return that.
+
+    Parameters
+    ----------
+    sources : file or data set by the name of the client.
+    out : where to; without it ``run``'s name and the clients'. The same command goes on, or says it is done.
+
+    Raises
+    ------
+    ConfigError, TrainingError, DataError, BundleError
+        If ``run`` is no finished run of method fedrouter, a name is taken, or a client has too few rows.
+    """
+    config = _finished(run)
+    out = out or run.with_name("-".join([run.name, *sources]))
+    sources = {name: _absolute(source) for name, source in sorted(sources.items())}
+    joins = [*_joins(run), {"run": str(run.resolve()), "clients": sources}]
+    if out.exists() and (not (out / "joined.json").exists() or _joins(out) != joins):
+        raise TrainingError(f"{out} holds something else already; choose another --out")
+    if (out / "bundle").exists():
+        console.print(f"{', '.join(sources)}: joined already in {out}", highlight=False, soft_wrap=True)
+        return load_bundle(out / "bundle")
+
+    bundle = load_bundle(run / "bundle")
+    known = {*_names(config, run), *(client for c in bundle.clusters for client in c.clients)}
+    for name in sources:
+        if name in known:
+            raise TrainingError(f"client {name}: {run} has a client of that name; choose another")
+    records = {n: data.load_records(source, config.data.split) for n, source in sources.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
+    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
+
+    path = resolve_base(bundle.base.model, bundle.base.revision)
+    check_base(bundle, path)
+    tokenizer, model, _ = load_model(config, path)
+    embedder: Embedder
+    if bundle.embedder.kind == "base":
+        embedder = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
+    else:
+        embedder = load_embedder(bundle.embedder, bundle.base)
+    check_embedder(bundle, embedder)
+    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+    federation = LocalFederation(clients, trainer)
+
+    first = len(bundle.clusters)
+    space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
+    added = describe(assignments, max(space.cluster_of) + 1, config.routing, standing=bundle.clusters)
+    clusters = [replace(c, clients=(*c.clients, *members.get(k, ()))) for k, c in enumerate(bundle.clusters)]
+    for c in clusters:
+        new = [name for name in c.clients if name in sources]
+        if new:
+            console.print(f"task cluster {c.name}: also {', '.join(new)}", highlight=False)
+    for c in added:
+        console.print(f"new task cluster {c.name}: {c.num_examples} rows of {', '.join(c.clients)}",
+                      highlight=False)  # fmt: skip
+
+    adapters: list[AdapterState] = [_weights(bundle.adapter_path(c)) for c in bundle.clusters]
+    sizes = [c.num_examples for c in [*clusters, *added]]
+    general = (
+        _weights(bundle.adapter_paths[bundle.generalist])
+        if bundle.generalist
+        else mean(adapters, sizes[:first], config.aggregate.method)[0]
+    )
+    if added:
+        digest = clustering_digest(space, assignments)
+        state = latest_checkpoint(out / "checkpoints", digest)
+        state = state or fresh_state([*adapters, *[general] * len(added)])
+        names = [c.name for c in [*clusters, *added]]
+        fresh = [_only(a, range(first, len(names))) for a in assignments]
+        state = train_rounds(
+            federation, [a for a in fresh if a.subsets], state, config, out, digest, names, console
+        )
+        adapters += state.best_adapters[first:]
+        added = [c if loss is None else replace(c, training={"loss": round(loss, 5)})
+                 for c, loss in zip(added, state.losses[first:], strict=True)]  # fmt: skip
+        general, _ = mean(adapters, sizes, config.aggregate.method)
+    return write_bundle(
+        out / "bundle",
+        base=bundle.base,
+        embedder=bundle.embedder,
+        clusters=[*clusters, *added],
+        adapters=adapters,
+        adapter_config=_adapter_config(bundle),
+        space=space,
+        probe_vectors=bundle.probe,
+        fallback=bundle.fallback,
+        versions=versions(),
+        chat_template=read_chat_template(str(bundle.chat_template)) if bundle.chat_template else None,
+        generalist=general,
+    )
+
+
+def placed(
+    bundle: Bundle,
+    clients: Sequence[Client],
+    federation: Federation,
+    trainer: AdapterTrainer,
+    quantile: float,
+) -> tuple[RoutingSpace, list[Assignment], dict[int, list[str]]]:
+    """Place the clients' rows among a bundle's task clusters and, where these do not reach, in new ones.
+
+    Returns
+    -------
+    space : the bundle's, with the centroids of new task clusters behind the others.
+    assignments : how the clients' rows fall on all of them.
+    members : the clients with rows within the radius, by the number of the task cluster.
+
+    Raises
+    ------
+    TrainingError
+        If a client has a place in none of them.
+    """
+    first = len(bundle.clusters)
+    found = {c.name: c.compare(bundle.space, [k.radius for k in bundle.clusters]) for c in clients}
+    outside = {name: rest for name, (_, rest) in found.items() if rest.num_rows}
+    num_outside = sum(rest.num_rows for rest in outside.values())
+    num = num_outside + sum(sum(within.values()) for within, _ in found.values())
+    chance = num * (1 - quantile) + CHANCE * math.sqrt(num * quantile * (1 - quantile))
+    least = max(MIN_TASK_ROWS, math.floor(chance) + 1)
+    space = bundle.space
+    assignments = list(federation.assign(space))
+    settings = ClusterSettings()
+    while num_outside >= least:  # of few rows discovery makes too many tasks: join until all are large enough
+        among = LocalFederation([c for c in outside.values() if c.num_fitted], trainer)
+        components, labels = find_components(among, settings)
+        space = widened(bundle.space, components.centroids.astype(np.float32), labels)
+        assignments = list(federation.assign(space))
+        rows = _rows(assignments)
+        num_new = int(labels.max()) + 1
+        if num_new == 1 or all(rows.get(first + k, 0) >= least for k in range(num_new)):
+            break
+        settings = ClusterSettings.model_validate({"global": num_new - 1})
+    kept = [k for k, size in _rows(assignments).items() if k >= first and size >= least]
+    if len(kept) < max(space.cluster_of) + 1 - first:  # the others' rows go to the nearest that is left
+        space = narrowed(space, [*range(first), *sorted(kept)])
+        assignments = list(federation.assign(space))
+    members: dict[int, list[str]] = {}
+    for assignment in assignments:
+        within = found[assignment.client][0]
+        own = [s.cluster for s in assignment.subsets if s.cluster >= first or within.get(s.cluster)]
+        if not own:
+            raise TrainingError(
+                f"client {assignment.client}: its rows lie beyond every task cluster, and are too few for "
+                f"one of their own; it takes {least}, over all clients that join"
+            )
+        for k in own:
+            members.setdefault(k, []).append(assignment.client)
+    return space, assignments, members
+
+
+def widened(space: RoutingSpace, centroids: Array, labels: Labels) -> RoutingSpace:
+    """Return the space with new task clusters' centroids (n, m); ``labels`` number these from 0."""
+    first = max(space.cluster_of) + 1
+    return replace(
+        space,
+        centroids=np.concatenate([space.centroids, centroids]),
+        cluster_of=(*space.cluster_of, *(int(first + k) for k in labels)),
+    )
+
+
+def narrowed(space: RoutingSpace, kept: Sequence[int]) -> RoutingSpace:
+    """Return the space with the task clusters ``kept`` alone, numbered anew in that order."""
+    rows = [i for i, k in enumerate(space.cluster_of) if k in kept]
+    number = {k: i for i, k in enumerate(kept)}
+    return replace(
+        space,
+        centroids=space.centroids[rows],
+        cluster_of=tuple(number[space.cluster_of[i]] for i in rows),
+    )
+
+
+def _finished(run: Path) -> Config:
+    """Return the configuration of a finished run of method fedrouter."""
+    config = read_resolved(run / "config.json")
+    if not (run / "bundle").exists():
+        raise TrainingError(f"{run} is not finished: it has no bundle; give its command again first")
+    if config.method != "fedrouter":
+        raise ConfigError(f"{run} is of method {config.method}; clients join runs of method fedrouter")
+    return config
+
+
+def _names(config: Config, run: Path) -> set[str]:
+    return {*config.data.clients, *(name for one in _joins(run) for name in one["clients"])}
+
+
+def _joins(run: Path) -> list[dict[str, Any]]:
+    file = run / "joined.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _rows(assignments: Sequence[Assignment]) -> dict[int, int]:
+    rows: dict[int, int] = {}
+    for subset in (s for a in assignments for s in a.subsets):
+        rows[subset.cluster] = rows.get(subset.cluster, 0) + subset.num_examples
+    return rows
+
+
+def _only(assignment: Assignment, clusters: range) -> Assignment:
+    return replace(assignment, subsets=tuple(s for s in assignment.subsets if s.cluster in clusters))
+
+
+def _weights(directory: Path) -> AdapterState:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def _adapter_config(bundle: Bundle) -> dict[str, Any]:
+    file = bundle.adapter_path(bundle.clusters[0]) / "adapter_config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8")))
