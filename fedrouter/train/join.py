@@ -156,7 +156,7 @@ def placed(
     Raises
     ------
     TrainingError
-        If a client has a place in none of them.
+        If most rows of a client have a place in none of them.
     """
     first = len(bundle.clusters)
     found = {c.name: c.compare(bundle.space, [k.radius for k in bundle.clusters]) for c in clients}
@@ -184,12 +184,14 @@ def placed(
         assignments = list(federation.assign(space))
     members: dict[int, list[str]] = {}
     for assignment in assignments:
-        within = found[assignment.client][0]
+        within, rest = found[assignment.client]
+        new = sum(s.num_examples for s in assignment.subsets if s.cluster >= first)
+        nowhere = rest.num_rows - new
         own = [s.cluster for s in assignment.subsets if s.cluster >= first or within.get(s.cluster)]
-        if not own:
+        if not own or 2 * nowhere > rest.num_rows + sum(within.values()):
             raise TrainingError(
-                f"client {assignment.client}: its rows lie beyond every task cluster, and are too few for "
-                f"one of their own; it takes {least}, over all clients that join"
+                f"client {assignment.client}: {nowhere} rows lie beyond every task cluster, and are too few for "
+                f"one of their own; give more rows, it takes {least} over all clients that join"
             )
         for k in own:
             members.setdefault(k, []).append(assignment.client)
