@@ -148,12 +148,12 @@ def test_the_environment_overrides_defaults_only(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
-def no_vllm(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> None:
+def no_vllm(monkeypatch: pytest.MonkeyPatch, small_bundle: Bundle) -> None:
     """Let the checks of a bundle pass and a small server start in vLLM's place."""
 
     def prepare(_path: Path, options: launch.Options) -> tuple[Bundle, Command]:
         argv = [sys.executable, "-c", SERVER, str(options.port)]
-        return word_bundle, Command(argv, {}, {}, options.host, options.port)
+        return small_bundle, Command(argv, {}, {}, options.host, options.port)
 
     monkeypatch.setattr(launch, "prepare", prepare)
 
