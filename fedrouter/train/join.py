@@ -190,8 +190,8 @@ def placed(
         own = [s.cluster for s in assignment.subsets if s.cluster >= first or within.get(s.cluster)]
         if not own or 2 * nowhere > rest.num_rows + sum(within.values()):
             raise TrainingError(
-                f"client {assignment.client}: {nowhere} rows lie beyond every task cluster, too few for one of "
-                f"their own; give more rows, it takes {least} over all clients that join"
+                f"client {assignment.client}: {nowhere} rows lie beyond every task cluster, too few for "
+                f"one of their own; give more rows, it takes {least} over all clients that join"
             )
         for k in own:
             members.setdefault(k, []).append(assignment.client)
