@@ -86,7 +86,7 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     else:
         embedder = load_embedder(bundle.embedder, bundle.base)
     check_embedder(bundle, embedder)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    clients = [Client(name, rows, embedder, config.seed, config.privacy) for name, rows in records.items()]
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
 
@@ -168,8 +168,11 @@ def placed(
     space = bundle.space
     assignments = list(federation.assign(space))
     settings = ClusterSettings()
-    while num_outside >= least:  # of few rows discovery makes too many tasks: join until all are large enough
-        among = LocalFederation([c for c in outside.values() if c.num_fitted], trainer)
+    able = [client for client in outside.values() if client.may_summarise]
+    while (
+        able and num_outside >= least
+    ):  # of few rows discovery makes too many tasks: join until all are large
+        among = LocalFederation(able, trainer)
         components, labels = find_components(among, settings)
         space = widened(bundle.space, components.centroids.astype(np.float32), labels)
         assignments = list(federation.assign(space))
@@ -226,6 +229,8 @@ def _finished(run: Path) -> Config:
         raise TrainingError(f"{run} is not finished: it has no bundle; give its command again first")
     if config.method != "fedrouter":
         raise ConfigError(f"{run} is of method {config.method}; clients join runs of method fedrouter")
+    if config.privacy.noisy:
+        raise ConfigError(f"{run} was trained with noise, and joining has none: train anew with all clients")
     return config
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish, group
+from fedrouter.train.privacy import guarantees, noise_key
 from fedrouter.train.progress import TrainProgress
 from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
@@ -37,7 +38,8 @@ RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn",
 def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
-    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``.
+    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``; with
+    noise ``privacy.json`` and the secret ``noise.key`` as well.
 
     Raises
     ------
@@ -63,7 +65,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     else:
         spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
         embedder = load_embedder(spec, base)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    key = noise_key(out, config.privacy)
+    clients = [
+        Client(name, rows, embedder, config.seed, config.privacy, key) for name, rows in records.items()
+    ]
     probe_vectors = probe(embedder)
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
@@ -75,6 +80,13 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
+
+    promised = guarantees(config, assignments)
+    for guarantee in promised:
+        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True)
+    if promised:
+        record = {**config.privacy.model_dump(), "guarantees": [asdict(g) for g in promised]}
+        write_atomically(out / "privacy.json", json.dumps(record, indent=2) + "\n")
 
     digest = clustering_digest(space, assignments)
     resumed = latest_checkpoint(out / "checkpoints", digest)
@@ -97,6 +109,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         versions=versions(),
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
         generalist=generalist,
+        guarantees=promised,
     )
 
 
@@ -130,7 +143,7 @@ def train_rounds(
         console.print(
             f"stopped after round {state.number}: no validation loss fell any more", highlight=False
         )
-    if not any(loss is not None for loss in state.losses):
+    if not metrics.num_updates and not any(loss is not None for loss in state.losses):
         raise TrainingError(
             f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
         )
@@ -189,6 +202,7 @@ class Metrics:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
+        self.num_updates = sum(json.loads(line)["num_clients"] for line in kept)  # that were taken
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:
@@ -209,6 +223,7 @@ class Metrics:
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")
+                self.num_updates += c.num_clients
 
 
 def _claim(config: Config, out: Path) -> None:

@@ -113,6 +113,16 @@ class AdapterTrainer:
         """Share of a subset's rows that is not trained on."""
         return self._settings.validation
 
+    @property
+    def batch_size(self) -> int:
+        """Rows an optimizer step."""
+        return self._settings.batch_size
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the tensors that training changes."""
+        return [n for n, tensor in sorted(self._tensors.items()) if tensor.requires_grad]
+
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
         return tokenise(records, self._tokenizer, self._settings.max_length)

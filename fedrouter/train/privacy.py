@@ -1,0 +1,69 @@
+"""What noise promises: (ε, δ) by the accountant, and the secret that the noise is made with."""
+
+import math
+import os
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedrouter.config import Config, PrivacySettings
+from fedrouter.errors import ConfigError
+from fedrouter.train.noise import DISCOVERY_RELEASES
+from fedrouter.train.server import plan
+from fedrouter.types import Assignment, Guarantee
+
+
+def guarantees(config: Config, assignments: Sequence[Assignment]) -> list[Guarantee]:
+    """Return what a run's noise promises, for the client that is asked most often."""
+    settings = config.privacy
+    rounds = range(config.train.rounds)
+    asked = Counter(client for n in rounds for client, _, _ in plan(assignments, config, n))
+    before = [settings.centroid_noise] * DISCOVERY_RELEASES if settings.centroid_noise else []
+    updates = [settings.update_noise] * max(asked.values(), default=0) if settings.update_noise else []
+    promised = []
+    for unit, covers, multipliers in (
+        ("row", "what is sent before the rounds", before),
+        ("client", "its updates, given what was sent before the rounds", updates),
+        ("row", "the whole run", [*before, *updates] if before and updates else []),
+    ):
+        if multipliers:
+            found = epsilon(multipliers, settings.delta)
+            promised.append(Guarantee(unit, covers, len(multipliers), round(found, 4), settings.delta))
+    return promised
+
+
+def epsilon(multipliers: Sequence[float], delta: float) -> float:
+    """Return the ε of Gaussian releases one after another, each with a noise multiplier of its own.
+
+    Together they are one Gaussian release whose squared multiplier is the harmonic sum of theirs (Dong et al.
+    2019, corollary 3.3); its ε is exact (Balle and Wang 2018).
+
+    Raises
+    ------
+    ConfigError
+        Without the accountant.
+    """
+    try:
+        from dp_accounting import get_epsilon_gaussian
+    except ImportError as error:
+        raise ConfigError('noise needs an accountant: pip install "fedrouter[privacy]"') from error
+    return float(get_epsilon_gaussian(1 / math.sqrt(sum(m**-2 for m in multipliers)), delta))
+
+
+def noise_key(run: Path, settings: PrivacySettings) -> bytes:
+    """Return the secret of a run's noise, drawn from the operating system when first asked for.
+
+    It stays beside the run, readable by its owner: without it a resumed run would answer the same questions
+    with other noise, and who averages both learns more than was promised. The seed would not do: it is known.
+    """
+    if not settings.noisy:
+        return b""
+    epsilon([1.0], settings.delta)  # no accountant, no run
+    file = run / "noise.key"
+    if not file.exists():
+        partial = file.with_name(f".{file.name}.partial")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+            opened.write(secrets.token_hex(32))
+        partial.replace(file)
+    return bytes.fromhex(file.read_text(encoding="utf-8"))
