@@ -141,7 +141,9 @@ class Client:
     def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""
         if self._privacy.update_noise and not len(self._rows.get(request.cluster, ())):
-            adapter = request.adapter  # noise alone says that there are rows; an update of length 0 keeps it so
+            adapter = (
+                request.adapter
+            )  # noise alone says that there are rows; an update of length 0 keeps it so
         else:
             rows, _ = self._subset(request.cluster, trainer)
             seed = derive_seed(self._seed, self.name, request.cluster, request.round)

@@ -73,7 +73,7 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
     """Give each row to the nearest centroid; reveal what came together, ``least`` rows or more."""
-    labels = _large(nearest(x, space)[0], least)
+    labels = grouped(x, space, least)
     return _gather(x.astype(np.float64)[labels >= 0], labels[labels >= 0], len(space.centroids))
 
 
@@ -88,9 +88,8 @@ def moments(
     held : numbers of the rows set aside.
     least : rows; of fewer that came together nothing is revealed.
     """
-    labels = nearest(x, space)[0]
-    member = _members(_large(labels, least), len(space.centroids))  # (n, m)
-    aside = _members(_large(labels[held], least), len(space.centroids))
+    member = _members(grouped(x, space, least), len(space.centroids))  # (n, m)
+    aside = _members(grouped(x[held], space, least), len(space.centroids))
     z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
     squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
     return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers)
@@ -168,11 +167,27 @@ def quantiles(distances: Float64s, least: int) -> Array:
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 
+def grouped(x: Array, space: RoutingSpace, least: int) -> Labels:
+    """Return each row's nearest centroid among those to which ``least`` rows or more come.
+
+    The centroid with the fewest rows is given up first, until what is left has enough. Rows of a client that
+    has fewer than ``least`` in all are labelled -1.
+    """
+    if len(x) < least:
+        return np.full(len(x), -1)
+    squared = _squared(x, space)
+    while True:
+        labels: Labels = squared.argmin(1)
+        counts = np.bincount(labels)
+        few = np.flatnonzero((counts > 0) & (counts < least))
+        if not len(few):
+            return labels
+        squared[:, few[counts[few].argmin()]] = np.inf
+
+
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
     """Return each row's nearest centroid and the distance to it."""
-    z = (x.astype(np.float64) - space.mean) @ space.transform
-    centroids = space.centroids.astype(np.float64)
-    squared = (z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T
+    squared = _squared(x, space)
     found = squared.argmin(1)
     return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
 
@@ -201,9 +216,11 @@ def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _large(labels: Labels, least: int) -> Labels:
-    """Return the labels, -1 in place of those that fewer than ``least`` rows have."""
-    return np.where(np.bincount(labels)[labels] >= least, labels, -1)
+def _squared(x: Array, space: RoutingSpace) -> Float64s:
+    """(n, m) squared distances between rows and centroids."""
+    z = (x.astype(np.float64) - space.mean) @ space.transform
+    centroids = space.centroids.astype(np.float64)
+    return np.asarray((z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T)
 
 
 def _merged(z: Float64s, labels: Labels, least: int) -> Labels:

@@ -3,7 +3,7 @@
 import math
 import os
 import secrets
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,22 +15,49 @@ from fedrouter.types import Assignment, Guarantee
 
 
 def guarantees(config: Config, assignments: Sequence[Assignment]) -> list[Guarantee]:
-    """Return what a run's noise promises, for the client that is asked most often."""
+    """Return what a run's noise promises, each for the client that it protects least."""
     settings = config.privacy
-    rounds = range(config.train.rounds)
-    asked = Counter(client for n in rounds for client, _, _ in plan(assignments, config, n))
     before = [settings.centroid_noise] * DISCOVERY_RELEASES if settings.centroid_noise else []
-    updates = [settings.update_noise] * max(asked.values(), default=0) if settings.update_noise else []
+    sent, averaged = _updates(config, assignments) if settings.update_noise else ([], [])
     promised = []
     for unit, covers, multipliers in (
         ("row", "what is sent before the rounds", before),
-        ("client", "its updates, given what was sent before the rounds", updates),
-        ("row", "the whole run", [*before, *updates] if before and updates else []),
+        ("client", "its updates, given what was sent before the rounds", sent),
+        ("client", "its updates, for those who see averages only, if nobody fails", averaged),
+        ("row", "the whole run", [*before, *sent] if before and sent else []),
     ):
         if multipliers:
             found = epsilon(multipliers, settings.delta)
             promised.append(Guarantee(unit, covers, len(multipliers), round(found, 4), settings.delta))
     return promised
+
+
+def _updates(config: Config, assignments: Sequence[Assignment]) -> tuple[list[float], list[float]]:
+    """Return the noise multipliers of the updates of the client that is protected least.
+
+    Returns
+    -------
+    sent : towards the server.
+    averaged : towards those who see the means alone, where all clients' noise comes together; empty where the
+        server makes something else of updates than a mean.
+    """
+    noise = config.privacy.update_noise
+    sent, averaged = defaultdict(list), defaultdict(list)
+    for number in range(config.train.rounds):
+        planned = plan(assignments, config, number)
+        for client, cluster, steps in planned:
+            # Weights go with steps: replies with noise say no more than what was asked for.
+            everyone = math.hypot(*(n for _, k, n in planned if k == cluster))
+            sent[client].append(noise)
+            averaged[client].append(noise * everyone / steps)
+    how = config.aggregate
+    if (how.method, how.robust, how.clip) != ("average", "none", None):
+        averaged.clear()
+    return tuple(max(m.values(), key=_loss, default=[]) for m in (sent, averaged))  # type: ignore[return-value]
+
+
+def _loss(multipliers: Sequence[float]) -> float:
+    return sum(m**-2 for m in multipliers)
 
 
 def epsilon(multipliers: Sequence[float], delta: float) -> float:
@@ -48,7 +75,7 @@ def epsilon(multipliers: Sequence[float], delta: float) -> float:
         from dp_accounting import get_epsilon_gaussian
     except ImportError as error:
         raise ConfigError('noise needs an accountant: pip install "fedrouter[privacy]"') from error
-    return float(get_epsilon_gaussian(1 / math.sqrt(sum(m**-2 for m in multipliers)), delta))
+    return float(get_epsilon_gaussian(1 / math.sqrt(_loss(multipliers)), delta))
 
 
 def noise_key(run: Path, settings: PrivacySettings) -> bytes:
