@@ -20,10 +20,10 @@ def refusals(
 ) -> list[str | None]:
     """Say of each reply to one round and task cluster why it is refused; None: it is not.
 
-    Refused are: other tensor names or shapes than were sent; a value or a loss that is not finite; more
-    examples than were asked for, or none; and, among ``MIN_JUDGED`` updates or more, one whose norm, divided
-    by the steps asked for, is more than ``outlier`` times the median of these. Clients train for different
-    numbers of steps, so plain norms would not compare; with noise of the same length on all, they do.
+    Refused are: other tensor names, shapes or types than were sent; a value or a loss that is not finite;
+    more examples than were asked for, or none; and, among ``MIN_JUDGED`` updates or more, one whose norm,
+    divided by the steps asked for, is more than ``outlier`` times the median of these. Clients train for
+    different numbers of steps, so plain norms would not compare; with noise of one length on all, they do.
     """
     reasons = [
         _unusable(request, reply, batch_size) for request, reply in zip(requests, replies, strict=True)
@@ -45,7 +45,7 @@ def refusals(
 def _unusable(request: TrainRequest, reply: TrainReply, batch_size: int) -> str | None:
     sent, new = request.adapter, reply.adapter
     if _shapes(new) != _shapes(sent):
-        return "its update has other tensor names or shapes than the adapter that was sent out"
+        return "its update has other tensor names, shapes or types than the adapter that was sent out"
     if not all(np.isfinite(array).all() for array in new.values()):
         return "its update holds values that are not finite; lower train.learning_rate"
     if reply.loss is not None and not math.isfinite(reply.loss):
@@ -55,5 +55,5 @@ def _unusable(request: TrainRequest, reply: TrainReply, batch_size: int) -> str 
     return None
 
 
-def _shapes(adapter: AdapterState) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in adapter.items()}
+def _shapes(adapter: AdapterState) -> dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]]:
+    return {name: (array.shape, array.dtype) for name, array in adapter.items()}
