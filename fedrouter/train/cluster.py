@@ -22,6 +22,7 @@ Labels = NDArray[np.int64]
 MAX_LOCAL = 32  # local clusters of "auto"
 MIN_ROWS = 10  # a local cluster of "auto" holds at least so many rows on average
 SET_ASIDE = 3  # every third row judges the space that the others made
+UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
 QUANTILES = np.linspace(0, 1, 101)
 
 
@@ -168,21 +169,25 @@ def quantiles(distances: Float64s, least: int) -> Array:
 
 
 def grouped(x: Array, space: RoutingSpace, least: int) -> Labels:
-    """Return each row's nearest centroid among those to which ``least`` rows or more come.
+    """Return each row's nearest centroid, -1 where fewer than ``least`` rows would be told of together.
 
-    The centroid with the fewest rows is given up first, until what is left has enough. Rows of a client that
-    has fewer than ``least`` in all are labelled -1.
+    Where that were most rows, small groups give theirs to the next nearest centroids, those first whose rows
+    have the shortest way, until no more than ``UNTOLD`` of all go untold. Joined without end, a client of few
+    rows would mix its tasks; not joined at all, it would say nothing.
     """
-    if len(x) < least:
-        return np.full(len(x), -1)
     squared = _squared(x, space)
+    squared[:, np.bincount(squared.argmin(1), minlength=len(space.centroids)) == 0] = np.inf
     while True:
         labels: Labels = squared.argmin(1)
-        counts = np.bincount(labels)
+        counts = np.bincount(labels, minlength=squared.shape[1])
         few = np.flatnonzero((counts > 0) & (counts < least))
-        if not len(few):
-            return labels
-        squared[:, few[counts[few].argmin()]] = np.inf
+        if counts[few].sum() <= UNTOLD * len(x) or (counts > 0).sum() == 1:
+            return np.where(np.isin(labels, few), -1, labels)
+        ways = []
+        for k in few:
+            own = squared[labels == k]
+            ways.append((np.delete(own, k, 1).min(1) - own[:, k]).mean())
+        squared[:, few[int(np.argmin(ways))]] = np.inf
 
 
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:

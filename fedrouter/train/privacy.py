@@ -1,10 +1,12 @@
 """What noise promises: (ε, δ) by the accountant, and the secret that the noise is made with."""
 
+import json
 import math
 import os
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fedrouter.config import Config, PrivacySettings
@@ -12,6 +14,8 @@ from fedrouter.errors import ConfigError
 from fedrouter.train.noise import DISCOVERY_RELEASES
 from fedrouter.train.server import plan
 from fedrouter.types import Assignment, Guarantee
+
+KEY = "noise.key"
 
 
 def guarantees(config: Config, assignments: Sequence[Assignment]) -> list[Guarantee]:
@@ -79,18 +83,27 @@ def epsilon(multipliers: Sequence[float], delta: float) -> float:
 
 
 def noise_key(run: Path, settings: PrivacySettings) -> bytes:
-    """Return the secret of a run's noise, drawn from the operating system when first asked for.
+    """Return the secret of a run's noise: the one that lies there, or one drawn from the operating system.
 
-    It stays beside the run, readable by its owner: without it a resumed run would answer the same questions
-    with other noise, and who averages both learns more than was promised. The seed would not do: it is known.
+    Without it a resumed run would answer the same questions with other noise, and who averages both learns
+    more than was promised. The seed would not do: it is known.
     """
     if not settings.noisy:
         return b""
     epsilon([1.0], settings.delta)  # no accountant, no run
-    file = run / "noise.key"
-    if not file.exists():
-        partial = file.with_name(f".{file.name}.partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
-            opened.write(secrets.token_hex(32))
-        partial.replace(file)
-    return bytes.fromhex(file.read_text(encoding="utf-8"))
+    file = run / KEY
+    return bytes.fromhex(file.read_text(encoding="utf-8")) if file.exists() else secrets.token_bytes(32)
+
+
+def keep_promises(run: Path, settings: PrivacySettings, promised: Sequence[Guarantee], key: bytes) -> None:
+    """Write what the noise promises beside the run, and its secret, which only the owner may read."""
+    record = {**settings.model_dump(), "guarantees": [asdict(g) for g in promised]}
+    for name, text, mode in (
+        ("privacy.json", json.dumps(record, indent=2) + "\n", 0o644),
+        (KEY, key.hex(), 0o600),
+    ):
+        partial = run / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+            file.write(text)
+        partial.replace(run / name)

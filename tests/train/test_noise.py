@@ -22,7 +22,7 @@ from fedrouter.train import noise
 from fedrouter.train.aggregate import distance
 from fedrouter.train.cluster import set_aside
 from fedrouter.train.noise import Noise
-from fedrouter.train.privacy import epsilon, guarantees, noise_key
+from fedrouter.train.privacy import epsilon, guarantees, keep_promises, noise_key
 from fedrouter.types import Array, Assignment, Float64s, RoutingSpace, Subset
 
 PRIVACY = PrivacySettings(clip_embeddings=30.0, centroid_noise=1.0, clip_updates=0.5, update_noise=2.0)
@@ -239,14 +239,14 @@ def test_clusters_are_found_through_little_noise() -> None:
 
 
 def test_the_secret_comes_from_the_system_stays_and_is_the_owners(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    key = noise_key(tmp_path / "a", PRIVACY)
+    key = noise_key(tmp_path, PRIVACY)
     assert len(key) == 32
-    assert key == noise_key(tmp_path / "a", PRIVACY) != noise_key(tmp_path / "b", PRIVACY)
-    assert stat.S_IMODE((tmp_path / "a" / "noise.key").stat().st_mode) == 0o600
+    assert key != noise_key(tmp_path, PRIVACY), "kept from the first round on, not before"
+    for _ in range(2):  # written again by a run that is resumed
+        keep_promises(tmp_path, PRIVACY, [], key)
+        assert noise_key(tmp_path, PRIVACY) == key
+    assert stat.S_IMODE((tmp_path / "noise.key").stat().st_mode) == 0o600
     assert noise_key(tmp_path, PrivacySettings()) == b""
-    assert not (tmp_path / "noise.key").exists()
 
 
 @pytest.mark.parametrize(
