@@ -110,11 +110,23 @@ class LoraSettings(_Section):
     """The adapters."""
 
     rank: int = Field(8, ge=1)
+    """Of every task cluster's adapter."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Lower ranks of clients that cannot train the full one, by the client's name."""
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     freeze_a: bool = False
     """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "LoraSettings":
+        for client, rank in self.ranks.items():
+            if rank > self.rank:
+                raise ValueError(
+                    f"lora.ranks: client {client} has {rank}, above lora.rank {self.rank}; raise that"
+                )
+        return self
 
 
 class TrainSettings(_Section):
@@ -246,6 +258,8 @@ class Config(_Section):
                 "method clustered needs every client in its warm-up, and rounds after it: "
                 "remove train.participation, raise train.rounds"
             )
+        if self.lora.ranks and self.aggregate.robust != "none":
+            raise ValueError("aggregate.robust compares adapters of one rank; remove it or lora.ranks")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
             raise ValueError(
                 f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'

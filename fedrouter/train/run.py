@@ -16,7 +16,7 @@ from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
-from fedrouter.errors import TrainingError
+from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
@@ -50,6 +50,9 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         return load_bundle(out / "bundle")
 
     records = load_clients(config)
+    for name in config.lora.ranks:
+        if name not in records:
+            raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
     path = resolve_base(config.base.model, config.base.revision)
     tokenizer, model, dtype = load_model(config, path)

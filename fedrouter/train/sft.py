@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.errors import ModelError
 from fedrouter.models import render_prompt
+from fedrouter.train.aggregate import cut, rank_of
 from fedrouter.types import AdapterState, Record
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class AdapterTrainer:
     ) -> Trained:
         """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4).
 
+        An adapter of a lower rank than this trainer's comes back at that rank, trained at this one's scale.
         Call it with the same arguments and the same number of threads, and it gives the same bytes.
         """
         began = time.perf_counter()
@@ -168,9 +170,8 @@ class AdapterTrainer:
                 hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
             vars(self._model.get_base_model()).pop("forward", None)
-        return Trained(
-            self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
-        )
+        trained = cut(self.state(), rank_of(adapter))
+        return Trained(trained, self._examples(len(data), steps), float(loss), time.perf_counter() - began)
 
     @torch.no_grad()
     def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
@@ -193,9 +194,11 @@ class AdapterTrainer:
         return total / max(num_tokens, 1), int(num_tokens)
 
     def _put_in(self, adapter: AdapterState) -> None:
+        """Write the adapter into the model; slices that it has not are zero and get zero gradients."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                tensor.copy_(torch.from_numpy(adapter[name]))
+                array = torch.from_numpy(adapter[name])
+                tensor.zero_()[: array.shape[0], : array.shape[1]].copy_(array)
 
     def _pull_back(self, mu: float) -> list[Any]:
         """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""
