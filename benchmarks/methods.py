@@ -2,8 +2,8 @@
 
 python benchmarks/methods.py [--seed 1] [--out DIR] [METHOD …]
 
-The federation is ``examples/four_tasks.toml``, 8 clients of two tasks each, cut to 3 rounds of 12 steps. An
-adapter is judged by its loss on the completions of test rows, nats a token, the mean over tasks:
+The federation is ``examples/four_tasks.toml``, 8 clients of two tasks each, cut to 3 rounds of 12 steps of 4
+rows. An adapter is judged by its loss on the completions of test rows, nats a token, the mean over tasks:
 
 - ``global``: a prompt goes to the nearest of all task clusters, whoever asks;
 - ``local``: it goes to the nearest of those that the asking client has rows of; clients ask for their tasks.
@@ -37,7 +37,7 @@ from fedrouter.types import Record
 
 METHODS = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")
 OWN = {"fedprox": ["train.proximal=0.1"]}
-SETTINGS = ["train.rounds=3", "train.steps=12", "routing.fallback=nearest"]
+SETTINGS = ["train.rounds=3", "train.steps=12", "train.batch_size=4", "routing.fallback=nearest"]
 PER_TASK = 60  # test rows
 
 

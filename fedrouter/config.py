@@ -75,6 +75,8 @@ class EmbedderSettings(_Section):
     """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
     max_tokens: int = Field(512, ge=8)
     """Longer prompts are cut, in training and serving alike."""
+    cache: str | None = None
+    """Directory that keeps clients' embeddings, for several runs; without it ``embeddings/`` in the run."""
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
@@ -96,6 +98,8 @@ class ClusterSettings(_Section):
     """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
     """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    every: int | None = Field(None, ge=1)
+    """Cluster anew after so many rounds, with the rows that the files of ``data.clients`` hold then."""
     warmup: int = Field(1, ge=1)
     """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
 
@@ -231,7 +235,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
-        own = {"fedrouter": {"method", "local", "global_"}, "clustered": {"global_", "warmup"}}.get(
+        own = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
             method, set()
         )
         for name, field in ClusterSettings.model_fields.items():
@@ -241,6 +245,8 @@ class Config(_Section):
                     f"method {method} has no use for cluster.{key}; "
                     "remove it, or empty a file's section with --set cluster={}"
                 )
+        if self.cluster.every and not self.data.clients:
+            raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
         if method == "local" and self.aggregate != AggregateSettings():
             raise ValueError("method local averages nothing; remove [aggregate]")
         if method == "fedprox" and not self.train.proximal:

@@ -34,7 +34,9 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.run import load_model, train_rounds, versions, write_atomically
+from fedrouter.train.recluster import Clustering
+from fedrouter.train.rounds import train_rounds, write_atomically
+from fedrouter.train.run import load_model, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
@@ -110,14 +112,12 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
         else mean(adapters, sizes[:first], config.aggregate.method)[0]
     )
     if added:
-        digest = clustering_digest(space, assignments)
+        digest = clustering_digest(space, assignments, records)
         state = latest_checkpoint(out / "checkpoints", digest)
         state = state or fresh_state([*adapters, *[general] * len(added)])
-        names = [c.name for c in [*clusters, *added]]
-        fresh = [_only(a, range(first, len(names))) for a in assignments]
-        state = train_rounds(
-            federation, [a for a in fresh if a.subsets], state, config, out, digest, names, console
-        )
+        fresh = [_only(a, range(first, first + len(added))) for a in assignments]
+        clustering = Clustering(space, [a for a in fresh if a.subsets], [*clusters, *added])
+        _, state = train_rounds(federation, clustering, state, digest, config, out, console)
         adapters += state.best_adapters[first:]
         added = [c if loss is None else replace(c, training={"loss": round(loss, 5)})
                  for c, loss in zip(added, state.losses[first:], strict=True)]  # fmt: skip

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,22 @@ from fedrouter import __version__, data
 from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
-from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
-from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder
+from fedrouter.errors import ConfigError, DataError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
-from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
+from fedrouter.train.cache import CachedEmbedder
+from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
 from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish, group
-from fedrouter.train.progress import TrainProgress
-from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
+from fedrouter.train.recluster import Clustering, changes, recluster
+from fedrouter.train.rounds import train_rounds, write_atomically
+from fedrouter.train.server import RunState
 from fedrouter.train.sft import AdapterTrainer
-from fedrouter.types import Assignment, Record, TaskCluster
+from fedrouter.types import Record, TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
 
@@ -37,7 +37,8 @@ RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn",
 def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
-    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``.
+    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
+    ``bundle/``.
 
     Raises
     ------
@@ -59,33 +60,64 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     base = base_spec(config.base.model, config.base.revision, path)
 
     wanted = config.embedder
-    embedder: Embedder
+    found: Embedder
     if wanted.model is None:
         spec = embedder_spec("base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision)
-        embedder = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
+        found = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
     else:
         spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
-        embedder = load_embedder(spec, base)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
-    probe_vectors = probe(embedder)
+        found = load_embedder(spec, base)
+    embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
+    clients = {name: Client(name, rows, embedder, config.seed) for name, rows in records.items()}
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-    federation = LocalFederation(clients, trainer)
-    grouping = group(federation, config, trainer.state())
-    space, assignments = grouping.space, grouping.assignments
-    clusters = describe(assignments, len(set(space.cluster_of)), config.routing, grouping.names)
-    for c in clusters:
+    federation = LocalFederation(list(clients.values()), trainer)
+
+    def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
+        """Read the clients' files again and cluster anew."""
+        trainer.take_out()
+        for name, source in config.data.clients.items():
+            try:
+                rows = data.load_records(source, config.data.split, config.data.max_per_client)
+                if rows != records[name]:
+                    clients[name] = Client(name, rows, embedder, config.seed)
+                    records[name] = rows
+            except DataError as error:
+                console.print(f"client {name} goes on with the rows that it had: {error}", soft_wrap=True)
+        federation.replace(list(clients.values()))
+        new, state = recluster(federation, config, old, state)
+        console.print(f"clustered anew before round {state.number + 1}: {changes(old, new)}", soft_wrap=True)
+        return new, state, clustering_digest(new.space, new.assignments, records)
+
+    checkpoints = out / "checkpoints"
+    if config.cluster.every and (stored := latest_clustering(checkpoints)):
+        clustering, state, recorded = stored
+        clustering = replace(clustering, assignments=list(federation.assign(clustering.space)))
+        digest = clustering_digest(clustering.space, clustering.assignments, records)
+        if digest != recorded:  # rows have changed since
+            clustering, state, digest = anew(clustering, state)
+    else:
+        grouping = group(federation, config, trainer.state())
+        space, assignments = grouping.space, grouping.assignments
+        found_clusters = describe(assignments, len(set(space.cluster_of)), config.routing, grouping.names)
+        clustering = Clustering(space, assignments, found_clusters)
+        digest = clustering_digest(space, assignments, records)
+        state = latest_checkpoint(checkpoints, digest) or grouping.state
+    for c in clustering.clusters:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
-
-    digest = clustering_digest(space, assignments)
-    resumed = latest_checkpoint(out / "checkpoints", digest)
-    state = resumed or grouping.state
-    if resumed:
-        console.print(f"going on after round {state.number}", highlight=False)
-    names = [*(c.name for c in clusters), "global"]  # the last: FedDPA's
-    state = train_rounds(federation, assignments, state, config, out, digest, names, console)
+    if any(checkpoints.glob("round-*")):
+        console.print(
+            f"going on after round {state.number}"
+            if state.number
+            else "the checkpoints there are of other rows; starting over",
+            highlight=False,
+        )
+    clustering, state = train_rounds(
+        federation, clustering, state, digest, config, out, console, anew if config.cluster.every else None
+    )
+    clusters, space = clustering.clusters, clustering.space
     adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
     return write_bundle(
         out / "bundle",
@@ -95,49 +127,12 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         adapters=adapters,
         adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
         space=space,
-        probe_vectors=probe_vectors,
+        probe_vectors=embedder.probe,
         fallback=config.routing.fallback,
         versions=versions(),
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
         generalist=generalist,
     )
-
-
-def train_rounds(
-    federation: Federation,
-    assignments: Sequence[Assignment],
-    state: RunState,
-    config: Config,
-    out: Path,
-    digest: str,
-    names: Sequence[str],
-    console: Console,
-) -> RunState:
-    """Run the rounds that are left, with a checkpoint and metrics after each; return the last state.
-
-    Raises
-    ------
-    TrainingError
-        If no client's update could be used in any round.
-    """
-    metrics = Metrics(out / "metrics.jsonl", state.number)
-    rounds = range(state.number, config.train.rounds)
-    steps = sum(n for number in rounds for _, _, n in plan(assignments, config, number))
-    with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
-        for result in run_rounds(federation, assignments, state, config, progress.on_reply):
-            state = result.state
-            save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints)
-            metrics.write(result, names)
-            progress.on_round(result)
-    if exhausted(state, config.train.patience):
-        console.print(
-            f"stopped after round {state.number}: no validation loss fell any more", highlight=False
-        )
-    if not any(loss is not None for loss in state.losses):
-        raise TrainingError(
-            f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
-        )
-    return state
 
 
 def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
@@ -184,36 +179,6 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     )
 
 
-class Metrics:
-    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again."""
-
-    def __init__(self, path: Path, start: int):
-        self._path = path
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, result: RoundResult, names: Sequence[str]) -> None:
-        """Append one round."""
-        with self._path.open("a", encoding="utf-8") as file:
-            for c in result.clusters:
-                line = {
-                    "round": result.number,
-                    "cluster": names[c.cluster],
-                    "loss": None if c.loss is None else round(c.loss, 5),
-                    "num_examples": c.num_examples,
-                    "num_clients": c.num_clients,
-                    "drift": round(c.drift, 5),
-                    "norm": round(c.norm, 5),
-                    **({} if c.validation is None else {"validation": round(c.validation, 5)}),
-                    **({} if c.residual is None else {"residual": round(c.residual, 7)}),
-                    **({"refused": dict(c.refused)} if c.refused else {}),
-                    "time": round(time.time(), 3),
-                }
-                file.write(json.dumps(line) + "\n")
-
-
 def _claim(config: Config, out: Path) -> None:
     """Write the resolved configuration beside the run, or check that it is the same."""
     file = out / "config.json"
@@ -239,13 +204,6 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [c for k in keys for c in _changed(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
     return [] if old == new else [prefix]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:

@@ -118,6 +118,13 @@ class AdapterTrainer:
         """Tokenise records for this trainer's base model."""
         return tokenise(records, self._tokenizer, self._settings.max_length)
 
+    def take_out(self) -> None:
+        """Leave the base model as it is without an adapter, for embedding: a B of zero adds nothing."""
+        with torch.no_grad():
+            for tensor in self._tensors.values():
+                tensor.zero_()
+        self._model.eval()
+
     def state(self) -> AdapterState:
         """Copy the adapter that is in the model now."""
         return {
