@@ -30,8 +30,10 @@ class BaseSettings(_Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU when there is one."""
+    device: Literal["auto", "cpu", "cuda", "spread"] = "auto"
+    """Where to train; auto: a GPU when there is one; spread: a base too large for one, over all GPUs."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: train on a base of 4-bit weights (QLoRA, bitsandbytes); prompts are embedded before, without."""
     chat_template: str | None = None
     """For a base without one: ``alpaca`` or a Jinja file; it travels in the bundle."""
 
@@ -158,7 +160,11 @@ class TrainSettings(_Section):
     """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower, the same adapters."""
     keep_checkpoints: int = Field(2, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+    """Trackers that get every round's metrics, beside metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +253,11 @@ class Config(_Section):
                 )
         if self.cluster.every and not self.data.clients:
             raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
+        if self.cluster.every and self.base.quantization != "none" and self.embedder.kind == "base":
+            raise ValueError(
+                "cluster.every embeds between rounds, which a base with base.quantization cannot; "
+                "set embedder.kind and embedder.model"
+            )
         if method == "local" and self.aggregate != AggregateSettings():
             raise ValueError("method local averages nothing; remove [aggregate]")
         if method == "fedprox" and not self.train.proximal:

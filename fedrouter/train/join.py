@@ -27,6 +27,7 @@ from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import read_chat_template, resolve_base
 from fedrouter.train.aggregate import mean
+from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import Labels
@@ -36,7 +37,7 @@ from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds, write_atomically
-from fedrouter.train.run import load_model, versions
+from fedrouter.train.run import load_model, quantised, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
@@ -82,13 +83,15 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
     tokenizer, model, _ = load_model(config, path)
-    embedder: Embedder
+    found: Embedder
     if bundle.embedder.kind == "base":
-        embedder = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
+        found = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
     else:
-        embedder = load_embedder(bundle.embedder, bundle.base)
+        found = load_embedder(bundle.embedder, bundle.base)
+    embedder = CachedEmbedder(found, Path(config.embedder.cache or out / "embeddings"))
     check_embedder(bundle, embedder)
     clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    model = quantised(config, path, model)
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
 

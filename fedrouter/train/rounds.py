@@ -13,6 +13,7 @@ from fedrouter.train.checkpoint import save_checkpoint
 from fedrouter.train.progress import TrainProgress
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
+from fedrouter.train.trackers import Trackers
 
 Anew = Callable[[Clustering, RunState], tuple[Clustering, RunState, str]]
 
@@ -40,13 +41,14 @@ def train_rounds(
         If no client's update could be used in any round.
     """
     every, last = config.cluster.every, config.train.rounds
-    while True:
-        if anew and every and 0 < state.number < last and state.number % every == 0:
-            clustering, state, digest = anew(clustering, state)
-        until = min(last, (state.number // every + 1) * every) if anew and every else last
-        state = _stretch(federation, clustering, state, digest, config, until, out, console)
-        if state.number >= last or exhausted(state, config.train.patience):
-            break
+    with Trackers(config, out, console) as trackers:
+        while True:
+            if anew and every and 0 < state.number < last and state.number % every == 0:
+                clustering, state, digest = anew(clustering, state)
+            until = min(last, (state.number // every + 1) * every) if anew and every else last
+            state = _stretch(federation, clustering, state, digest, config, until, out, console, trackers)
+            if state.number >= last or exhausted(state, config.train.patience):
+                break
     if exhausted(state, config.train.patience):
         console.print(
             f"stopped after round {state.number}: no validation loss fell any more", highlight=False
@@ -67,6 +69,7 @@ def _stretch(
     until: int,
     out: Path,
     console: Console,
+    trackers: Trackers,
 ) -> RunState:
     """Run the rounds up to ``until`` with the same task clusters."""
     names = [*(c.name for c in clustering.clusters), "global"]  # the last: FedDPA's
@@ -78,6 +81,7 @@ def _stretch(
             state = result.state
             save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints, kept)
             metrics.write(result, names)
+            trackers.write(result, names)
             progress.on_round(result)
             if state.number == until:
                 break

@@ -1,5 +1,6 @@
 """Configuration → clients → task clusters → rounds → bundle; an interrupted run goes on where it stopped."""
 
+import gc
 import importlib.metadata
 import json
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, lat
 from fedrouter.train.client import Client
 from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.machine import check_machine, device_and_dtype
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish, group
 from fedrouter.train.recluster import Clustering, changes, recluster
@@ -70,6 +72,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     clients = {name: Client(name, rows, embedder, config.seed) for name, rows in records.items()}
 
+    model = quantised(config, path, model)
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(list(clients.values()), trainer)
 
@@ -136,17 +139,31 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
 
 
 def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
-    """Return tokenizer, base model and dtype as the configuration says.
+    """Return tokenizer, base model and dtype as the configuration says; not quantised yet.
 
     Raises
     ------
-    TrainingError, ModelError
-        If there is no such device, or the model does not load.
+    ConfigError, TrainingError, ModelError
+        If there is no such device or package, or the model does not load.
     """
+    check_machine(config)
     tokenizer = load_tokenizer(path, config.base.chat_template)
-    device = _device(config.base.device)
-    dtype = _dtype(config.base.dtype, device)
+    device, dtype = device_and_dtype(config)
     return tokenizer, load_base(path, dtype, device), dtype
+
+
+def quantised(config: Config, path: Path, model: Any) -> Any:
+    """Return the model to train on: with ``base.quantization`` another one, in place of the given one.
+
+    What serves reads the base unquantised, so the embedder must too: it has done its work by now.
+    """
+    if config.base.quantization == "none":
+        return model
+    device, dtype = device_and_dtype(config)
+    model.to("meta")  # frees the weights, whoever still holds the model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return load_base(path, dtype, device, config.base.quantization)
 
 
 def versions() -> dict[str, str]:
@@ -208,13 +225,3 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def _with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:
     return c if loss is None else replace(c, training={"loss": round(loss, 5)})
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TrainingError('base.device = "cuda": this machine has no usable GPU; set "cpu" or "auto"')
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _dtype(name: str, device: str) -> str:
-    return ("bfloat16" if device == "cuda" else "float32") if name == "auto" else name

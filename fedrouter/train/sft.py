@@ -92,6 +92,11 @@ class AdapterTrainer:
         if lora.freeze_a:
             for name, parameter in self._model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
+        if getattr(model, "is_loaded_in_4bit", False):
+            # TRL trains adapters of a quantised base in bfloat16; casting them later would part their memory.
+            for parameter in self._model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
         # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
@@ -142,31 +147,32 @@ class AdapterTrainer:
         """
         began = time.perf_counter()
         self._put_in(adapter)
-        device = self._model.device.type
+        base, device = self._model.get_base_model(), self._model.device.type
+        arguments = SFTConfig(
+            output_dir=self._scratch.name,
+            max_steps=steps,
+            per_device_train_batch_size=self._settings.batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=self._settings.weight_decay,
+            optim="adamw_torch",
+            seed=seed,
+            use_cpu=device == "cpu",
+            bf16=device == "cuda" and base.dtype == torch.bfloat16,
+            gradient_checkpointing=self._settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=device == "cuda",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        # Of several GPUs the Trainer would use all, for batches so many times as large.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = SFTTrainer(
-            model=self._model,
-            args=SFTConfig(
-                output_dir=self._scratch.name,
-                max_steps=steps,
-                per_device_train_batch_size=self._settings.batch_size,
-                learning_rate=learning_rate,
-                lr_scheduler_type="constant",
-                weight_decay=self._settings.weight_decay,
-                optim="adamw_torch",
-                seed=seed,
-                use_cpu=device == "cpu",
-                bf16=device == "cuda",
-                gradient_checkpointing=False,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                dataloader_pin_memory=device == "cuda",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            train_dataset=data,
-            processing_class=self._tokenizer,
+            model=self._model, args=arguments, train_dataset=data, processing_class=self._tokenizer
         )
         trainer.remove_callback(PrinterCallback)
         hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
@@ -176,8 +182,14 @@ class AdapterTrainer:
             for hook in hooks:
                 hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
-            vars(self._model.get_base_model()).pop("forward", None)
+            vars(base).pop("forward", None)
+            if self._settings.gradient_checkpointing:
+                base.gradient_checkpointing_disable()
+                base.disable_input_require_grads()
         trained = cut(self.state(), rank_of(adapter))
+        if device == "cuda":
+            del trainer
+            torch.cuda.empty_cache()  # the next client's batches have other shapes
         return Trained(trained, self._examples(len(data), steps), float(loss), time.perf_counter() - began)
 
     @torch.no_grad()

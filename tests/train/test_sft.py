@@ -57,6 +57,21 @@ def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> N
         np.testing.assert_array_equal(array, one_pulled.adapter[name])
 
 
+def test_gradient_checkpointing_gives_the_same_adapter_and_leaves_nothing_behind() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model, tokenizer = small_model()
+        settings = TrainSettings(batch_size=4, gradient_checkpointing=checkpointing)
+        trainer = AdapterTrainer(model, tokenizer, LoraSettings(rank=2), settings, seed=0)
+        rows, start = trainer.tokenise(RECORDS), trainer.state()
+        found += [trainer.train(start, rows, 3, 1e-2, seed=0).adapter for _ in range(2)]
+        assert not model.get_input_embeddings()._forward_hooks
+        assert not model.is_gradient_checkpointing
+    for other in found[1:]:
+        for name, array in found[0].items():
+            np.testing.assert_allclose(other[name], array, atol=1e-6)
+
+
 def test_validation_loss_is_the_mean_over_completion_tokens_however_batched() -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), TrainSettings(batch_size=3), seed=0)
     rows = trainer.tokenise(RECORDS)
