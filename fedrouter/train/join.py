@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from fedrouter import data
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
 from fedrouter.config import ClusterSettings, Config, read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
@@ -38,9 +37,10 @@ from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds, write_atomically
-from fedrouter.train.run import load_model, quantised, versions
+from fedrouter.train.run import load_model, quantised, unclaimed, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.sources import load_sources
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
 
 MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius
@@ -74,7 +74,8 @@ def join(
     )
     entry = {"run": str(run.resolve()), "clients": sources, **({"moved": moved} if moved else {})}
     joins = [*_joins(run), entry]
-    if out.exists() and (not (out / "joined.json").exists() or _joins(out) != joins):
+    begun = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
+    if begun and (not (out / "joined.json").exists() or _joins(out) != joins):
         raise TrainingError(f"{out} holds something else already; choose another --out")
     if (out / "bundle").exists():
         names = ", ".join([*sources, *moved])
@@ -92,13 +93,7 @@ def join(
     for name in moved:
         if name not in known:
             raise TrainingError(f"client {name}: {run} has none of that name that could move; use --client")
-    records = {
-        name: data.load_records(source, config.data.split)
-        for name, source in sorted({**sources, **moved}.items())
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
-    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
+    records = load_sources({**sources, **moved}, config.data.split)
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
@@ -110,13 +105,16 @@ def join(
         found = load_embedder(bundle.embedder, bundle.base)
     embedder = CachedEmbedder(found, Path(config.embedder.cache or out / "embeddings"))
     check_embedder(bundle, embedder)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
-    model = quantised(config, path, model)
-    trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-    federation = LocalFederation(clients, trainer)
-
+    with unclaimed(out):
+        clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+        model = quantised(config, path, model)
+        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+        federation = LocalFederation(clients, trainer)
+        space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
     first = len(bundle.clusters)
-    space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
+    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
     added = describe(assignments, max(space.cluster_of) + 1, config.routing, standing=bundle.clusters)
     clusters = []
     for k, c in enumerate(bundle.clusters):

@@ -3,6 +3,9 @@
 import gc
 import importlib.metadata
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,29 +13,37 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedrouter import __version__, data
-from fedrouter.builtin import is_builtin
+from fedrouter import __version__
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder
-from fedrouter.errors import ConfigError, DataError, TrainingError
+from fedrouter.errors import ConfigError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
-from fedrouter.partition import partition
 from fedrouter.train.cache import CachedEmbedder
-from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
-from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.machine import check_machine, device_and_dtype
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.methods import finish, group
-from fedrouter.train.recluster import Clustering, changes, recluster
+from fedrouter.train.methods import finish
 from fedrouter.train.rounds import train_rounds, write_atomically
-from fedrouter.train.server import RunState
 from fedrouter.train.sft import AdapterTrainer
-from fedrouter.types import Record, TaskCluster
+from fedrouter.train.sources import load_clients
+from fedrouter.train.start import rereading, start
+from fedrouter.types import TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
+
+
+@contextmanager
+def unclaimed(out: Path) -> Iterator[None]:
+    """Remove a new directory again where input is refused before it has become a run."""
+    new = not out.exists()
+    try:
+        yield
+    except FedRouterError:
+        if new and not (out / "config.json").exists():
+            shutil.rmtree(out, ignore_errors=True)  # embeddings
+        raise
 
 
 @explained_out_of_memory()
@@ -47,7 +58,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     TrainingError
         If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
-    _claim(config, out)
+    refuse_another_run(config, out)
     if (out / "bundle").exists():
         console.print(f"{out} is finished already; remove it or choose another --out to train again")
         return load_bundle(out / "bundle")
@@ -70,57 +81,26 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
         found = load_embedder(spec, base)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
-    clients = {name: Client(name, rows, embedder, config.seed) for name, rows in records.items()}
-
-    model = quantised(config, path, model)
-    trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-    federation = LocalFederation(list(clients.values()), trainer)
-
-    def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
-        """Read the clients' files again and cluster anew."""
-        trainer.take_out()
-        for name, source in config.data.clients.items():
-            try:
-                rows = data.load_records(source, config.data.split, config.data.max_per_client)
-                if rows != records[name]:
-                    clients[name] = Client(name, rows, embedder, config.seed)
-                    records[name] = rows
-            except DataError as error:
-                console.print(f"client {name} goes on with the rows that it had: {error}", soft_wrap=True)
-        federation.replace(list(clients.values()))
-        new, state = recluster(federation, config, old, state)
-        console.print(f"clustered anew before round {state.number + 1}: {changes(old, new)}", soft_wrap=True)
-        return new, state, clustering_digest(new.space, new.assignments, records)
-
-    checkpoints = out / "checkpoints"
-    if config.cluster.every and (stored := latest_clustering(checkpoints)):
-        clustering, state, recorded = stored
-        clustering = replace(clustering, assignments=list(federation.assign(clustering.space)))
-        digest = clustering_digest(clustering.space, clustering.assignments, records)
-        if digest != recorded:  # rows have changed since
-            clustering, state, digest = anew(clustering, state)
-    else:
-        grouping = group(federation, config, trainer.state())
-        space, assignments = grouping.space, grouping.assignments
-        found_clusters = describe(assignments, len(set(space.cluster_of)), config.routing, grouping.names)
-        clustering = Clustering(space, assignments, found_clusters)
-        digest = clustering_digest(space, assignments, records)
-        state = latest_checkpoint(checkpoints, digest) or grouping.state
+    with unclaimed(out):
+        clients = {name: Client(name, rows, embedder, config.seed) for name, rows in records.items()}
+        model = quantised(config, path, model)
+        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+        federation = LocalFederation(list(clients.values()), trainer)
+        anew = rereading(config, clients, records, embedder, federation, trainer, console)
+        clustering, state, digest = start(federation, config, trainer.state(), records, out, anew)
+        claim(out, config)
     for c in clustering.clusters:
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
-    if any(checkpoints.glob("round-*")):
+    if any((out / "checkpoints").glob("round-*")):
+        resumed = f"going on after round {state.number}"
         console.print(
-            f"going on after round {state.number}"
-            if state.number
-            else "the checkpoints there are of other rows; starting over",
+            resumed if state.number else "the checkpoints there are of other rows; starting over",
             highlight=False,
         )
-    clustering, state = train_rounds(
-        federation, clustering, state, digest, config, out, console, anew if config.cluster.every else None
-    )
-    clusters, space = clustering.clusters, clustering.space
+    clustering, state = train_rounds(federation, clustering, state, digest, config, out, console, anew)
+    clusters = clustering.clusters
     adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
     return write_bundle(
         out / "bundle",
@@ -129,7 +109,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
         adapters=adapters,
         adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
-        space=space,
+        space=clustering.space,
         probe_vectors=embedder.probe,
         fallback=config.routing.fallback,
         versions=versions(),
@@ -171,49 +151,33 @@ def versions() -> dict[str, str]:
     return {"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}}
 
 
-def load_clients(config: Config) -> dict[str, list[Record]]:
-    """Return each client's records, as the configuration deals them out."""
-    settings = config.data
-    if settings.clients:
-        return {
-            name: data.load_records(source, settings.split, settings.max_per_client)
-            for name, source in sorted(settings.clients.items())
-        }
-    sources = [settings.source] if isinstance(settings.source, str) else settings.source
-    records: list[Record] = []
-    for source in sources:
-        if is_builtin(source):
-            records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
-        else:
-            records += data.load_records(source, settings.split)
-    return partition(
-        records,
-        settings.partition,
-        settings.num_clients,
-        config.seed,
-        settings.alpha,
-        max_per_client=settings.max_per_client,
-    )
+def refuse_another_run(config: Config, out: Path) -> None:
+    """Check that ``out`` holds nothing, or a run with this configuration.
 
-
-def _claim(config: Config, out: Path) -> None:
-    """Write the resolved configuration beside the run, or check that it is the same."""
-    file = out / "config.json"
+    Raises
+    ------
+    TrainingError
+        If it holds something else.
+    """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
             f"{out} holds an unfinished fedrouter join; give that command again, or another --out"
         )
-    resolved = config.model_dump(by_alias=True)
+    file = out / "config.json"
     if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(resolved, indent=2) + "\n")
         return
-    changed = _changed(json.loads(file.read_text(encoding="utf-8")), resolved)
+    changed = _changed(json.loads(file.read_text(encoding="utf-8")), config.model_dump(by_alias=True))
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
             "choose another --out, or give the same configuration to go on"
         )
+
+
+def claim(out: Path, config: Config) -> None:
+    """Write the resolved configuration beside the run; not before all that can be refused was."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", json.dumps(config.model_dump(by_alias=True), indent=2) + "\n")
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
