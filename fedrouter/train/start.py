@@ -1,4 +1,4 @@
-"""What the rounds start from: task clusters that are found, that a checkpoint holds, or that are found anew."""
+"""What the rounds start from: task clusters that are found, found anew, or that a checkpoint holds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
