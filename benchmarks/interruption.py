@@ -3,10 +3,12 @@
 python benchmarks/interruption.py [--kills 20] [--seed 0]
 
 Each run is killed with SIGKILL at a uniformly drawn moment of the uninterrupted run's duration (and so also
-while it loads, clusters, writes a checkpoint or the bundle), then the same command is given again.
+while it loads, embeds, clusters, writes a checkpoint or the bundle), then the same command is given again.
+The run has all that outlives a round: a server optimizer, best rounds by validation, clustering anew.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -18,13 +20,18 @@ from pathlib import Path
 
 from common import report
 
+from fedrouter.builtin.tasks import TASKS, generate
+
 SETTINGS = [
-    "data.num_clients=4",
-    "data.num_per_task=24",
+    "cluster.every=2",
     "train.rounds=6",
     "train.steps=4",
     "train.batch_size=4",
+    "train.validation=0.1",
+    "aggregate.server=momentum",
+    "aggregate.server_learning_rate=0.7",
 ]
+CLIENTS = {"a": (0, 1), "b": (1, 2), "c": (2, 3), "d": (3, 0)}  # numbers of their tasks
 
 
 def main() -> None:
@@ -37,6 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
+        prepare(Path(scratch))
         whole = Path(scratch) / "whole"
         began = time.perf_counter()
         subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
@@ -61,10 +69,21 @@ def main() -> None:
     report("interruption", {**results, "moments": [round(m, 2) for m in moments]}, rows)
 
 
+def prepare(directory: Path) -> None:
+    """Write every client's file and a configuration that names them."""
+    for client, tasks in CLIENTS.items():
+        records = [r for t in tasks for r in generate(TASKS[t], "train", 40, ord(client))]
+        rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
+        (directory / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clients = ", ".join(f'{c} = "{c}.jsonl"' for c in CLIENTS)
+    (directory / "run.toml").write_text(f"[data]\nclients = {{ {clients} }}\n")
+
+
 def command(out: Path) -> list[str]:
     """Return the command line of a run."""
     overrides = [part for setting in SETTINGS for part in ("--set", setting)]
-    return [sys.executable, "-m", "fedrouter", "train", "--out", str(out), *overrides]
+    train = [sys.executable, "-m", "fedrouter", "train", str(out.parent / "run.toml")]
+    return [*train, "--out", str(out), *overrides]
 
 
 def kill_after(arguments: list[str], seconds: float) -> None:

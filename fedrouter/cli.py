@@ -86,19 +86,25 @@ def train(
 @app.command()
 def join(
     run: Annotated[Path, typer.Argument(help="A finished run; it stays as it is.")],
-    client: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")],
+    client: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")
+    ] = None,
+    moved: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A client that is there, and the data it has now."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to; otherwise RUN and the names, beside it.")
     ] = None,
 ) -> None:
-    """Add clients to a finished run; train only what is new."""
-    sources = dict(_named(text, "--client", "NAME=FILE") for text in client)
-    if len(sources) < len(client):
-        raise ConfigError("--client: a name is given twice")
+    """Add clients to a finished run, or let them move; train only what is new."""
+    sources, changed = _sources(client, "--client"), _sources(moved, "--moved")
+    if not sources and not changed:
+        raise ConfigError("nobody to join: give --client NAME=FILE or --moved NAME=FILE")
     from fedrouter.train.join import join as add
 
     try:
-        bundle = add(run, sources, out, console)
+        bundle = add(run, sources, changed, out, console)
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last finished round")
         raise typer.Exit(130) from None
@@ -353,6 +359,13 @@ def _named(text: str, option: str, form: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ConfigError(f"{option} {text}: expected {form}")
     return name, path
+
+
+def _sources(given: list[str] | None, option: str) -> dict[str, str]:
+    sources = dict(_named(text, option, "NAME=FILE") for text in given or [])
+    if len(sources) < len(given or []):
+        raise ConfigError(f"{option}: a name is given twice")
+    return sources
 
 
 def _api_key(variable: str | None) -> str | None:

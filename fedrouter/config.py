@@ -30,8 +30,10 @@ class BaseSettings(_Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU when there is one."""
+    device: Literal["auto", "cpu", "cuda", "spread"] = "auto"
+    """Where to train; auto: a GPU when there is one; spread: a base too large for one, over all GPUs."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: train on a base of 4-bit weights (QLoRA, bitsandbytes); prompts are embedded before, without."""
     chat_template: str | None = None
     """For a base without one: ``alpaca`` or a Jinja file; it travels in the bundle."""
 
@@ -75,6 +77,8 @@ class EmbedderSettings(_Section):
     """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
     max_tokens: int = Field(512, ge=8)
     """Longer prompts are cut, in training and serving alike."""
+    cache: str | None = None
+    """Directory that keeps clients' embeddings, for several runs; without it ``embeddings/`` in the run."""
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
@@ -96,6 +100,8 @@ class ClusterSettings(_Section):
     """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
     """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    every: int | None = Field(None, ge=1)
+    """Cluster anew after so many rounds, with the rows that the files of ``data.clients`` hold then."""
     warmup: int = Field(1, ge=1)
     """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
 
@@ -110,11 +116,23 @@ class LoraSettings(_Section):
     """The adapters."""
 
     rank: int = Field(8, ge=1)
+    """Of every task cluster's adapter."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Lower ranks of clients that cannot train the full one, by the client's name."""
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     freeze_a: bool = False
     """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "LoraSettings":
+        for client, rank in self.ranks.items():
+            if rank > self.rank:
+                raise ValueError(
+                    f"lora.ranks: client {client} has {rank}, above lora.rank {self.rank}; raise that"
+                )
+        return self
 
 
 class TrainSettings(_Section):
@@ -142,7 +160,11 @@ class TrainSettings(_Section):
     """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower, the same adapters."""
     keep_checkpoints: int = Field(2, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+    """Trackers that get every round's metrics, beside metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,7 +276,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
-        own = {"fedrouter": {"method", "local", "global_"}, "clustered": {"global_", "warmup"}}.get(
+        own = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
             method, set()
         )
         for name, field in ClusterSettings.model_fields.items():
@@ -264,6 +286,13 @@ class Config(_Section):
                     f"method {method} has no use for cluster.{key}; "
                     "remove it, or empty a file's section with --set cluster={}"
                 )
+        if self.cluster.every and not self.data.clients:
+            raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
+        if self.cluster.every and self.base.quantization != "none" and self.embedder.kind == "base":
+            raise ValueError(
+                "cluster.every embeds between rounds, which a base with base.quantization cannot; "
+                "set embedder.kind and embedder.model"
+            )
         if method == "local" and self.aggregate != AggregateSettings():
             raise ValueError("method local averages nothing; remove [aggregate]")
         if method == "fedprox" and not self.train.proximal:
@@ -288,6 +317,10 @@ class Config(_Section):
             )
         if self.privacy.update_noise and self.train.validation:
             raise ValueError("privacy.update_noise does not cover validation losses; remove train.validation")
+        if self.privacy.noisy and self.cluster.every:
+            raise ValueError("privacy's noise is accounted for one clustering; remove cluster.every")
+        if self.lora.ranks and self.aggregate.robust != "none":
+            raise ValueError("aggregate.robust compares adapters of one rank; remove it or lora.ranks")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
             raise ValueError(
                 f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'
