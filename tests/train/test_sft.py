@@ -106,3 +106,9 @@ def test_a_lower_rank_trains_as_a_trainer_of_that_rank_at_the_same_scale() -> No
         assert found[name].shape == array.shape
         np.testing.assert_allclose(found[name], array, atol=1e-5)
         assert ".lora_A." in name or np.abs(array).max() > 1e-3, "it has learned something"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_noise_goes_to_the_tensors_that_are_trained(frozen: bool) -> None:
+    trainer = AdapterTrainer(*small_model(), LoraSettings(freeze_a=frozen), TrainSettings(), seed=0)
+    assert trainer.trained == [n for n in sorted(trainer.state()) if ".lora_B." in n or not frozen]
