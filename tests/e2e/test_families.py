@@ -1,4 +1,4 @@
-"""Any causal language model: tiny random ones of several families go from training to plain PEFT and to vLLM."""
+"""Any causal language model: tiny random ones of several families are trained, and run in PEFT and vLLM."""
 
 import json
 import os
