@@ -134,6 +134,7 @@ def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
     own = next(a for a in found.assignments if a.client == "few")
     assert [s.num_examples for s in own.subsets] == [64], "the four go with the others"
     assert [len(r) for r in members[0]._rows.values()] == [64]
+    assert own.subsets[0].task_counts == {"colours": 60, "few rows": 4}, "the label of four is not told"
 
 
 def test_failures_name_the_error_and_its_place_but_quote_nothing(caplog: pytest.LogCaptureFixture) -> None:
