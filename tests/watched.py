@@ -19,7 +19,7 @@ from fedrouter.train.server import run_rounds
 from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"
-DIM, NUM_ROWS, TASKS = 12, 120, ("colours", "numbers")
+DIM, NUM_ROWS, TASKS = 12, 60, ("colours", "numbers")
 CONFIG = Config(train=TrainSettings(rounds=3, steps=4, validation=0.2))
 
 

@@ -66,6 +66,8 @@ class Client:
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
         self._answers: Array = embedder.embed([record.completion for record in records])
+        if not (np.isfinite(self._vectors).all() and np.isfinite(self._answers).all()):
+            raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))

@@ -24,14 +24,14 @@ from watched import (
 )
 
 from fedrouter.config import ClusterSettings, Config, PrivacySettings, TrainSettings
-from fedrouter.errors import DataError
+from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import join
 from fedrouter.train.client import Client
 from fedrouter.train.discover import discover
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.methods import group
 from fedrouter.train.server import fresh_state, run_rounds
-from fedrouter.types import Record, RoutingSpace
+from fedrouter.types import Array, Record, RoutingSpace
 
 
 def test_nothing_leaves_but_what_the_documentation_lists() -> None:
@@ -63,7 +63,7 @@ def test_the_baselines_reveal_no_more(method: str) -> None:
 
 def test_messages_do_not_grow_with_the_rows() -> None:
     sizes = []
-    for num in (300, 900):
+    for num in (250, 500):
         federation = Watched(clients(num))
         whole_run(federation)
         largest: dict[Any, int] = {}
@@ -146,3 +146,14 @@ def test_failures_name_the_error_and_its_place_but_quote_nothing(caplog: pytest.
     reason = result.clusters[0].refused["ulm"]
     assert re.fullmatch(r"ValueError at watched\.py:\d+; its own log says more", reason)
     assert "cannot tokenise 'colours secret" in caplog.text
+
+
+def test_a_client_whose_vectors_are_not_finite_is_named_before_anything_is_revealed() -> None:
+    class Overflowing(TaskEmbedder):
+        def embed(self, texts: list[str]) -> Array:
+            return np.where(np.arange(len(texts))[:, None] == 1, np.inf, super().embed(texts)).astype(
+                np.float32
+            )
+
+    with pytest.raises(TrainingError, match=r"client ulm: .* not finite; set base\.dtype"):
+        Client("ulm", rows(0, 10), Overflowing(), 0)
