@@ -57,8 +57,8 @@ class Client:
         self._noise = Noise(noise_key, name)
         if len(records) < (needed := cluster.rows_needed(self._least)):
             raise DataError(
-                f"client {name}: {len(records)} rows; a client needs at least {needed}, "
-                f"with privacy.min_cluster_size = {self._least}"
+                f"client {name}: {len(records)} rows; with privacy.min_cluster_size = {self._least} "
+                f"it needs at least {needed}"
             )
         self.name = name
         self._records = records

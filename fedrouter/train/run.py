@@ -209,8 +209,8 @@ def load_sources(
     for name, rows in records.items():
         if len(rows) < needed:
             raise DataError(
-                f"client {name}: too few rows in {sources[name]}: {len(rows)}; with privacy.min_cluster_size "
-                f"= {config.privacy.min_cluster_size} a client needs at least {needed}"
+                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
+                f"privacy.min_cluster_size = {config.privacy.min_cluster_size} it needs at least {needed}"
             )
     return records
 

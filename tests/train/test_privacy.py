@@ -117,7 +117,7 @@ def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(
 
 
 def test_a_client_of_a_handful_of_rows_is_refused_and_one_of_16_works() -> None:
-    with pytest.raises(DataError, match="6 rows; a client needs at least 7"):
+    with pytest.raises(DataError, match=r"6 rows; .* at least 7"):
         Client("few", rows(0, 3), TaskEmbedder(), 0)
     members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
     federation = Watched(members)
