@@ -12,13 +12,14 @@ from fakes import adapter
 
 from fedrouter.config import Config, PrivacySettings, TrainSettings
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import FEW
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.methods import group
 from fedrouter.train.server import run_rounds
 from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"
-DIM, NUM_ROWS, TASKS = 12, 120, ("colours", "numbers")
+DIM, NUM_ROWS, TASKS = 12, 60, ("colours", "numbers")
 CONFIG = Config(train=TrainSettings(rounds=3, steps=4, validation=0.2))
 
 
@@ -143,8 +144,9 @@ def inspect(federation: Watched, members: list[Client], least: int = 5) -> set[t
                 case str():
                     assert value in names, key
                 case dict():
-                    allowed = set(TASKS) | {"gulls"} if key[1] == "task_counts" else set(adapter(0))
+                    allowed = {*TASKS, "gulls", FEW} if key[1] == "task_counts" else set(adapter(0))
                     assert set(value) <= allowed, key
+                    assert key[1] != "task_counts" or all(n >= least for k, n in value.items() if k != FEW)
                     assert all(isinstance(v, int) or v.size < 100 for v in value.values())
                 case None | int() | float() | np.floating() | ():
                     pass

@@ -57,8 +57,8 @@ class Client:
         self._noise = Noise(noise_key, name)
         if len(records) < (needed := cluster.rows_needed(self._least)):
             raise DataError(
-                f"client {name}: {len(records)} rows; a client needs at least {needed}, "
-                f"with privacy.min_cluster_size = {self._least}"
+                f"client {name}: {len(records)} rows; with privacy.min_cluster_size = {self._least} "
+                f"it needs at least {needed}"
             )
         self.name = name
         self._records = records
@@ -66,6 +66,8 @@ class Client:
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
         self._answers: Array = embedder.embed([record.completion for record in records])
+        if not (np.isfinite(self._vectors).all() and np.isfinite(self._answers).all()):
+            raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
         self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))

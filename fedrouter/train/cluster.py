@@ -3,6 +3,7 @@
 The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ MAX_LOCAL = 32  # local clusters of "auto"
 MIN_ROWS = 10  # a local cluster of "auto" holds at least so many rows on average
 SET_ASIDE = 3  # every third row judges the space that the others made
 UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
+FEW = "few rows"  # stands for all labels that too few rows of a client carry
 QUANTILES = np.linspace(0, 1, 101)
 
 
@@ -145,7 +147,7 @@ def assign(
         if len(aside) < least:  # then of all its rows
             aside = aside[:0]
         found_quantiles = quantiles(aside if len(aside) else distance, least)
-        subsets.append(Subset(k, len(rows), len(aside), found_quantiles, count_tasks(tasks, rows)))
+        subsets.append(Subset(k, len(rows), len(aside), found_quantiles, count_tasks(tasks, rows, least)))
     return found, tuple(subsets)
 
 
@@ -212,13 +214,12 @@ def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labe
     return labels[inside], np.flatnonzero(~inside)
 
 
-def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
-    """Count the task labels among ``rows``."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        if (task := tasks[row]) is not None:
-            counts[task] = counts.get(task, 0) + 1
-    return dict(sorted(counts.items()))
+def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Mapping[str, int]:
+    """Count the task labels among ``rows``; those that fewer than ``least`` carry are ``FEW``."""
+    counts = Counter(task for row in rows if (task := tasks[row]) is not None)
+    told = {task: count for task, count in sorted(counts.items()) if count >= least}
+    few = counts.total() - sum(told.values())
+    return {**told, FEW: few} if few else told
 
 
 def _squared(x: Array, space: RoutingSpace) -> Float64s:

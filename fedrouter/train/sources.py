@@ -48,7 +48,7 @@ def load_sources(
     for name, rows in records.items():
         if len(rows) < rows_needed(least):
             raise DataError(
-                f"client {name}: too few rows in {sources[name]}: {len(rows)}; with "
-                f"privacy.min_cluster_size = {least} a client needs at least {rows_needed(least)}"
+                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
+                f"privacy.min_cluster_size = {least} it needs at least {rows_needed(least)}"
             )
     return records

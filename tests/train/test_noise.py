@@ -261,6 +261,14 @@ def test_the_secret_comes_from_the_system_stays_and_is_the_owners(tmp_path: Path
             {"privacy": {"update_noise": 1.0, "clip_updates": 1.0}, "train": {"validation": 0.1}},
             "does not cover validation",
         ),
+        (
+            {
+                "privacy": {"update_noise": 1.0, "clip_updates": 1.0},
+                "cluster": {"every": 2},
+                "data": {"clients": {"a": "a.jsonl"}},
+            },
+            "accounted for one clustering",
+        ),
         ({"privacy": {"min_cluster_size": 0}}, "greater than or equal to 1"),
         ({"privacy": {"noise": 1.0}}, "Extra inputs"),
     ],
