@@ -1,7 +1,9 @@
 """Noise reaches the arithmetic, hides what it claims to hide, and is accounted for."""
 
 import math
+import re
 import stat
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import norm
-from watched import CONFIG, DIM, TaskEmbedder, Trainer, Watched, clients, inspect, listed, same, whole_run
+from watched import (
+    CONFIG,
+    DIM,
+    DOC,
+    TaskEmbedder,
+    Trainer,
+    Watched,
+    clients,
+    inspect,
+    listed,
+    same,
+    whole_run,
+)
 
 from fedrouter.config import Config, PrivacySettings
 from fedrouter.errors import TrainingError
@@ -247,6 +261,11 @@ def test_the_secret_comes_from_the_system_stays_and_is_the_owners(tmp_path: Path
         assert noise_key(tmp_path, PRIVACY) == key
     assert stat.S_IMODE((tmp_path / "noise.key").stat().st_mode) == 0o600
     assert noise_key(tmp_path, PrivacySettings()) == b""
+
+
+def test_the_documented_example_is_a_configuration() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    assert Config.model_validate(tomllib.loads(example)).privacy.noisy
 
 
 @pytest.mark.parametrize(
