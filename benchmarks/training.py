@@ -6,8 +6,8 @@ Processes, one after another: a federation of 8 clients, one plain TRL ``SFTTrai
 one that trains a client for few steps again and again. Seconds are processor seconds of one thread, which a
 busy machine hardly changes; a federation's are those of one whole round (the second: training, averaging,
 checkpoint). The plain trainer gets the very batches of that round in their order, and so pads as much: the
-difference is what federating costs. Batches mixed over tasks hold more padding; what a trainer takes for those
-is shown beside it. Memory is the peak that the operating system saw. The base is
+difference is what federating costs. Batches mixed over tasks hold more padding; what a trainer takes for
+those is shown beside it. Memory is the peak that the operating system saw. The base is
 ``../shared/models/english-6m`` where it is, else ``builtin:tiny``.
 """
 
