@@ -24,16 +24,17 @@ from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.config import load_config
 from fedrouter.train.run import train
 
+ROUNDS = 4
 SETTINGS = [
     "cluster.every=2",
-    "train.rounds=6",
+    f"train.rounds={ROUNDS}",
     "train.steps=4",
     "train.batch_size=4",
     "train.validation=0.1",
     "aggregate.server=momentum",
     "aggregate.server_learning_rate=0.7",
 ]
-CLIENTS = {"a": (0, 1), "b": (1, 2), "c": (2, 3), "d": (3, 0)}  # numbers of their tasks
+CLIENTS = {"a": (0, 1), "b": (1, 2), "c": (2, 0)}  # numbers of their tasks
 
 
 def main() -> None:
@@ -76,11 +77,11 @@ def main() -> None:
             identical += same
             where = "after its end" if ended else f"after {checkpoints[-1]} rounds"
             print(f"killed at {moments[-1]:.1f} s, {where}: {'same' if same else 'OTHER'}", flush=True)
-    between = f"{sum(n == 0 for n in checkpoints)}, {sum(0 < n < 6 for n in checkpoints)}, "
+    between = f"{sum(n == 0 for n in checkpoints)}, {sum(0 < n < ROUNDS for n in checkpoints)}, "
     rows = [
         ("seconds of the run left alone", f"{duration:.1f}", "", None),
         ("killed before the first round's end, between, after the last",
-         between + str(sum(n == 6 for n in checkpoints)), "", None),
+         between + str(sum(n == ROUNDS for n in checkpoints)), "", None),
         ("identical bundles", f"{identical} of {options.kills}", "all", identical == options.kills),
     ]  # fmt: skip
     results = {"identical": identical, "kills": options.kills, "seconds": round(duration, 1)}
@@ -91,7 +92,7 @@ def main() -> None:
 def prepare(directory: Path) -> Path:
     """Write every client's file and a configuration that names them; return the latter's path."""
     for client, tasks in CLIENTS.items():
-        records = [r for t in tasks for r in generate(TASKS[t], "train", 40, ord(client))]
+        records = [r for t in tasks for r in generate(TASKS[t], "train", 30, ord(client))]
         rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
         (directory / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clients = ", ".join(f'{c} = "{c}.jsonl"' for c in CLIENTS)

@@ -169,8 +169,7 @@ class AdapterTrainer:
             seed=seed,
             use_cpu=device == "cpu",
             bf16=device == "cuda" and base.dtype == torch.bfloat16,
-            gradient_checkpointing=self._settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            gradient_checkpointing=False,  # below: the trainers would leave a hook each on the embeddings
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=device == "cuda",
@@ -185,6 +184,8 @@ class AdapterTrainer:
             model=self._model, args=arguments, train_dataset=data, processing_class=self._tokenizer
         )
         trainer.remove_callback(PrinterCallback)
+        if self._settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
         try:
             loss = trainer.train().training_loss

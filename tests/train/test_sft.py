@@ -57,16 +57,22 @@ def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> N
         np.testing.assert_array_equal(array, one_pulled.adapter[name])
 
 
-def test_gradient_checkpointing_gives_the_same_adapter_and_leaves_nothing_behind() -> None:
-    found = []
+def test_gradient_checkpointing_computes_twice_gives_the_same_adapter_and_leaves_nothing_behind() -> None:
+    found, passes = [], []
     for checkpointing in (False, True):
         model, tokenizer = small_model()
         settings = TrainSettings(batch_size=4, gradient_checkpointing=checkpointing)
         trainer = AdapterTrainer(model, tokenizer, LoraSettings(rank=2), settings, seed=0)
         rows, start = trainer.tokenise(RECORDS), trainer.state()
+        passes.append(0)
+        counting = model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_: passes.append(passes.pop() + 1)
+        )
         found += [trainer.train(start, rows, 3, 1e-2, seed=0).adapter for _ in range(2)]
         assert not model.get_input_embeddings()._forward_hooks
         assert not model.is_gradient_checkpointing
+        counting.remove()
+    assert passes == [6, 12]
     for other in found[1:]:
         for name, array in found[0].items():
             np.testing.assert_allclose(other[name], array, atol=1e-6)
