@@ -84,7 +84,7 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     if bundle.embedder.kind == "base":
         embedder = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
     else:
-        embedder = load_embedder(bundle.embedder, bundle.base)
+        embedder = load_embedder(bundle.embedder, bundle.base, url=config.embedder.url)
     check_embedder(bundle, embedder)
     clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)

@@ -61,8 +61,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         spec = embedder_spec("base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision)
         embedder = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
     else:
-        spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
-        embedder = load_embedder(spec, base)
+        spec = embedder_spec(
+            wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer, url=wanted.url
+        )
+        embedder = load_embedder(spec, base, url=wanted.url)
     clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
     probe_vectors = probe(embedder)
 
