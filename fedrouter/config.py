@@ -84,9 +84,7 @@ class EmbedderSettings(_Section):
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
         if (self.kind == "base") != (self.model is None):
-            raise ValueError(
-                "embedder.model belongs to the kinds encoder, sentence-transformers and endpoint; they need it"
-            )
+            raise ValueError("embedder.model belongs to every kind but base, and they need it")
         if (self.kind == "endpoint") != (self.url is not None):
             raise ValueError("embedder.url belongs to kind endpoint, and that needs it")
         if self.url is not None:
