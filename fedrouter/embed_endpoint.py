@@ -6,6 +6,7 @@ belongs to the deployment, and a bundle from elsewhere cannot send prompts or ke
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -20,7 +21,8 @@ KIND = "endpoint"
 BATCH_TEXTS = 64  # in one request
 CHARACTERS = 8  # a token, at most: what is beyond is not even sent
 TIMEOUT_S, CONNECT_S, RETRIES = 60.0, 5.0, 4  # while training; retries pause 0.5 s and longer
-CUT = "truncate_prompt_tokens"  # vLLM's field; who refuses it gets texts uncut and cuts them itself
+CUT = "truncate_prompt_tokens"  # vLLM's field; who does not know it gets texts uncut and cuts them itself
+UNKNOWN = re.compile("unrecognized|unknown|unexpected|unsupported|not permitted", re.IGNORECASE)
 
 
 class EndpointEmbedder:
@@ -84,7 +86,7 @@ class EndpointEmbedder:
             )
             vectors = np.array([one.embedding for one in sorted(answer.data, key=lambda one: one.index)])
         except openai.BadRequestError as error:
-            if CUT in self._options and CUT in str(error):
+            if CUT in self._options and CUT in str(error) and UNKNOWN.search(str(error)):
                 self._options = {}
                 return self.ask(texts)
             raise EndpointError(f"{self._name}: {_reason(error)}") from error

@@ -22,6 +22,7 @@ class EmbeddingsServer(ThreadingHTTPServer):
         self.key: str | None = None
         self.models = {MODEL: 0}  # name → seed
         self.knows_cut = True
+        self.max_tokens = 512
         self.statuses: list[int] = []  # answered first, one a request
         self.broken: Any = lambda answer: answer
         self.gate = threading.Event()  # closed, it holds up answers
@@ -57,6 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         cut = body.get("truncate_prompt_tokens")
         if cut and not self.server.knows_cut:
             return 400, {"error": {"message": "Unrecognized request argument: truncate_prompt_tokens"}}
+        if cut and cut > self.server.max_tokens:
+            return 400, {
+                "error": {"message": f"truncate_prompt_tokens ({cut}) is greater than max_model_len"}
+            }
         self.server.inputs.append(body["input"])
         vectors = [self._vector(text.split()[:cut], body["model"]) for text in body["input"]]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]

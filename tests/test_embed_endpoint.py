@@ -75,6 +75,12 @@ def test_long_texts_are_cut_by_the_endpoint(server: EmbeddingsServer, knows_cut:
     assert len(server.inputs[-1][0]) == 16 * 8, "not all of it is sent"
 
 
+def test_more_tokens_than_the_endpoint_takes_are_refused(server: EmbeddingsServer) -> None:
+    server.max_tokens = 15
+    with pytest.raises(EndpointError, match="greater than max_model_len"):
+        spec_of(server)
+
+
 def test_a_key_comes_from_the_environment_and_appears_nowhere(
     server: EmbeddingsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,7 @@ def test_langchain(server: Any, offline: Offline) -> None:
 
 
 def test_anthropics_client(server: Any, offline: Offline) -> None:
-    asked: dict[str, Any] = {"model": "fedrouter", "max_tokens": 8, "temperature": 0}
+    asked: dict[str, Any] = {"model": "fedrouter", "max_tokens": 8, "extra_body": {"temperature": 0}}
     with anthropic.Anthropic(base_url=server.url, auth_token=server.key, max_retries=0) as client:
         for prompt in PROMPTS[::2]:
             answer = client.messages.create(messages=user(prompt), system=PROMPTS[1], **asked)

@@ -13,16 +13,20 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedrouter.builtin import base_path
 from fedrouter.builtin.tasks import TASKS, generate
-from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle, write_bundle
+from fedrouter.config import Config, load_config
 from fedrouter.embed import embedder_spec, load_embedder, probe
+from fedrouter.errors import ConfigError, EndpointError
 from fedrouter.models import base_spec
 from fedrouter.route import Router
 from fedrouter.serve.checks import free_port
 from fedrouter.serve.process import Command, running
+from fedrouter.train.run import train
 from fedrouter.types import RoutingSpace
 
 TINY = "builtin:tiny"
@@ -35,9 +39,8 @@ def fedrouter(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fedrouter", *arguments], capture_output=True, text=True)
 
 
-def train(out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    overrides = [part for setting in [*SMALL, *settings] for part in ("--set", setting)]
-    return fedrouter("train", "--out", str(out), *overrides)
+def small(**embedder: Any) -> Config:
+    return load_config(None, [*SMALL, *(f"embedder.{name}={value}" for name, value in embedder.items())])
 
 
 def share_at_home(bundle: Bundle, url: str | None = None) -> float:
@@ -91,7 +94,7 @@ def test_a_pooling_server_computes_the_papers_embedding(pooling: Pooling) -> Non
     spec = embedder_spec("endpoint", MODEL, 24, "float32", url=pooling.url)
     last = embedder_spec("base", TINY, 24, "float32", layer="last")
     base = base_spec(TINY, None, base_path(TINY))
-    texts = [*PROMPTS, " ", "word " * 2000]  # the last one is cut, here and there
+    texts = [*PROMPTS, " ", "\n".join(PROMPTS * 20)]  # the last one is cut, here and there
     there = load_embedder(spec, base, url=pooling.url).embed(texts)
     here = load_embedder(last, base).embed(texts)
     here[texts.index(" ")] = 0
@@ -99,21 +102,18 @@ def test_a_pooling_server_computes_the_papers_embedding(pooling: Pooling) -> Non
 
 
 def test_it_is_trained_and_routed_by(pooling: Pooling, tmp_path: Path) -> None:
-    settings = f"embedder={{kind='endpoint', model='{MODEL}', url='{pooling.url}'}}"
-    done = train(tmp_path / "run", settings)
-    assert done.returncode == 0, done.stderr
-    bundle = load_bundle(tmp_path / "run" / "bundle")
+    settings = small(kind="endpoint", model=MODEL, url=pooling.url)
+    bundle = train(settings, tmp_path / "run", Console(quiet=True))
+    assert load_bundle(bundle.path).embedder == bundle.embedder
     assert (bundle.embedder.kind, bundle.embedder.model) == ("endpoint", MODEL)
     assert share_at_home(bundle, pooling.url) >= 0.9
     routed = fedrouter("route", str(tmp_path / "run"), "--embedder-url", pooling.url, PROMPTS[0])
     assert "→ " in routed.stdout, routed.stderr
-    nowhere = fedrouter("route", str(tmp_path / "run"), PROMPTS[0])
-    assert nowhere.returncode == 1
-    assert nowhere.stderr.strip().endswith("say where it is with --embedder-url")
-    refused = train(tmp_path / "other", settings.replace(MODEL, "another-model"))
-    assert refused.returncode == 1
-    assert "does not exist" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
+    with pytest.raises(ConfigError, match="say where it is with --embedder-url"):
+        find_embedder(bundle, find_base(bundle))
+    other = small(kind="endpoint", model="another-model", url=pooling.url)
+    with pytest.raises(EndpointError, match="another-model.* does not exist"):
+        train(other, tmp_path / "other", Console(quiet=True))
 
 
 def test_a_server_routes_by_it_and_lives_without_it(
@@ -124,7 +124,10 @@ def test_a_server_routes_by_it_and_lives_without_it(
     arguments = ["serve", str(bundle.path), "--port", str(port), "--upstream", server.url]
     arguments += ["--embedder-url", pooling.url, "--api-key-env", "FEDROUTER_TEST_KEY"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedrouter", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fedrouter", *arguments],
+        env={**os.environ, "FEDROUTER_TEST_KEY": server.key},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
