@@ -9,7 +9,7 @@ import numpy as np
 
 from fedrouter.config import Count
 from fedrouter.embed import routing_text
-from fedrouter.errors import DataError, TrainingError
+from fedrouter.errors import TrainingError
 from fedrouter.train import cluster
 from fedrouter.types import (
     Array,
@@ -37,8 +37,6 @@ class Client:
     """One participant: its records, their vectors, and the subsets they fall into."""
 
     def __init__(self, name: str, records: Sequence[Record], embedder: "Embedder", seed: int):
-        if len(records) < 2:
-            raise DataError(f"client {name}: {len(records)} row; a client needs at least two")
         self.name = name
         self._records = records
         self._tasks = [record.task for record in records]

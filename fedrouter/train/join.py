@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from fedrouter import data
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
 from fedrouter.config import ClusterSettings, Config, read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
@@ -34,7 +33,7 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.run import load_model, train_rounds, versions, write_atomically
+from fedrouter.train.run import load_model, load_sources, train_rounds, versions, write_atomically
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
@@ -72,10 +71,7 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     for name in sources:
         if name in known:
             raise TrainingError(f"client {name}: {run} has a client of that name; choose another")
-    records = {n: data.load_records(source, config.data.split) for n, source in sources.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
-    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
+    records = load_sources(sources, config.data.split)
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
@@ -92,6 +88,9 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
 
     first = len(bundle.clusters)
     space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
+    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
     added = describe(assignments, max(space.cluster_of) + 1, config.routing, standing=bundle.clusters)
     clusters = [replace(c, clients=(*c.clients, *members.get(k, ()))) for k, c in enumerate(bundle.clusters)]
     for c in clusters:

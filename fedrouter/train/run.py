@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
-from fedrouter.errors import TrainingError
+from fedrouter.errors import DataError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
-from fedrouter.partition import partition
+from fedrouter.partition import MIN_PER_CLIENT, partition
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.describe import describe
@@ -44,7 +44,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     TrainingError
         If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
-    _claim(config, out)
+    refuse_another_run(config, out)
     if (out / "bundle").exists():
         console.print(f"{out} is finished already; remove it or choose another --out to train again")
         return load_bundle(out / "bundle")
@@ -78,6 +78,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
 
+    claim(out, config)
     digest = clustering_digest(space, assignments)
     resumed = latest_checkpoint(out / "checkpoints", digest)
     state = resumed or grouping.state
@@ -162,10 +163,7 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     """Return each client's records, as the configuration deals them out."""
     settings = config.data
     if settings.clients:
-        return {
-            name: data.load_records(source, settings.split, settings.max_per_client)
-            for name, source in sorted(settings.clients.items())
-        }
+        return load_sources(settings.clients, settings.split, settings.max_per_client)
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
@@ -181,6 +179,23 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
+
+
+def load_sources(sources: Mapping[str, str], split: str, limit: int | None = None) -> dict[str, list[Record]]:
+    """Return the records of clients that have a source each, sorted by name.
+
+    Raises
+    ------
+    DataError
+        If a client has fewer than ``MIN_PER_CLIENT``.
+    """
+    records = {n: data.load_records(source, split, limit) for n, source in sorted(sources.items())}
+    for name, rows in records.items():
+        if len(rows) < MIN_PER_CLIENT:
+            raise DataError(
+                f"client {name}: {len(rows)} row in {sources[name]}; a client needs at least {MIN_PER_CLIENT}"
+            )
+    return records
 
 
 class Metrics:
@@ -213,24 +228,33 @@ class Metrics:
                 file.write(json.dumps(line) + "\n")
 
 
-def _claim(config: Config, out: Path) -> None:
-    """Write the resolved configuration beside the run, or check that it is the same."""
-    file = out / "config.json"
+def refuse_another_run(config: Config, out: Path) -> None:
+    """Check that ``out`` holds nothing, or a run with this configuration.
+
+    Raises
+    ------
+    TrainingError
+        If it holds something else.
+    """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
             f"{out} holds an unfinished fedrouter join; give that command again, or another --out"
         )
-    resolved = config.model_dump(by_alias=True)
+    file = out / "config.json"
     if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(resolved, indent=2) + "\n")
         return
-    changed = _changed(json.loads(file.read_text(encoding="utf-8")), resolved)
+    changed = _changed(json.loads(file.read_text(encoding="utf-8")), config.model_dump(by_alias=True))
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
             "choose another --out, or give the same configuration to go on"
         )
+
+
+def claim(out: Path, config: Config) -> None:
+    """Write the resolved configuration beside the run; not before all that can be refused was."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", json.dumps(config.model_dump(by_alias=True), indent=2) + "\n")
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
