@@ -112,7 +112,7 @@ def test_it_is_trained_and_routed_by(pooling: Pooling, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="say where it is with --embedder-url"):
         find_embedder(bundle, find_base(bundle))
     other = small(kind="endpoint", model="another-model", url=pooling.url)
-    with pytest.raises(EndpointError, match="another-model.* does not exist"):
+    with pytest.raises(EndpointError, match=r"another-model.* does not exist"):
         train(other, tmp_path / "other", Console(quiet=True))
 
 
