@@ -27,6 +27,7 @@ class EmbeddingsServer(ThreadingHTTPServer):
         self.broken: Any = lambda answer: answer
         self.gate = threading.Event()  # closed, it holds up answers
         self.gate.set()
+        self.num_waiting = 0  # at the gate
         self.inputs: list[list[str]] = []
 
 
@@ -36,7 +37,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.gate.wait(10)
+        self.server.num_waiting += not self.server.gate.is_set()
+        self.server.gate.wait(30)
         status, answer = self._answer(body)
         raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)

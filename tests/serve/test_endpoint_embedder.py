@@ -28,9 +28,9 @@ def write_endpoint_bundle(path: Path, url: str) -> Bundle:
     return write_word_bundle(path, embedder=spec, space=space, probe_vectors=probe(embedder))
 
 
-def serve(bundle: Bundle, url: str, **limits: Any) -> Server:
+def serve(bundle: Bundle, url: str, hurry_s: float = 1.0, **limits: Any) -> Server:
     embedder = load_embedder(bundle.embedder, bundle.base, url=url)
-    embedder.hurry(0.3)  # type: ignore[attr-defined]
+    embedder.hurry(hurry_s)  # type: ignore[attr-defined]
     return Server(lambda: Routing(bundle, embedder, str, None, Limits(routing_timeout_s=60, **limits)))
 
 
@@ -84,11 +84,12 @@ def test_the_event_loop_goes_on_while_the_endpoint_is_slow(tmp_path: Path) -> No
     async def scenario() -> tuple[Answer, Answer, int]:
         with running() as there:
             bundle = write_endpoint_bundle(tmp_path / "bundle", there.url)
-            async with serve(bundle, there.url) as server:
+            async with serve(bundle, there.url, hurry_s=30) as server:
                 await ask(server, "summary")  # what the first one imports
                 there.gate.clear()
                 slow = asyncio.create_task(ask(server, "summary"))
-                await asyncio.sleep(0.05)
+                while not there.num_waiting:
+                    await asyncio.sleep(0.01)
                 waiting = [asyncio.create_task(ask(server, name)) for name in NAMES * 3]
                 named = await server.ask("/v1/completions", {"model": "base", "prompt": "hello"})
                 assert not slow.done()
