@@ -76,8 +76,11 @@ class Pooling:
 
 
 @pytest.fixture(scope="module")
-def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pooling]:
-    """A vLLM pooling server of the built-in base, as docs/routing.md starts it."""
+def pooling(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pooling]:
+    """A vLLM pooling server of the built-in base, as docs/routing.md starts it.
+
+    It asks for ``server`` so that its tests stand together at the end, and it is started once.
+    """
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base_path(TINY))]
     argv += ["--served-model-name", MODEL, "--runner", "pooling", "--convert", "embed"]
     argv += ["--pooler-config", '{"pooling_type": "MEAN", "use_activation": false}']
