@@ -35,6 +35,10 @@ BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory th
 BaseOption = Annotated[
     str | None, typer.Option(help="Where the base model is, if not where the bundle says.")
 ]
+EmbedderUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Where the bundle's embedder is, if it is an embeddings endpoint."),
+]
 KeyOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
 ]
@@ -120,9 +124,13 @@ def serve(
     context: typer.Context,
     bundle: BundleDir,
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key_env: KeyOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="BUNDLE is a link: when it points elsewhere, serve that.")
+    ] = False,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
@@ -155,10 +163,12 @@ def serve(
     directory = bundle_directory(bundle)
     options = Options(
         base=base,
+        embedder_url=embedder_url,
         host=host,
         port=port,
         api_key_env=api_key_env,
         keys_file=keys_file,
+        watch=watch,
         fallback=fallback,
         limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
         adapters={
@@ -237,6 +247,7 @@ def evaluate_routing(
         typer.Option(metavar="FILE", help="Records with a task: files, data sets, or builtin:four-tasks."),
     ],
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
 ) -> None:
@@ -244,7 +255,7 @@ def evaluate_routing(
     from fedrouter.evaluate import load, offline
 
     records = load(data, num_per_task=limit)
-    loaded, embedder = _load(bundle, base)
+    loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
     console.print(offline.render(report))
     if out:
@@ -256,13 +267,14 @@ def route(
     bundle: BundleDir,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
 ) -> None:
     """Say which adapter would answer a prompt, and why; no server needed."""
     from rich.table import Table
 
     from fedrouter.route import REJECT, Router
 
-    loaded, embedder = _load(bundle, base)
+    loaded, embedder = _load(bundle, base, embedder_url)
     for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
         answer = "nobody" if decision.model == REJECT else decision.model
         then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
@@ -337,11 +349,11 @@ def bundle_directory(path: Path) -> Path:
     return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
 
 
-def _load(directory: Path, base: str | None) -> "tuple[Bundle, Embedder]":
+def _load(directory: Path, base: str | None, embedder_url: str | None) -> "tuple[Bundle, Embedder]":
     from fedrouter.bundle import find_base, find_embedder, load_bundle
 
     bundle = load_bundle(bundle_directory(directory))
-    return bundle, find_embedder(bundle, find_base(bundle, base))
+    return bundle, find_embedder(bundle, find_base(bundle, base), embedder_url)
 
 
 def _show(report: "Report", out: Path | None, records: Path | None) -> None:

@@ -6,12 +6,14 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedrouter.errors import ConfigError
 
 BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
+EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with an embeddings endpoint's API key, if any
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 """A number of clusters, given or found."""
@@ -69,10 +71,13 @@ class DataSettings(_Section):
 class EmbedderSettings(_Section):
     """The vectors that clustering and routing see."""
 
-    kind: Literal["base", "encoder", "sentence-transformers"] = "base"
-    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output."""
+    kind: Literal["base", "encoder", "sentence-transformers", "endpoint"] = "base"
+    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output,
+    loaded here or asked of an ``endpoint``."""
     model: str | None = None
-    """The other model: a local directory or a hub id."""
+    """The other model: a local directory or a hub id; or what the endpoint calls it."""
+    url: str | None = None
+    """Of kind ``endpoint``: a server with OpenAI's ``/v1/embeddings``. Its key: FEDROUTER_EMBEDDER_KEY."""
     layer: Literal["middle", "last"] | Annotated[int, Field(ge=0)] = "middle"
     """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
     max_tokens: int = Field(512, ge=8)
@@ -83,10 +88,12 @@ class EmbedderSettings(_Section):
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
         if (self.kind == "base") != (self.model is None):
-            raise ValueError(
-                "embedder.model belongs to kinds encoder and sentence-transformers, and they need it"
-            )
-        if self.kind == "sentence-transformers" and "layer" in self.model_fields_set:
+            raise ValueError("embedder.model belongs to every kind but base, and they need it")
+        if (self.kind == "endpoint") != (self.url is not None):
+            raise ValueError("embedder.url belongs to kind endpoint, and that needs it")
+        if self.url is not None:
+            checked_url(self.url)
+        if self.kind in ("sentence-transformers", "endpoint") and "layer" in self.model_fields_set:
             raise ValueError("embedder.layer belongs to kinds base and encoder; remove it")
         return self
 
@@ -358,6 +365,27 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
 
 
+def checked_url(url: str) -> str:
+    """Return the address of an embeddings endpoint without a trailing ``/v1``.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or holds a secret: it is written into the run and shown in messages.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"the embedder's address is none: {error}") from error
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            f"the embedder's address holds a password or a key; put that into the variable {EMBEDDER_KEY}"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"the embedder's address {url}: expected http://HOST:PORT")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def read_resolved(file: Path) -> Config:
     """Read the resolved configuration that lies beside a run.
 
@@ -413,7 +441,7 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
 
     for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
         table = values.get(section)
-        if isinstance(table, dict):
+        if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
             table.update({key: resolve(table[key]) for key in keys if key in table})
     match values:
         case {"data": {"clients": dict(clients)}}:

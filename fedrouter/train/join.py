@@ -102,7 +102,7 @@ def join(
     if bundle.embedder.kind == "base":
         found = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
     else:
-        found = load_embedder(bundle.embedder, bundle.base)
+        found = load_embedder(bundle.embedder, bundle.base, url=config.embedder.url)
     embedder = CachedEmbedder(found, Path(config.embedder.cache or out / "embeddings"))
     check_embedder(bundle, embedder)
     with unclaimed(out):

@@ -79,8 +79,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         spec = embedder_spec("base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision)
         found = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
     else:
-        spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
-        found = load_embedder(spec, base)
+        spec = embedder_spec(
+            wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer, url=wanted.url
+        )
+        found = load_embedder(spec, base, url=wanted.url)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     key = noise_key(out, config.privacy)
     with unclaimed(out):
