@@ -185,15 +185,7 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
     ModelError
         If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
     """
-    if spec.kind == "base":
-        path = base_path or resolve_base(base.model, base.revision)
-    else:
-        path = resolve_base(spec.model)
-    if base_fingerprint(path) != spec.fingerprint:
-        raise ModelError(
-            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
-            "serve with the same embedder or train again"
-        )
+    path = find_model(spec, base, base_path)
     if spec.kind == "sentence-transformers":
         return SentenceEmbedder(path, spec)
     import torch
@@ -206,6 +198,20 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
     except (OSError, ValueError) as error:
         raise ModelError(f"embedder {path} does not load: {str(error).splitlines()[0]}") from error
     return HiddenStateEmbedder(model.eval(), tokenizer, spec, owned=True)
+
+
+def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Path:
+    """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``."""
+    if spec.kind == "base":
+        path = base_path or resolve_base(base.model, base.revision)
+    else:
+        path = resolve_base(spec.model)
+    if base_fingerprint(path) != spec.fingerprint:
+        raise ModelError(
+            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
+            "serve with the same embedder or train again"
+        )
+    return path
 
 
 def probe(embedder: Embedder) -> Array:

@@ -132,6 +132,30 @@ except KeyboardInterrupt:
     assert not alive(child)
 
 
+def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    parent = f"""
+import sys
+from fedrouter.serve.process import Command, running
+port = {free_port()}
+with running(Command([sys.executable, "-c", {SERVER!r}, str(port)], {{}}, {{}}, "127.0.0.1", port)) as server:
+    print("ready", server.pid, flush=True)
+    server.wait()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as outer:
+        assert outer.stdout is not None
+        assert outer.stderr is not None
+        server = int(outer.stdout.readline().split()[1])
+        child = int(outer.stderr.readline().split()[1])
+        outer.kill()
+    deadline = time.monotonic() + 15
+    while (alive(server) or alive(child)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(server)
+    assert not alive(child)
+
+
 def test_the_environment_overrides_defaults_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDROUTER_TEST_A", "user")
     monkeypatch.setenv("FEDROUTER_TEST_B", "user")
