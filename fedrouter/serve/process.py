@@ -27,7 +27,11 @@ read -r _; kill -TERM "$1"
 for _ in $(seq 20); do kill -0 "$1" || break; sleep 1; done
 kill -KILL "-$1"
 """
-NOT_THE_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed")
+NOT_THE_CAUSE = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "Application startup failed",  # uvicorn, after the line that says why
+)
 
 
 @dataclass(frozen=True, slots=True)

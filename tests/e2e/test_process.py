@@ -82,6 +82,18 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
     assert "loading" in (tmp_path / "log").read_text()
 
 
+def test_an_application_that_does_not_start_says_why(tmp_path: Path) -> None:
+    script = (
+        "print('ERROR:    FedRouter: one: this embedder is not the one of training'); "
+        "print('ERROR:    Application startup failed. Exiting.'); raise SystemExit(3)"
+    )
+    with (
+        pytest.raises(ServingError, match="not the one of training"),
+        running(command(script), tmp_path / "log", timeout_s=20),
+    ):
+        pass
+
+
 def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
     with (
         pytest.raises(ServingError, match="not ready after 1 s"),

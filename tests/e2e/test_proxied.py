@@ -18,8 +18,11 @@ import test_serve
 
 from fedrouter.serve.launch import free_port
 
-# Starts a vLLM of its own; a proxy has no such flags.
-NOT_HERE = {"test_a_flag_that_vllm_does_not_know_is_one_clear_line"}
+# These start a vLLM of their own.
+NOT_HERE = {
+    "test_a_flag_that_vllm_does_not_know_is_one_clear_line",
+    "test_weights_that_are_not_those_of_training_are_one_clear_line",
+}
 
 for module in (test_serve, test_apis):
     globals().update(
