@@ -107,7 +107,7 @@ class HiddenStateEmbedder:
             states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
             return states.hidden_states[self.spec.layer]  # type: ignore[no-any-return]
         self._model(input_ids=tokens, attention_mask=mask, use_cache=False)
-        return self._seen.output  # type: ignore[no-any-return]
+        return vars(self._seen).pop("output")  # type: ignore[no-any-return]
 
     def _see(
         self, _block: object, _inputs: object, output: "torch.Tensor | tuple[torch.Tensor, ...]"

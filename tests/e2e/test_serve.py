@@ -236,7 +236,8 @@ def test_a_flag_that_vllm_does_not_know_is_one_clear_line(server: Any) -> None:
 def test_weights_that_are_not_those_of_training_are_one_clear_line(server: Any, tmp_path: Path) -> None:
     base = Path(shutil.copytree(base_path("builtin:tiny"), tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
-    save_file({name: 1.1 * tensor for name, tensor in weights.items()}, base / "model.safetensors")
+    louder = {name: 1.1 * tensor for name, tensor in weights.items()}
+    save_file(louder, base / "model.safetensors", metadata={"format": "pt"})
     options = Options(base=str(base), port=free_port())
     with (
         pytest.raises(ServingError, match="not the one of training"),
