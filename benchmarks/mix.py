@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,7 @@ async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: 
                     posted = client.post(path, content=body, headers=JSON | headers)
                     answer = await asyncio.wait_for(posted, 0.05 if leaves else HANG_S)
                     status = str(answer.status_code)
-                    if '"error"' in answer.text and status == "200":
+                    if status == "200" and re.search(r'"error": ?\{', answer.text):
                         status = "200 with an error"
                 except TimeoutError:
                     status = "left" if leaves else "hung"
