@@ -199,9 +199,10 @@ def load_embedder(
     ModelError
         If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
     """
-    path = find_model(spec, base, base_path, url)
+    _check_address(spec, url)
     if url is not None:
         return EndpointEmbedder(spec, url)
+    path = find_model(spec, base, base_path)
     if spec.kind == "sentence-transformers":
         return SentenceEmbedder(path, spec)
     import torch
@@ -216,29 +217,28 @@ def load_embedder(
     return HiddenStateEmbedder(model.eval(), tokenizer, spec, owned=True)
 
 
-def find_model(
-    spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None, url: str | None = None
-) -> Path:
-    """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``.
-
-    An endpoint has none of its own: then it is the base's.
-    """
-    if (spec.kind == ENDPOINT) != (url is not None):
-        raise ConfigError(
-            f"embedder {spec.model} is an endpoint: say where it is with --embedder-url"
-            if url is None
-            else f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: leave --embedder-url out"
-        )
-    if spec.kind in ("base", ENDPOINT):
+def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Path:
+    """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``."""
+    _check_address(spec, None)
+    if spec.kind == "base":
         path = base_path or resolve_base(base.model, base.revision)
     else:
         path = resolve_base(spec.model)
-    if spec.kind != ENDPOINT and base_fingerprint(path) != spec.fingerprint:
+    if base_fingerprint(path) != spec.fingerprint:
         raise ModelError(
             f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
             "serve with the same embedder or train again"
         )
     return path
+
+
+def _check_address(spec: EmbedderSpec, url: str | None) -> None:
+    if spec.kind == ENDPOINT and url is None:
+        raise ConfigError(f"embedder {spec.model} is an endpoint: say where it is with --embedder-url")
+    if spec.kind != ENDPOINT and url is not None:
+        raise ConfigError(
+            f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: leave --embedder-url out"
+        )
 
 
 def probe(embedder: Embedder) -> Array:
