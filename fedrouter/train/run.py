@@ -27,7 +27,7 @@ from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.rounds import train_rounds, write_atomically
-from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.sft import AdapterTrainer, check_targets
 from fedrouter.train.sources import load_clients
 from fedrouter.train.start import rereading, start
 from fedrouter.types import TaskCluster
@@ -137,12 +137,14 @@ def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
     Raises
     ------
     ConfigError, TrainingError, ModelError
-        If there is no such device or package, or the model does not load.
+        If there is no such device or package, the model does not load, or has no such modules.
     """
     check_machine(config)
     tokenizer = load_tokenizer(path, config.base.chat_template)
     device, dtype = device_and_dtype(config)
-    return tokenizer, load_base(path, dtype, device), dtype
+    model = load_base(path, dtype, device)
+    check_targets(model, config.lora.target_modules)
+    return tokenizer, model, dtype
 
 
 def quantised(config: Config, path: Path, model: Any) -> Any:

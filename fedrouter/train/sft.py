@@ -55,6 +55,26 @@ def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", ma
     return Dataset.from_list(rows)
 
 
+def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
+    """Refuse a name in ``lora.target_modules`` that no module has: PEFT passes over it if another fits.
+
+    Raises
+    ------
+    ModelError
+        If there is one.
+    """
+    modules = dict(model.named_modules())
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            linear = {
+                name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, torch.nn.Linear)
+            }
+            raise ModelError(
+                f"lora.target_modules: the base has no module {target}; its linear ones are "
+                + ", ".join(sorted(linear))
+            )
+
+
 class AdapterTrainer:
     """Trains adapters on one resident base model.
 

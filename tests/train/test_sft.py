@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from fedrouter.builtin import base_path
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.data import builtin_records
+from fedrouter.errors import ModelError
 from fedrouter.models import load_tokenizer
 from fedrouter.train.aggregate import cut, distance
-from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained
+from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained, check_targets
 from fedrouter.types import AdapterState
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 2, 0)
@@ -118,3 +119,11 @@ def test_a_lower_rank_trains_as_a_trainer_of_that_rank_at_the_same_scale() -> No
 def test_noise_goes_to_the_tensors_that_are_trained(frozen: bool) -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(freeze_a=frozen), TrainSettings(), seed=0)
     assert trainer.trained == [n for n in sorted(trainer.state()) if ".lora_B." in n or not frozen]
+
+
+def test_a_target_module_that_is_not_there_is_named_even_beside_one_that_is() -> None:
+    model, _ = small_model()
+    check_targets(model, "all-linear")
+    check_targets(model, ["q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj"])
+    with pytest.raises(ModelError, match=r"no module q_porj; its linear ones are down_proj, .*q_proj"):
+        check_targets(model, ["v_proj", "q_porj"])
