@@ -127,7 +127,7 @@ async def traffic(url: str) -> dict[str, Any]:
         for kind in (direct, routed):  # warm
             await load(kind, 64, 128)
         rates: dict[str, list[float]] = {"routed": [], "direct": []}
-        for turn in range(6):  # taking turns, so that a busy moment hits both
+        for turn in range(8):  # taking turns, so that a busy moment hits both
             for kind, way in (("routed", routed), ("direct", direct))[:: 1 if turn % 2 else -1]:
                 rates[kind].append((await load(way, 64, 256))[0])
         ms: dict[str, list[float]] = {"direct": [], "routed": []}
@@ -154,7 +154,7 @@ async def traffic(url: str) -> dict[str, Any]:
 def embedding_ms(bundle: Bundle) -> dict[str, float]:
     """Return the median time of one embedding forward of one prompt, one thread, ms.
 
-    "paced": one each tenth of a second, as requests come that wait for their answers; caches have cooled then.
+    "paced": one each tenth of a second, as those come who wait for their answers; caches have cooled then.
     """
     torch.set_num_threads(1)
     base = resolve_base(bundle.base.model, bundle.base.revision)
