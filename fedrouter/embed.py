@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from fedrouter.embed_endpoint import KIND as ENDPOINT
+from fedrouter.embed_endpoint import EndpointEmbedder, endpoint_spec
 from fedrouter.errors import ConfigError, ModelError
 from fedrouter.models import base_fingerprint, quieten, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
@@ -152,14 +154,21 @@ def embedder_spec(
     dtype: str,
     layer: Literal["middle", "last"] | int = "middle",
     revision: str | None = None,
+    url: str | None = None,
 ) -> EmbedderSpec:
     """Describe an embedder as a bundle records it; reads its config, loads no weights.
+
+    Parameters
+    ----------
+    url : of kind endpoint, which is asked for one vector.
 
     Raises
     ------
     ConfigError
         If the model has fewer layers than ``layer``.
     """
+    if url is not None:
+        return endpoint_spec(model, max_tokens, url)
     from transformers import AutoConfig
 
     path = resolve_base(model, revision)
@@ -180,18 +189,26 @@ def embedder_spec(
     )
 
 
-def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Embedder:
+def load_embedder(
+    spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None, url: str | None = None
+) -> Embedder:
     """Load the embedder that a bundle records.
 
     Parameters
     ----------
     base_path : where the base model is, when not where the bundle says.
+    url : where an embedder of kind endpoint is.
 
     Raises
     ------
+    ConfigError
+        If ``url`` is missing, or the embedder is of another kind.
     ModelError
         If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
     """
+    _check_address(spec, url)
+    if url is not None:
+        return EndpointEmbedder(spec, url)
     path = find_model(spec, base, base_path)
     if spec.kind == "sentence-transformers":
         return SentenceEmbedder(path, spec)
@@ -209,6 +226,7 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
 
 def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Path:
     """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``."""
+    _check_address(spec, None)
     if spec.kind == "base":
         path = base_path or resolve_base(base.model, base.revision)
     else:
@@ -219,6 +237,15 @@ def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None
             "serve with the same embedder or train again"
         )
     return path
+
+
+def _check_address(spec: EmbedderSpec, url: str | None) -> None:
+    if spec.kind == ENDPOINT and url is None:
+        raise ConfigError(f"embedder {spec.model} is an endpoint: say where it is with --embedder-url")
+    if spec.kind != ENDPOINT and url is not None:
+        raise ConfigError(
+            f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: leave --embedder-url out"
+        )
 
 
 def probe(embedder: Embedder) -> Array:

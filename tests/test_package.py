@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
     {"types", "config", "errors"},
-    {"builtin", "bundle", "data", "embed", "models", "partition", "route"},
+    {"builtin", "bundle", "data", "embed", "embed_endpoint", "models", "partition", "route"},
     {"train", "serve", "evaluate"},
     {"cli", "demo", "inspect", "push", "__main__"},
 )
@@ -22,6 +22,7 @@ APART = LAYERS[2]  # these never import each other: the bundle on disk is their 
 
 # Where a library may be imported; everywhere else it is out of place.
 HOMES = {
+    "dp_accounting": "train.privacy",
     "faiss": "route",
     "trl": "train.sft",
     "flwr": "train.flower",

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from fedrouter.bundle import Bundle, find_base, load_bundle
+from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
 from fedrouter.embed import find_model
 from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve import engine
+from fedrouter.serve import engine, watch
 from fedrouter.serve.access import READY, load_keys
 from fedrouter.serve.bodies import VIRTUAL_NAME
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
@@ -40,6 +40,8 @@ class Options:
 
     base: str | None = None
     # the base model's directory or hub id, when not what the bundle says
+    embedder_url: str | None = None
+    # where the bundle's embedder is, if it is an endpoint
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_env: str | None = None
@@ -52,6 +54,8 @@ class Options:
     # how much is taken on before requests are turned away
     adapters: Mapping[str, Path] = field(default_factory=dict)
     # more PEFT adapters to serve, by name; they are never routed to
+    watch: bool = False
+    # the bundle's path is a link: serve what it points to, whenever that changes
     vllm_args: Sequence[str] = ()
     # passed on to vLLM, after and so before our own in force
 
@@ -96,14 +100,19 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     cpu = find_vllm()
     check_port(options.host, options.port)
     key = server_key(options)
+    if options.watch and not bundle_path.is_symlink():
+        raise ServingError(f"--watch: {bundle_path} is no link that could point elsewhere; leave it out")
     bundle = load_bundle(bundle_path)
     if options.fallback is not None:
         Router(bundle, options.fallback)  # refuses one that the bundle cannot have
     base_path = find_base(bundle, options.base)
     ranks = [check_adapter(name, path, bundle) for name, path in options.adapters.items()]
-    # What it computes is checked in vLLM's processes: here that would import torch once more.
-    find_model(bundle.embedder, bundle.base, base_path)
-    return bundle, build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
+    command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
+    if options.embedder_url is not None:
+        find_embedder(bundle, base_path, options.embedder_url)
+    else:  # what it computes is checked in vLLM's processes: here that would import torch once more
+        find_model(bundle.embedder, bundle.base, base_path)
+    return bundle, command
 
 
 def server_key(options: Options) -> str | None:
@@ -149,6 +158,10 @@ def build_command(
         If the rank is beyond what vLLM allows, or ``vllm_args`` sets what is set here.
     """
     several = _check_arguments(options.vllm_args)
+    if several and options.watch:
+        raise ServingError(
+            "--watch: a server with several API processes cannot reload; leave one of them out"
+        )
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
@@ -178,8 +191,12 @@ def build_command(
     env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve())}
     env |= {engine.RELOADS: "0" if several else "1"}  # vLLM loads adapters into one process only
     env |= options.limits.to_env()
+    if options.watch:
+        env[watch.VARIABLE] = str(bundle.path.absolute())
     if options.fallback is not None:
         env["FEDROUTER_FALLBACK"] = options.fallback
+    if options.embedder_url is not None:
+        env["FEDROUTER_EMBEDDER_URL"] = options.embedder_url
     if options.keys_file is not None:
         env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
     if api_key is not None:

@@ -34,6 +34,11 @@ class Reloader:
     def __init__(self) -> None:
         self._busy = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a reload is under way."""
+        return self._busy
+
     async def reload(
         self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
     ) -> dict[str, Any]:

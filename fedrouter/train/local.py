@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fedrouter.config import Count
-from fedrouter.train.client import Client
+from fedrouter.train.client import Client, failure
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
@@ -31,8 +31,12 @@ class LocalFederation:
     """Clients in this process, one after the other."""
 
     def __init__(self, clients: Sequence[Client], trainer: "AdapterTrainer"):
-        self._clients = {client.name: client for client in clients}
+        self.replace(clients)
         self._trainer = trainer
+
+    def replace(self, clients: Sequence[Client]) -> None:
+        """Go on with these clients: the same ones with other rows, say."""
+        self._clients = {client.name: client for client in clients}
 
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
         """Have every client cluster its own rows."""
@@ -68,5 +72,4 @@ class LocalFederation:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
-            return TrainFailure(request.client, request.cluster, f"{type(error).__name__}: {reason}")
+            return failure(request, error)

@@ -121,14 +121,14 @@ def test_a_run_with_another_configuration_is_not_mixed_in(run: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    rows = [json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) for n in range(2)]
+    rows = [json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) for n in range(7)]
     (tmp_path / "one.jsonl").write_text(rows[0])
-    (tmp_path / "two.jsonl").write_text("\n".join(rows))
-    files = f'data.clients={{a="{tmp_path}/two.jsonl", b="{tmp_path}/one.jsonl"}}'
+    (tmp_path / "seven.jsonl").write_text("\n".join(rows))
+    files = f'data.clients={{a="{tmp_path}/seven.jsonl", b="{tmp_path}/one.jsonl"}}'
     for settings, error, message in (
         ([*SMALL, "cluster.local=5000"], TrainingError, "5000 local clusters but only"),
         ([*SMALL, "data.source=builtin:five-tasks"], ConfigError, "builtin:five-tasks"),
-        (["data={}", files], DataError, r"client b: 1 row in .*one\.jsonl; a client needs at least 2"),
+        (["data={}", files], DataError, r"client b: 1 row in .*one\.jsonl; .*at least 7"),
     ):
         with pytest.raises(error, match=message):
             train(load_config(None, settings), tmp_path / "run", QUIET)

@@ -82,6 +82,22 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "82")
 
 
+def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> None:
+    assert build(word_bundle, embedder_url="http://h").env["FEDROUTER_EMBEDDER_URL"] == "http://h"
+    assert "FEDROUTER_EMBEDDER_URL" not in build(word_bundle).env
+
+
+def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="is no link"):
+        checked(watch=True)
+    link = tmp_path / "current"
+    link.symlink_to(word_bundle.path)
+    _, command = prepare(link, Options(port=free_port(), watch=True))
+    assert command.env["FEDROUTER_WATCH"] == str(link)
+    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
+    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+
+
 def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
     limits = Limits("reject", max_queue=3)
     assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings, Config, TrainSettings
+from fedrouter.train.aggregate import cut, distance, rank_of
 from fedrouter.train.checkpoint import latest_checkpoint, save_checkpoint
 from fedrouter.train.server import ClusterRound, cosine, fresh_state, plan, run_rounds, share
 from fedrouter.types import (
@@ -151,6 +152,34 @@ def test_exact_reports_its_residual_and_clipping_bounds_the_drift() -> None:
     assert drift(AggregateSettings(clip=1e-3)).drift < 1e-3 < drift(AggregateSettings()).drift
 
 
+class Lying(PullFederation):
+    """One client of six turns its update around and sends eight times as much."""
+
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
+        for reply, request in zip(super().train(requests), reversed(requests), strict=True):
+            turned = {n: a - 8 * (reply.adapter[n] - a) for n, a in request.adapter.items()}
+            yield replace(reply, adapter=turned) if reply.client == "f" else reply
+
+
+@pytest.mark.parametrize("option", [{"robust": "median"}, {"robust": "trimmed"}, {"clip": 0.5}])
+def test_a_client_that_lies_is_borne_with_the_options_for_it(option: dict[str, object]) -> None:
+    target = adapter(1)
+    targets = {name: {n: a + i / 100 for n, a in target.items()} for i, name in enumerate("abcdef")}
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+
+    def far(**how: object) -> float:
+        how = AggregateSettings(outlier=1e9, **how)  # type: ignore[arg-type, assignment]
+        *_, last = run_rounds(
+            Lying({}, targets),
+            assignments,
+            fresh_state([adapter(9)]),
+            config(how, rounds=20, steps=2),  # type: ignore[arg-type]
+        )
+        return distance(target, last.state.adapters[0])
+
+    assert far(**option) < 0.2 * distance(adapter(9), target) < far()
+
+
 def test_a_subset_too_small_for_a_step_does_not_train() -> None:
     federation = PullFederation({}, {"a": adapter(0)})
     assignments = [Assignment("a", (subset(0, 1000), subset(1, 1)))]
@@ -159,6 +188,32 @@ def test_a_subset_too_small_for_a_step_does_not_train() -> None:
     assert [r.cluster for r in federation.requests] == [0]
     assert result.state.adapters[1] is start
     assert pytest.approx(1.0) == result.clusters[0].loss
+
+
+@pytest.mark.parametrize("method", ["average", "exact"])
+def test_a_client_of_a_lower_rank_gets_and_moves_its_slices_only(method: str) -> None:
+    targets = {"a": adapter(0, rank=3), "b": cut(adapter(1, rank=3), 1)}
+    settings = Config.model_validate(
+        {
+            "lora": {"rank": 3, "ranks": {"b": 1}},
+            "train": {"rounds": 2, "steps": 2},
+            "aggregate": {"method": method},
+        }
+    )
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+    federation = PullFederation({}, targets)
+    start = fresh_state([adapter(9, rank=3)])
+    first = next(run_rounds(federation, assignments, start, settings))
+    assert {r.client: rank_of(r.adapter) for r in federation.requests} == {"a": 3, "b": 1}
+    assert first.clusters[0].refused == {}
+    alone = next(run_rounds(PullFederation({}, targets), assignments[1:], start, settings))
+    whole, moved = start.adapters[0], alone.state.adapters[0]
+    if method == "average":  # slices that nobody has stay
+        for name, array in moved.items():
+            rest = np.s_[1:] if ".lora_A." in name else np.s_[:, 1:]
+            np.testing.assert_allclose(array[rest], whole[name][rest], rtol=1e-6)
+    assert rank_of(moved) == 3
+    assert alone.clusters[0].norm == pytest.approx(0.75 * distance(cut(whole, 1), targets["b"]), rel=1e-5)
 
 
 def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:
