@@ -76,7 +76,8 @@ def test_stopping_after_the_layer_changes_nothing(
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = family(**shape, num_key_value_heads=1, head_dim=16, vocab_size=2048, pad_token_id=0)
     model = AutoModel.from_config(config).eval()
-    spec = replace(embedder.spec, layer=layer, dim=32)
+    kind = "encoder" if family is BertConfig else "base"
+    spec = replace(embedder.spec, kind=kind, layer=layer, dim=32)
     tokenizer = AutoTokenizer.from_pretrained(PATH)
     whole = HiddenStateEmbedder(copy.deepcopy(model), tokenizer, spec).embed(TEXTS)
     num_before = sum(p.numel() for p in model.parameters())
