@@ -16,8 +16,8 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments,
 
 Labels = NDArray[np.int64]
 
-MAX_LOCAL = 32  # local clusters of "auto"
-MIN_ROWS = 10  # a local cluster of "auto" holds at least so many rows on average
+MAX_LOCAL = 64  # local clusters of "auto"
+MIN_ROWS = 5  # a local cluster of "auto" holds at least so many rows on average
 SET_ASIDE = 3  # every third row judges the space that the others made
 QUANTILES = np.linspace(0, 1, 101)
 
@@ -78,7 +78,7 @@ def moments(x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: 
     z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
     aside = member[held]
     squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
-    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers)
+    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers, member.sum(0))
 
 
 def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:
