@@ -179,8 +179,8 @@ def separate(
 
     Two components are as far apart as their prompts (``_separations``, at most ``MAX_SEPARATION``) times the
     square of the chord of their completions (``_chords``): a task is where prompts look different and, above
-    all, so do the answers. "auto" stops when all stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are
-    the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
+    all, so do the answers. "auto" stops when all stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p
+    are the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
     small, is not taken for a task, while a task that few clients hold counts in full.
     """
     space = component_space(components)
@@ -336,7 +336,7 @@ def _deviations(components: LocalClusters) -> Float64s:
     mean = np.average(components.centroids, axis=0, weights=components.counts)
     between = components.counts @ (components.centroids - mean) ** 2
     variance = (np.diag(components.scatter) + between) / components.counts.sum()
-    return np.sqrt(np.maximum(variance, 1e-24))
+    return np.asarray(np.sqrt(np.maximum(variance, 1e-24)))
 
 
 def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
