@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save
 from fedrouter.embed import Embedder, load_embedder, probe
 from fedrouter.errors import BundleError
 from fedrouter.models import base_fingerprint, resolve_base
-from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, RoutingSpace, TaskCluster
+from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, Guarantee, RoutingSpace, TaskCluster
 
 SCHEMA_VERSION = 1
 PROBE_TOLERANCE = 0.02  # relative; other CPUs, batch sizes and bfloat16 stay below, other weights far above
@@ -49,6 +49,7 @@ class Bundle:
     fallback: str  # what answers beyond the radius: one of FALLBACKS
     generalist: str | None  # name of the adapter for prompts of no task cluster, if there is one
     versions: Mapping[str, str]
+    guarantees: tuple[Guarantee, ...] = ()  # of the noise that its training added; empty without
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
         """Return the PEFT directory of a task cluster's adapter."""
@@ -81,6 +82,7 @@ def write_bundle(
     versions: Mapping[str, str],
     chat_template: str | None = None,
     generalist: AdapterState | None = None,
+    guarantees: Sequence[Guarantee] = (),
 ) -> Bundle:
     """Write a bundle atomically: under a temporary name, validated, then renamed.
 
@@ -129,9 +131,10 @@ def write_bundle(
         "router_sha256": hashlib.sha256(router).hexdigest(),
         "clusters": [asdict(cluster) for cluster in named],
         "versions": dict(versions),
+        **({"privacy": [asdict(guarantee) for guarantee in guarantees]} if guarantees else {}),
     }
     (partial / "manifest.json").write_bytes(_json_bytes(manifest))
-    card = _model_card(base, embedder, named, general or None)
+    card = _model_card(base, embedder, named, general or None, guarantees)
     (partial / "README.md").write_text(card, encoding="utf-8")
     bundle = load_bundle(partial)
     partial.rename(path)
@@ -162,6 +165,7 @@ def load_bundle(path: Path) -> Bundle:
             fallback=manifest["fallback"],
             generalist=manifest.get("generalist"),  # bundles of before have none
             versions=manifest["versions"],
+            guarantees=tuple(Guarantee(**guarantee) for guarantee in manifest.get("privacy", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path / 'manifest.json'}: missing or unknown field {error}") from error
@@ -380,16 +384,21 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def _model_card(
-    base: BaseSpec, embedder: EmbedderSpec, clusters: Sequence[TaskCluster], generalist: str | None
+    base: BaseSpec,
+    embedder: EmbedderSpec,
+    clusters: Sequence[TaskCluster],
+    generalist: str | None,
+    guarantees: Sequence[Guarantee],
 ) -> str:
     rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
     if generalist:
         rows += f"\n| (generalist) | `{generalist}` | | |"
+    promises = "".join(f"Differential privacy: {guarantee}.\n\n" for guarantee in guarantees)
     return (
         f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning]\n---\n"
         f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients "
         f"that shared no data; prompts are routed by `{embedder.model}` ({embedder.kind}).\n\n"
         "| task cluster | adapter | training rows | clients |\n|---|---|---|---|\n"
-        f"{rows}\n\nServe: `fedrouter serve .` One adapter alone: "
+        f"{rows}\n\n{promises}Serve: `fedrouter serve .` One adapter alone: "
         f'`PeftModel.from_pretrained(base, "adapters/NAME")`.\n'
     )

@@ -190,6 +190,40 @@ class AggregateSettings(_Section):
         return self
 
 
+class PrivacySettings(_Section):
+    """What a client lets out; docs/privacy.md lists it all."""
+
+    min_cluster_size: int = Field(5, ge=1)
+    """Nothing is revealed of fewer rows of a client together, and no adapter trained on them."""
+    clip_embeddings: float | None = Field(None, gt=0)
+    """With ``centroid_noise``: vectors are cut to this distance from those of three fixed texts, averaged."""
+    centroid_noise: float = Field(0.0, ge=0)
+    """Multiplier of the Gaussian noise on all that is revealed before the rounds; protects a row."""
+    clip_updates: float | None = Field(None, gt=0)
+    """A client cuts its updates to this L2 norm, over all weights of an adapter, before it sends them."""
+    update_noise: float = Field(0.0, ge=0)
+    """Multiplier of the Gaussian noise on each update; protects all that a client holds."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """The δ for which ε is reported; well below one over the number of rows."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether anything is sent with noise."""
+        return bool(self.centroid_noise or self.update_noise)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "PrivacySettings":
+        if (self.clip_embeddings is None) != (not self.centroid_noise):
+            raise ValueError("privacy.clip_embeddings and privacy.centroid_noise need each other")
+        if self.update_noise and self.clip_updates is None:
+            raise ValueError(
+                "privacy.update_noise needs privacy.clip_updates: noise hides bounded updates only"
+            )
+        if self.delta != 1e-5 and not self.noisy:
+            raise ValueError("privacy.delta belongs to privacy.centroid_noise and update_noise; remove it")
+        return self
+
+
 class RoutingSettings(_Section):
     """What the bundle says about far prompts."""
 
@@ -214,6 +248,7 @@ class Config(_Section):
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     aggregate: AggregateSettings = Field(default_factory=AggregateSettings)
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
     @model_validator(mode="after")
@@ -246,6 +281,13 @@ class Config(_Section):
                 "method clustered needs every client in its warm-up, and rounds after it: "
                 "remove train.participation, raise train.rounds"
             )
+        if self.privacy.centroid_noise and (method, self.cluster.method) != ("fedrouter", "kmeans"):
+            raise ValueError(
+                "privacy.centroid_noise covers method fedrouter with cluster.method kmeans; "
+                "other ways reveal matrices that it would drown"
+            )
+        if self.privacy.update_noise and self.train.validation:
+            raise ValueError("privacy.update_noise does not cover validation losses; remove train.validation")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
             raise ValueError(
                 f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'

@@ -78,6 +78,8 @@ def _show_bundle(bundle: Bundle, console: Console) -> None:
     console.print(table)
     if bundle.generalist:
         console.print(f"generalist {bundle.generalist}: for prompts of no task cluster", soft_wrap=True)
+    for guarantee in bundle.guarantees:
+        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True)
 
 
 def spark(values: list[float]) -> str:

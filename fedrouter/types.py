@@ -110,9 +110,9 @@ class TrainReply:
     client: str
     cluster: int
     adapter: AdapterState
-    num_examples: int  # examples really trained in this round: the weight
-    loss: float  # mean training loss over the steps, nats a token
-    seconds: float
+    num_examples: int  # examples really trained in this round: the weight; with noise, those asked for
+    loss: float | None  # mean training loss over the steps, nats a token; with noise it stays with the client
+    seconds: float  # with noise 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class TrainFailure:
 
     client: str
     cluster: int
-    reason: str  # one line
+    reason: str  # one line, in no word of the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,21 @@ class TaskCluster:
     task_counts: Mapping[str, int]  # training rows by task label; empty without labels
     radius: float  # distance beyond which a prompt is out of distribution
     training: Mapping[str, float] = field(default_factory=dict)  # "loss", "steps", "examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """(ε, δ)-differential privacy towards whoever sees all messages of a client (docs/privacy.md)."""
+
+    unit: str  # what may be replaced by anything else: "row", or "client": all of its rows
+    covers: str  # which messages
+    num_releases: int
+    epsilon: float
+    delta: float
+
+    def __str__(self) -> str:
+        what = "a row" if self.unit == "row" else "all rows of a client"
+        return f"ε = {self.epsilon:.3g}, δ = {self.delta:g} for {what}: {self.covers}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from fedrouter.bundle import Bundle, check_embedder, load_bundle
 from fedrouter.embed import probe
 from fedrouter.errors import BundleError
-from fedrouter.types import TaskCluster
+from fedrouter.types import Guarantee, TaskCluster
 
 
 @pytest.fixture
@@ -148,3 +148,15 @@ def test_clusters_and_centroids_must_fit(tmp_path: Path) -> None:
     one = [TaskCluster("only", "", 1, (), {}, 1.0)]
     with pytest.raises(BundleError, match="shapes do not fit"):
         write(tmp_path / "b", space(np.eye(8)[:2]), [1.0], clusters=one, adapters=[adapter(0)])
+
+
+def test_what_noise_promises_is_recorded_and_only_then(tmp_path: Path) -> None:
+    promise = Guarantee("client", "its updates", 30, 4.2, 1e-6)
+    bundle = write(tmp_path / "noisy", space(np.eye(8)[:2]), [1.0, 1.0], guarantees=[promise])
+    assert load_bundle(bundle.path).guarantees == (promise,)
+    assert (
+        "ε = 4.2, δ = 1e-06 for all rows of a client: its updates" in (bundle.path / "README.md").read_text()
+    )
+    plain = write(tmp_path / "plain", space(np.eye(8)[:2]), [1.0, 1.0])
+    assert load_bundle(plain.path).guarantees == ()
+    assert "privacy" not in (plain.path / "manifest.json").read_text()

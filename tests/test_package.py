@@ -22,6 +22,7 @@ APART = LAYERS[2]  # these never import each other: the bundle on disk is their 
 
 # Where a library may be imported; everywhere else it is out of place.
 HOMES = {
+    "dp_accounting": "train.privacy",
     "faiss": "route",
     "trl": "train.sft",
     "flwr": "train.flower",

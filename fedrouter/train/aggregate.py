@@ -112,7 +112,7 @@ def clip(sent: AdapterState, adapter: AdapterState, norm: float) -> AdapterState
 
 def distance(old: AdapterState, new: AdapterState) -> float:
     """Return the L2 norm of the difference, all weights together."""
-    return math.sqrt(sum(float(((new[n] - old[n]).astype(np.float64) ** 2).sum()) for n in old))
+    return math.sqrt(sum(float(((new[n].astype(np.float64) - old[n]) ** 2).sum()) for n in old))
 
 
 def _closest(stack_b: Float64s, stack_a: Float64s, like: Float64s) -> tuple[Float64s, Float64s, Float64s]:

@@ -3,12 +3,16 @@
 The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.interpolate import make_interp_spline
+from scipy.special import ndtri
 from sklearn.cluster import KMeans
+from sklearn.metrics import pairwise_distances_argmin
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
@@ -19,6 +23,8 @@ Labels = NDArray[np.int64]
 MAX_LOCAL = 64  # local clusters of "auto"
 MIN_ROWS = 5  # a local cluster of "auto" holds at least so many rows on average
 SET_ASIDE = 3  # every third row judges the space that the others made
+UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
+FEW = "few rows"  # stands for all labels that too few rows of a client carry
 QUANTILES = np.linspace(0, 1, 101)
 
 
@@ -29,18 +35,24 @@ def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
+def rows_needed(least: int) -> int:
+    """Return how many rows a client must have for ``least`` of them not to be set aside; two at the least."""
+    return max(2, (SET_ASIDE * least - 1) // (SET_ASIDE - 1))
+
+
 def num_validation(num_rows: int, share: float) -> int:
     """Return how many of a subset's rows are not trained on; one row at least is."""
     return min(int(share * num_rows), num_rows - 1)
 
 
-def summarise(x: Array, num: Count, seed: int) -> LocalClusters:
+def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     """Cut a client's rows into local clusters by k-means.
 
     Parameters
     ----------
     x : (n, d) float32, embedded prompts.
     num : local clusters; "auto" cuts much finer than tasks, the server joins what belongs together.
+    least : rows; a smaller local cluster's go to the nearest larger one.
 
     Raises
     ------
@@ -53,30 +65,35 @@ def summarise(x: Array, num: Count, seed: int) -> LocalClusters:
     rows = x.astype(np.float64)
     if num == "auto":
         # Mended later, so one attempt is enough; in units in which no few dimensions decide alone.
-        labels = KMeans(given, n_init=1, random_state=seed).fit_predict(rows / np.maximum(rows.std(0), 1e-12))
+        z, attempts = rows / np.maximum(rows.std(0), 1e-12), 1
     else:
-        labels = KMeans(given, n_init=10, random_state=seed).fit_predict(rows)
-    groups = _gather(rows, labels, given)
+        z, attempts = rows, 10
+    labels = KMeans(given, n_init=attempts, random_state=seed).fit_predict(z)
+    groups = _gather(rows, _merged(z, labels, least), given)
     full = groups.counts > 0
     return LocalClusters(groups.counts[full], groups.centroids[full], groups.scatter)
 
 
-def regroup(x: Array, space: RoutingSpace) -> LocalClusters:
-    """Give each row to the nearest centroid; reveal what came together."""
-    return _gather(x.astype(np.float64), nearest(x, space)[0], len(space.centroids))
+def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
+    """Give each row to the nearest centroid; reveal what came together, ``least`` rows or more."""
+    labels = grouped(x, space, least)
+    return _gather(x.astype(np.float64)[labels >= 0], labels[labels >= 0], len(space.centroids))
 
 
-def moments(x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: Float64s) -> Moments:
+def moments(
+    x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: Float64s, least: int = 1
+) -> Moments:
     """Reveal moments by nearest centroid: of rows set aside in coordinates ``basis``, and of all answers.
 
     Parameters
     ----------
     x, answers : (n, d) float32, embedded prompts and completions.
     held : numbers of the rows set aside.
+    least : rows; of fewer that came together nothing is revealed.
     """
-    member = np.eye(len(space.centroids))[nearest(x, space)[0]]  # (n, m)
+    member = _members(grouped(x, space, least), len(space.centroids))  # (n, m)
+    aside = _members(grouped(x[held], space, least), len(space.centroids))
     z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
-    aside = member[held]
     squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
     return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers, member.sum(0))
 
@@ -90,11 +107,11 @@ def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dic
     return found
 
 
-def gather(x: Array, rows: Mapping[int, Labels], num: int) -> LocalClusters:
-    """Reveal what the first ``num`` task clusters' rows come to."""
+def gather(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
+    """Reveal what the first ``num`` task clusters' rows come to, where they are ``least`` or more."""
     labels = np.full(len(x), -1)
     for k, own in rows.items():
-        if k < num:
+        if k < num and len(own) >= least:
             labels[own] = k
     return _gather(x[labels >= 0].astype(np.float64), labels[labels >= 0], num)
 
@@ -105,34 +122,88 @@ def assign(
     space: RoutingSpace,
     tasks: Sequence[str | None],
     told: Mapping[int, Labels] | None = None,
+    least: int = 1,
 ) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
     """Give each row to its nearest centroid's task cluster, or where it is told.
 
     Returns
     -------
     rows : row numbers by task cluster; stays with the client.
-    subsets : what the client reveals: counts, and quantiles of the distances of rows set aside.
+    subsets : what the client reveals: counts, and quantiles of the distances of rows set aside. Rows of a
+        task cluster that has fewer than ``least`` of them go to the nearest one that has enough; where rows
+        are told their task cluster, fewer take no part.
     """
-    centroid, distance = nearest(x, space)
-    labels = np.asarray(space.cluster_of)[centroid]
-    found = {int(k): np.flatnonzero(labels == k) for k in np.unique(labels)} if told is None else dict(told)
+    if told is None:
+        counts = np.bincount(np.asarray(space.cluster_of)[nearest(x, space)[0]])
+        enough = only(space, np.flatnonzero(counts >= min(least, counts.max())))
+        labels = np.asarray(enough.cluster_of)[nearest(x, enough)[0]]
+        found = {int(k): np.flatnonzero(labels == k) for k in np.unique(labels)}
+    else:
+        found = {k: rows for k, rows in told.items() if len(rows) >= least}
     subsets = []
     for k, rows in sorted(found.items()):
-        if told is not None:
-            distance = nearest(x, _only(space, k))[1]
-        aside = np.intersect1d(rows, held)
-        quantiles = np.quantile(distance[aside if len(aside) else rows], QUANTILES).astype(np.float32)
-        subsets.append(Subset(k, len(rows), len(aside), quantiles, count_tasks(tasks, rows)))
+        distance = nearest(x[rows], only(space, [k]))[1]
+        aside = distance[np.isin(rows, held)]
+        if len(aside) < least:  # then of all its rows
+            aside = aside[:0]
+        found_quantiles = quantiles(aside if len(aside) else distance, least)
+        subsets.append(Subset(k, len(rows), len(aside), found_quantiles, count_tasks(tasks, rows, least)))
     return found, tuple(subsets)
+
+
+def quantiles(distances: Float64s, least: int) -> Array:
+    """Return (101,) float32 quantiles, each of them made of ``least`` rows or more.
+
+    The sorted distances are cut into blocks; a line through the blocks' means is carried on to both ends. A
+    single block is taken for normally distributed.
+    """
+    if least == 1:
+        return np.quantile(distances, QUANTILES).astype(np.float32)
+    blocks = np.array_split(np.sort(distances), max(len(distances) // least, 1))
+    means = np.array([block.mean() for block in blocks])
+    if len(blocks) == 1:
+        found = means[0] + distances.std() * ndtri(np.clip(QUANTILES, 0.01, 0.99))
+    else:
+        sizes = np.array([len(block) for block in blocks])
+        middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+        found = make_interp_spline(middles, means, k=1)(QUANTILES)
+    return np.asarray(np.maximum(found, 0), dtype=np.float32)
+
+
+def grouped(x: Array, space: RoutingSpace, least: int) -> Labels:
+    """Return each row's nearest centroid, -1 where fewer than ``least`` rows would be told of together.
+
+    Where that were most rows, small groups give theirs to the next nearest centroids, those first whose rows
+    have the shortest way, until no more than ``UNTOLD`` of all go untold. Joined without end, a client of few
+    rows would mix its tasks; not joined at all, it would say nothing.
+    """
+    squared = _squared(x, space)
+    squared[:, np.bincount(squared.argmin(1), minlength=len(space.centroids)) == 0] = np.inf
+    while True:
+        labels: Labels = squared.argmin(1)
+        counts = np.bincount(labels, minlength=squared.shape[1])
+        few = np.flatnonzero((counts > 0) & (counts < least))
+        if counts[few].sum() <= UNTOLD * len(x) or (counts > 0).sum() == 1:
+            return np.where(np.isin(labels, few), -1, labels)
+        ways = []
+        for k in few:
+            own = squared[labels == k]
+            ways.append((np.delete(own, k, 1).min(1) - own[:, k]).mean())
+        squared[:, few[int(np.argmin(ways))]] = np.inf
 
 
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
     """Return each row's nearest centroid and the distance to it."""
-    z = (x.astype(np.float64) - space.mean) @ space.transform
-    centroids = space.centroids.astype(np.float64)
-    squared = (z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T
+    squared = _squared(x, space)
     found = squared.argmin(1)
     return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
+
+
+def only(space: RoutingSpace, wanted: Collection[int]) -> RoutingSpace:
+    """Return the space with the centroids of some task clusters; all of them where these have none."""
+    own = [i for i, k in enumerate(space.cluster_of) if k in wanted]
+    cluster_of = tuple(space.cluster_of[i] for i in own)
+    return replace(space, centroids=space.centroids[own], cluster_of=cluster_of) if own else space
 
 
 def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labels, Labels]:
@@ -143,19 +214,34 @@ def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labe
     return labels[inside], np.flatnonzero(~inside)
 
 
-def count_tasks(tasks: Sequence[str | None], rows: Labels) -> Mapping[str, int]:
-    """Count the task labels among ``rows``."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        if (task := tasks[row]) is not None:
-            counts[task] = counts.get(task, 0) + 1
-    return dict(sorted(counts.items()))
+def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Mapping[str, int]:
+    """Count the task labels among ``rows``; those that fewer than ``least`` carry are ``FEW``."""
+    counts = Counter(task for row in rows if (task := tasks[row]) is not None)
+    told = {task: count for task, count in sorted(counts.items()) if count >= least}
+    few = counts.total() - sum(told.values())
+    return {**told, FEW: few} if few else told
 
 
-def _only(space: RoutingSpace, cluster: int) -> RoutingSpace:
-    """Return the space with one task cluster's centroids; all of them where it has none."""
-    own = np.flatnonzero(np.asarray(space.cluster_of) == cluster)
-    return replace(space, centroids=space.centroids[own], cluster_of=(0,) * len(own)) if len(own) else space
+def _squared(x: Array, space: RoutingSpace) -> Float64s:
+    """(n, m) squared distances between rows and centroids."""
+    z = (x.astype(np.float64) - space.mean) @ space.transform
+    centroids = space.centroids.astype(np.float64)
+    return np.asarray((z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T)
+
+
+def _merged(z: Float64s, labels: Labels, least: int) -> Labels:
+    """Give the rows of groups smaller than ``least`` to the nearest larger group, if there is one."""
+    large = np.flatnonzero(np.bincount(labels) >= least)
+    small = ~np.isin(labels, large)
+    if not len(large):
+        return np.zeros_like(labels)
+    means = np.stack([z[labels == k].mean(0) for k in large])
+    return np.where(small, large[pairwise_distances_argmin(z, means)], labels)
+
+
+def _members(labels: Labels, num: int) -> Float64s:
+    """Return (n, num) ones and zeros; a row labelled -1 has zeros only."""
+    return np.asarray(labels[:, None] == np.arange(num), dtype=np.float64)
 
 
 def _gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fedrouter.bundle import GENERALIST
 from fedrouter.config import RoutingSettings
+from fedrouter.train.cluster import FEW
 from fedrouter.train.discover import radius
 from fedrouter.types import Assignment, Subset, TaskCluster
 
@@ -30,7 +31,8 @@ def describe(
         for _, subset in members:
             for task, count in subset.task_counts.items():
                 counts[task] = counts.get(task, 0) + count
-        common = max(counts, key=lambda t: (counts[t], t)) if counts else f"task-{k}"
+        told = counts.keys() - {FEW}
+        common = max(told, key=lambda t: (counts[t], t)) if told else f"task-{k}"
         name = _slug(names[k] if names else common)
         while name in taken:
             name = f"{name}-{k}"

@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from fedrouter import data
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
 from fedrouter.config import ClusterSettings, Config, read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
@@ -34,7 +33,7 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.run import load_model, train_rounds, versions, write_atomically
+from fedrouter.train.run import load_model, load_sources, train_rounds, versions, write_atomically
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
@@ -72,10 +71,7 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     for name in sources:
         if name in known:
             raise TrainingError(f"client {name}: {run} has a client of that name; choose another")
-    records = {n: data.load_records(source, config.data.split) for n, source in sources.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
-    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
+    records = load_sources(sources, config)
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
@@ -86,12 +82,15 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
     else:
         embedder = load_embedder(bundle.embedder, bundle.base)
     check_embedder(bundle, embedder)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    clients = [Client(name, rows, embedder, config.seed, config.privacy) for name, rows in records.items()]
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     federation = LocalFederation(clients, trainer)
 
     first = len(bundle.clusters)
     space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
+    write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
     added = describe(assignments, max(space.cluster_of) + 1, config.routing, standing=bundle.clusters)
     clusters = [replace(c, clients=(*c.clients, *members.get(k, ()))) for k, c in enumerate(bundle.clusters)]
     for c in clusters:
@@ -168,8 +167,10 @@ def placed(
     space = bundle.space
     assignments = list(federation.assign(space))
     settings = ClusterSettings()
-    while num_outside >= least:  # of few rows discovery makes too many tasks: join until all are large enough
-        among = LocalFederation([c for c in outside.values() if c.num_fitted], trainer)
+    able = [client for client in outside.values() if client.may_summarise]
+    # Of few rows discovery makes too many tasks: join until all are large enough.
+    while able and num_outside >= least:
+        among = LocalFederation(able, trainer)
         components, labels = find_components(among, settings)
         space = widened(bundle.space, components.centroids.astype(np.float32), labels)
         assignments = list(federation.assign(space))
@@ -226,6 +227,8 @@ def _finished(run: Path) -> Config:
         raise TrainingError(f"{run} is not finished: it has no bundle; give its command again first")
     if config.method != "fedrouter":
         raise ConfigError(f"{run} is of method {config.method}; clients join runs of method fedrouter")
+    if config.privacy.noisy:
+        raise ConfigError(f"{run} was trained with noise, and joining has none: train anew with all clients")
     return config
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fedrouter.config import Count
-from fedrouter.train.client import Client
+from fedrouter.train.client import Client, failure
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
@@ -68,5 +68,4 @@ class LocalFederation:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
-            return TrainFailure(request.client, request.cluster, f"{type(error).__name__}: {reason}")
+            return failure(request, error)

@@ -24,7 +24,7 @@ from sklearn.metrics import silhouette_score
 from fedrouter.config import Config, Count
 from fedrouter.errors import TrainingError
 from fedrouter.train.aggregate import mean, stack
-from fedrouter.train.cluster import Labels
+from fedrouter.train.cluster import FEW, Labels
 from fedrouter.train.discover import discover, pool, routing_space
 from fedrouter.train.server import Federation, RunState, fresh_state, run_rounds
 from fedrouter.types import (
@@ -201,4 +201,4 @@ def _labels(known: Sequence[Assignment]) -> list[str]:
                 f"method oracle needs a task label on every row; {unlabelled} rows of client "
                 f"{assignment.client} have none"
             )
-    return sorted({task for a in known for s in a.subsets for task in s.task_counts})
+    return sorted({task for a in known for s in a.subsets for task in s.task_counts} - {FEW})

@@ -46,7 +46,7 @@ class TrainProgress:
         client = f"{reply.client} {self._names[reply.cluster]}"
         if isinstance(reply, TrainReply):
             self._examples += reply.num_examples
-            client += f" loss {reply.loss:.3f}"
+            client += "" if reply.loss is None else f" loss {reply.loss:.3f}"
         self._bar.update(self._task, advance=steps, client=client, rate=self._rate())
 
     def on_round(self, result: RoundResult) -> None:

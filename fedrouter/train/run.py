@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder, probe
-from fedrouter.errors import TrainingError
+from fedrouter.errors import DataError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.partition import partition
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, save_checkpoint
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import rows_needed
 from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish, group
+from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.progress import TrainProgress
 from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
 from fedrouter.train.sft import AdapterTrainer
@@ -37,14 +39,15 @@ RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn",
 def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
-    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``.
+    The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``checkpoints/`` and ``bundle/``; with
+    noise ``privacy.json`` and the secret ``noise.key`` as well.
 
     Raises
     ------
     TrainingError
         If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
-    _claim(config, out)
+    refuse_another_run(config, out)
     if (out / "bundle").exists():
         console.print(f"{out} is finished already; remove it or choose another --out to train again")
         return load_bundle(out / "bundle")
@@ -63,7 +66,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     else:
         spec = embedder_spec(wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer)
         embedder = load_embedder(spec, base)
-    clients = [Client(name, rows, embedder, config.seed) for name, rows in records.items()]
+    key = noise_key(out, config.privacy)
+    clients = [
+        Client(name, rows, embedder, config.seed, config.privacy, key) for name, rows in records.items()
+    ]
     probe_vectors = probe(embedder)
 
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
@@ -76,6 +82,13 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
 
+    promised = guarantees(config, assignments)
+    for guarantee in promised:
+        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True)
+
+    claim(out, config)
+    if promised:
+        keep_promises(out, config.privacy, promised, key)
     digest = clustering_digest(space, assignments)
     resumed = latest_checkpoint(out / "checkpoints", digest)
     state = resumed or grouping.state
@@ -97,6 +110,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         versions=versions(),
         chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
         generalist=generalist,
+        guarantees=promised,
     )
 
 
@@ -130,7 +144,7 @@ def train_rounds(
         console.print(
             f"stopped after round {state.number}: no validation loss fell any more", highlight=False
         )
-    if not any(loss is not None for loss in state.losses):
+    if not metrics.num_updates and not any(loss is not None for loss in state.losses):
         raise TrainingError(
             f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
         )
@@ -160,10 +174,7 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     """Return each client's records, as the configuration deals them out."""
     settings = config.data
     if settings.clients:
-        return {
-            name: data.load_records(source, settings.split, settings.max_per_client)
-            for name, source in sorted(settings.clients.items())
-        }
+        return load_sources(settings.clients, config, settings.max_per_client)
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
@@ -181,6 +192,29 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
     )
 
 
+def load_sources(
+    sources: Mapping[str, str], config: Config, limit: int | None = None
+) -> dict[str, list[Record]]:
+    """Return the records of clients that have a source each, sorted by name.
+
+    Raises
+    ------
+    DataError
+        If a client has too few for ``privacy.min_cluster_size``.
+    """
+    records = {
+        n: data.load_records(source, config.data.split, limit) for n, source in sorted(sources.items())
+    }
+    needed = rows_needed(config.privacy.min_cluster_size)
+    for name, rows in records.items():
+        if len(rows) < needed:
+            raise DataError(
+                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
+                f"privacy.min_cluster_size = {config.privacy.min_cluster_size} it needs at least {needed}"
+            )
+    return records
+
+
 class Metrics:
     """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again."""
 
@@ -189,6 +223,7 @@ class Metrics:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
+        self.num_updates = sum(json.loads(line)["num_clients"] for line in kept)  # that were taken
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:
@@ -209,26 +244,36 @@ class Metrics:
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")
+                self.num_updates += c.num_clients
 
 
-def _claim(config: Config, out: Path) -> None:
-    """Write the resolved configuration beside the run, or check that it is the same."""
-    file = out / "config.json"
+def refuse_another_run(config: Config, out: Path) -> None:
+    """Check that ``out`` holds nothing, or a run with this configuration.
+
+    Raises
+    ------
+    TrainingError
+        If it holds something else.
+    """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
             f"{out} holds an unfinished fedrouter join; give that command again, or another --out"
         )
-    resolved = config.model_dump(by_alias=True)
+    file = out / "config.json"
     if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(resolved, indent=2) + "\n")
         return
-    changed = _changed(json.loads(file.read_text(encoding="utf-8")), resolved)
+    changed = _changed(json.loads(file.read_text(encoding="utf-8")), config.model_dump(by_alias=True))
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
             "choose another --out, or give the same configuration to go on"
         )
+
+
+def claim(out: Path, config: Config) -> None:
+    """Write the resolved configuration beside the run; not before all that can be refused was."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", json.dumps(config.model_dump(by_alias=True), indent=2) + "\n")
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:

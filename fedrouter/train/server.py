@@ -91,7 +91,7 @@ class ClusterRound:
     """One task cluster's part in one round."""
 
     cluster: int
-    loss: float | None  # mean over clients, weighted by examples, nats a token; None: no update was usable
+    loss: float | None  # mean over clients, weighted by examples, nats a token; None: nobody told one
     num_examples: int
     num_clients: int
     drift: float  # relative L2 distance of the new adapter from the old one
@@ -218,6 +218,7 @@ def combine(
         [reply for _, reply in answered],
         config.train.batch_size,
         settings.outlier,
+        noisy=bool(config.privacy.update_noise),
     )
     taken = []
     for (_, reply), reason in zip(answered, reasons, strict=True):
@@ -232,7 +233,7 @@ def combine(
     new, moments = server_step(old, wanted, moments, settings)
     result = ClusterRound(
         cluster=cluster,
-        loss=float(np.average([reply.loss for reply in taken], weights=weights)),
+        loss=_mean([reply.loss for reply in taken], weights),
         num_examples=sum(weights),
         num_clients=len(taken),
         drift=distance(old, new)
@@ -296,6 +297,11 @@ def share(sizes: Sequence[int], total: int) -> list[int]:
     for i in np.argsort(steps - exact, kind="stable")[: total - steps.sum()]:
         steps[i] += 1
     return [int(n) for n in steps]
+
+
+def _mean(losses: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    told = [loss for loss in losses if loss is not None]
+    return float(np.average(told, weights=weights)) if len(told) == len(losses) else None
 
 
 def _clipped(

@@ -87,7 +87,7 @@ class AdapterTrainer:
                 f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}"
             ) from error
         self._tokenizer = tokenizer
-        self._settings = settings
+        self._settings, self._freeze_a = settings, lora.freeze_a
         if lora.freeze_a:
             for name, parameter in self._model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
@@ -112,6 +112,16 @@ class AdapterTrainer:
     def validation(self) -> float:
         """Share of a subset's rows that is not trained on."""
         return self._settings.validation
+
+    @property
+    def batch_size(self) -> int:
+        """Rows an optimizer step."""
+        return self._settings.batch_size
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the tensors that training changes."""
+        return [name for name in sorted(self._tensors) if not (self._freeze_a and ".lora_A." in name)]
 
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from fedrouter.builtin import base_path
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.config import load_config
-from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.errors import ConfigError, DataError, TrainingError
 from fedrouter.train.run import train
 
 SMALL = [
@@ -120,11 +120,19 @@ def test_a_run_with_another_configuration_is_not_mixed_in(run: Path) -> None:
         train(load_config(None, [*SMALL, "train.rounds=3", "train.steps=3"]), run, QUIET)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="5000 local clusters but only"):
-        train(load_config(None, [*SMALL, "cluster.local=5000"]), tmp_path / "a", QUIET)
-    with pytest.raises(ConfigError, match="builtin:five-tasks"):
-        train(load_config(None, [*SMALL, "data.source=builtin:five-tasks"]), tmp_path / "b", QUIET)
+def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) for n in range(7)]
+    (tmp_path / "one.jsonl").write_text(rows[0])
+    (tmp_path / "seven.jsonl").write_text("\n".join(rows))
+    files = f'data.clients={{a="{tmp_path}/seven.jsonl", b="{tmp_path}/one.jsonl"}}'
+    for settings, error, message in (
+        ([*SMALL, "cluster.local=5000"], TrainingError, "5000 local clusters but only"),
+        ([*SMALL, "data.source=builtin:five-tasks"], ConfigError, "builtin:five-tasks"),
+        (["data={}", files], DataError, r"client b: 1 row in .*one\.jsonl; .*at least 7"),
+    ):
+        with pytest.raises(error, match=message):
+            train(load_config(None, settings), tmp_path / "run", QUIET)
+        assert not (tmp_path / "run").exists()
 
 
 def test_one_adapter_for_all_is_fedavg(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings, Config, TrainSettings
+from fedrouter.train.aggregate import distance
 from fedrouter.train.checkpoint import latest_checkpoint, save_checkpoint
 from fedrouter.train.server import ClusterRound, cosine, fresh_state, plan, run_rounds, share
 from fedrouter.types import (
@@ -149,6 +150,34 @@ def test_exact_reports_its_residual_and_clipping_bounds_the_drift() -> None:
     assert 0 < drift(AggregateSettings(method="exact")).residual < 1  # type: ignore[operator]
     assert drift(AggregateSettings()).residual is None
     assert drift(AggregateSettings(clip=1e-3)).drift < 1e-3 < drift(AggregateSettings()).drift
+
+
+class Lying(PullFederation):
+    """One client of six turns its update around and sends eight times as much."""
+
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
+        for reply, request in zip(super().train(requests), reversed(requests), strict=True):
+            turned = {n: a - 8 * (reply.adapter[n] - a) for n, a in request.adapter.items()}
+            yield replace(reply, adapter=turned) if reply.client == "f" else reply
+
+
+@pytest.mark.parametrize("option", [{"robust": "median"}, {"robust": "trimmed"}, {"clip": 0.5}])
+def test_a_client_that_lies_is_borne_with_the_options_for_it(option: dict[str, object]) -> None:
+    target = adapter(1)
+    targets = {name: {n: a + i / 100 for n, a in target.items()} for i, name in enumerate("abcdef")}
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+
+    def far(**how: object) -> float:
+        how = AggregateSettings(outlier=1e9, **how)  # type: ignore[arg-type, assignment]
+        *_, last = run_rounds(
+            Lying({}, targets),
+            assignments,
+            fresh_state([adapter(9)]),
+            config(how, rounds=20, steps=2),  # type: ignore[arg-type]
+        )
+        return distance(target, last.state.adapters[0])
+
+    assert far(**option) < 0.2 * distance(adapter(9), target) < far()
 
 
 def test_a_subset_too_small_for_a_step_does_not_train() -> None:

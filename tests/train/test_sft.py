@@ -78,3 +78,9 @@ def test_a_frozen_a_stays_as_it_was_drawn_and_b_learns(train: Train) -> None:
         for name, array in trained.adapter.items():
             moved = not np.array_equal(array, start[name])
             assert moved == (".lora_B." in name or not frozen), name
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_noise_goes_to_the_tensors_that_are_trained(frozen: bool) -> None:
+    trainer = AdapterTrainer(*small_model(), LoraSettings(freeze_a=frozen), TrainSettings(), seed=0)
+    assert trainer.trained == [n for n in sorted(trainer.state()) if ".lora_B." in n or not frozen]

@@ -1,0 +1,96 @@
+"""What noise on centroids costs: routing accuracy of the paper's clustering by noise and rows a client.
+
+The built-in tasks, eight clients with two tasks each, embedder builtin:tiny. Rows are clipped at the length
+that holds 95 % of the extra tasks' rows, which no client has. Accuracy: a task cluster answers for the task
+that most judged rows in it have, for with noise no labels are revealed.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from common import report
+
+from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
+from fedrouter.config import Config
+from fedrouter.embed import embedder_spec, load_embedder, probe, routing_text
+from fedrouter.partition import partition
+from fedrouter.train.client import Client
+from fedrouter.train.cluster import nearest
+from fedrouter.train.describe import describe
+from fedrouter.train.discover import discover
+from fedrouter.train.local import LocalFederation
+from fedrouter.train.privacy import guarantees
+from fedrouter.types import BaseSpec, Record
+
+MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+DELTA = 1e-6
+
+
+class Remembering:
+    """An embedder that computes every text once."""
+
+    def __init__(self) -> None:
+        base = BaseSpec("builtin:tiny", None, "")
+        self._embedder = load_embedder(embedder_spec("base", "builtin:tiny", 512, "float32"), base)
+        self.spec, self._known = self._embedder.spec, {}  # type: ignore[var-annotated]
+
+    def embed(self, texts: Any) -> Any:
+        new = sorted({text for text in texts if text not in self._known})
+        self._known.update(zip(new, self._embedder.embed(new), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+
+def one(
+    embedder: Remembering,
+    rows: dict[str, list[Record]],
+    judged: list[Record],
+    z: float,
+    clip: float,
+    seed: int,
+) -> tuple[float, float]:
+    """Cluster one federation; return accuracy and ε of a row."""
+    noise = {"centroid_noise": z, "clip_embeddings": clip, "delta": DELTA} if z else {}
+    clusters = {"method": "kmeans", "local": 2, "global": 4}
+    config = Config.model_validate({"cluster": clusters, "privacy": noise})
+    clients = [Client(n, r, embedder, seed, config.privacy, bytes([seed])) for n, r in rows.items()]
+    federation = LocalFederation(clients, trainer=None)  # type: ignore[arg-type]
+    space = discover(federation, config.cluster, seed)
+    assignments = federation.assign(space)
+    assert describe(assignments, len(set(space.cluster_of)), config.routing)
+    found = nearest(embedder.embed([routing_text(r.turns) for r in judged]), space)[0]
+    tasks = np.array([r.task for r in judged])
+    right = sum(max(((found == k) & (tasks == t)).sum() for t in TASKS) for k in np.unique(found))
+    epsilon = guarantees(config, assignments)[0].epsilon if z else float("inf")
+    return right / len(judged), epsilon
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[300, 1200, 2400], help="a client")
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    embedder = Remembering()
+    public = embedder.embed(
+        [routing_text(r.turns) for t in EXTRA_TASKS for r in generate(t, "train", 100, 0)]
+    )
+    clip = float(np.quantile(np.linalg.norm(public - probe(embedder).mean(0), axis=1), 0.95))  # type: ignore[arg-type]
+    judged = [r for t in TASKS for r in generate(t, "test", 150, 1)]
+    results, rows = [], []
+    for num in options.rows:
+        for z in MULTIPLIERS:
+            runs = []
+            for seed in range(options.seeds):
+                records = [r for t in TASKS for r in generate(t, "train", 2 * num, seed)]
+                runs.append(one(embedder, partition(records, "dual", 8, seed), judged, z, clip, seed))
+            accuracy, epsilon = np.mean([a for a, _ in runs]), runs[0][1]
+            results.append({"rows": num, "noise": z, "epsilon": epsilon if z else None, "accuracy": accuracy})
+            label = f"{num} rows a client, centroid_noise {z:g}, ε " + (f"{epsilon:.3g}" if z else "none")
+            rows.append((label, f"{accuracy:.3f}", "", None))
+            print(*rows[-1][:2], flush=True)
+    report("privacy", {"clip": clip, "delta": DELTA, "runs": results}, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What leaves a client: every message of whole runs, held against docs/privacy.md."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import adapter, write
+from watched import (
+    CONFIG,
+    DIM,
+    TASKS,
+    TaskEmbedder,
+    Trainer,
+    Watched,
+    clients,
+    inspect,
+    leaves,
+    listed,
+    rows,
+    same,
+    whole_run,
+)
+
+from fedrouter.config import ClusterSettings, Config, PrivacySettings, TrainSettings
+from fedrouter.errors import DataError, TrainingError
+from fedrouter.train import join
+from fedrouter.train.client import Client
+from fedrouter.train.discover import discover
+from fedrouter.train.local import LocalFederation
+from fedrouter.train.methods import group
+from fedrouter.train.server import fresh_state, run_rounds
+from fedrouter.types import Array, Record, RoutingSpace
+
+
+def test_nothing_leaves_but_what_the_documentation_lists() -> None:
+    members = clients()
+    for i in range(40):
+        members[0]._records[i] = Record(members[0]._records[i].turns, "poison", "colours")
+    federation = Watched(members)
+    whole_run(federation)
+    assert inspect(federation, members) == listed()
+
+
+def test_the_inspection_sees_a_row_that_leaves() -> None:
+    members = clients(num=30, privacy=PrivacySettings(min_cluster_size=1))
+    federation = Watched(members)
+    discover(federation, ClusterSettings(), 0)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match=r"vector of a row|fewer than 5 rows"):
+        inspect(federation, members)
+    with pytest.raises(AssertionError, match="vector of a row"):
+        inspect(federation, members, least=1)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
+def test_the_baselines_reveal_no_more(method: str) -> None:
+    members = clients(num=20)
+    federation = Watched(members)
+    whole_run(federation, Config(method=method, train=TrainSettings(rounds=2, steps=4)))  # type: ignore[arg-type]
+    assert inspect(federation, members) <= listed()
+
+
+def test_messages_do_not_grow_with_the_rows() -> None:
+    sizes = []
+    for num in (250, 500):
+        federation = Watched(clients(num))
+        whole_run(federation)
+        largest: dict[Any, int] = {}
+        for _, _, message in federation.seen:
+            for key, value in leaves(message):
+                size = len(value) if isinstance(value, dict) else np.size(value)
+                largest[key] = max(largest.get(key, 0), size)
+        sizes.append(largest)
+    assert sizes[0] == sizes[1]
+
+
+def test_each_exchange_happens_once_and_rounds_carry_adapters_only() -> None:
+    federation = Watched(clients())
+    whole_run(federation)
+    names = federation.names()
+    before = names[: names.index("train")]
+    assert before == [name for name in ("summarise", "regroup", "moments", "assign") for _ in range(3)]
+    assert set(names[len(before) :]) == {"train", "validate"}
+
+
+def test_a_resumed_run_says_the_same_again() -> None:
+    first, again = Watched(clients()), Watched(clients())
+    whole_run(first)
+    whole_run(again)
+    assert same(first, again)
+
+
+def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = clients()
+    space = discover(LocalFederation(members, Trainer()), ClusterSettings(), 0)  # type: ignore[arg-type]
+    bundle = write(tmp_path / "bundle", space, [9.0] * (max(space.cluster_of) + 1))
+    late = Client("oslo", [*rows(7, 3, ("colours",)), *rows(7, 60, ("numbers", "gulls"))], TaskEmbedder(), 0)
+    watched: list[Watched] = []
+
+    def watch(found: list[Client], trainer: Trainer) -> Watched:
+        watched.append(Watched(found, trainer))
+        return watched[-1]
+
+    monkeypatch.setattr(join, "LocalFederation", watch)
+    outer = Watched([late])
+    _, assignments, _ = join.placed(bundle, [late], outer, Trainer(), 0.97)  # type: ignore[arg-type]
+    assert [s.num_examples for s in assignments[0].subsets] == [63, 60] or len(assignments[0].subsets) == 2
+    within, rest = late.compare(bundle.space, [k.radius for k in bundle.clusters])
+    assert all(isinstance(k, int) and isinstance(v, int) and v >= 5 for k, v in within.items())
+    assert watched, "a new task was looked for"
+    assert inspect(outer, [late]) <= listed()
+    for federation in watched:
+        assert inspect(federation, [rest]) <= listed()
+
+
+def test_a_client_of_a_handful_of_rows_is_refused_and_one_of_16_works() -> None:
+    with pytest.raises(DataError, match=r"6 rows; .* at least 7"):
+        Client("few", rows(0, 3), TaskEmbedder(), 0)
+    members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
+    federation = Watched(members)
+    found = group(federation, CONFIG, adapter(0))  # type: ignore[arg-type]
+    assert len(set(found.space.cluster_of)) == 2
+    inspect(federation, members)
+
+
+def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
+    few = [*rows(0, 60, ("colours",)), *rows(0, 4, ("numbers",))]
+    members = [Client("few", few, TaskEmbedder(), 0), *clients()[1:]]
+    federation = Watched(members)
+    found = group(federation, CONFIG, adapter(0))  # type: ignore[arg-type]
+    own = next(a for a in found.assignments if a.client == "few")
+    assert [s.num_examples for s in own.subsets] == [64], "the four go with the others"
+    assert [len(r) for r in members[0]._rows.values()] == [64]
+    assert own.subsets[0].task_counts == {"colours": 60, "few rows": 4}, "the label of four is not told"
+
+
+def test_failures_name_the_error_and_its_place_but_quote_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    poisoned = [Record(r.turns, f"poison {r.completion}", r.task) for r in rows(0, 20, ("colours",))]
+    federation = Watched([Client("ulm", poisoned, TaskEmbedder(), 0)])
+    space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), np.zeros((1, DIM)), (0,))
+    assignments = federation.assign(space)
+    result = next(run_rounds(federation, assignments, fresh_state([adapter(0)]), CONFIG))  # type: ignore[arg-type]
+    reason = result.clusters[0].refused["ulm"]
+    assert re.fullmatch(r"ValueError at watched\.py:\d+; its own log says more", reason)
+    assert "cannot tokenise 'colours secret" in caplog.text
+
+
+def test_a_client_whose_vectors_are_not_finite_is_named_before_anything_is_revealed() -> None:
+    class Overflowing(TaskEmbedder):
+        def embed(self, texts: list[str]) -> Array:
+            return np.where(np.arange(len(texts))[:, None] == 1, np.inf, super().embed(texts)).astype(
+                np.float32
+            )
+
+    with pytest.raises(TrainingError, match=r"client ulm: .* not finite; set base\.dtype"):
+        Client("ulm", rows(0, 10), Overflowing(), 0)
