@@ -23,7 +23,7 @@ from rivals import auroc, nearest_rows, semantic_router, task_weights
 from routing_data import Remembering, data_sets, deal, embedders, scenario, unseen
 
 from fedrouter.builtin.tasks import TASKS
-from fedrouter.config import ClusterSettings, RoutingSettings
+from fedrouter.config import ClusterSettings, PrivacySettings, RoutingSettings
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import nearest
 from fedrouter.train.describe import describe
@@ -47,17 +47,23 @@ def one(
     judged: Sequence[Record],
     strange: dict[str, Array],
     seed: int,
+    privacy: PrivacySettings | None = None,
 ) -> dict[str, Any]:
     """Cluster one federation and route what no client has seen."""
-    federation = LocalFederation([Client(n, r, embedder, seed) for n, r in clients.items()], trainer=None)  # type: ignore[arg-type]
+    members = [Client(n, r, embedder, seed, privacy) for n, r in clients.items()]
+    federation = LocalFederation(members, trainer=None)  # type: ignore[arg-type]
     began = time.process_time()
     space = discover(federation, settings, seed)
     seconds = time.process_time() - began
     assignments = federation.assign(space)
     clusters = describe(assignments, max(space.cluster_of) + 1, RoutingSettings())
     radii = np.array([max(c.radius, 1e-9) for c in clusters])
-    names = np.array([max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in clusters])
-    rows = sum(sum(c.task_counts.values()) for c in clusters)
+    # Clients do not tell of labels that few rows carry; here we know them.
+    counts = [
+        Counter(str(m._tasks[i]) for m in members for i in m._rows.get(k, ())) for k in range(len(clusters))
+    ]
+    names = np.array([max(c, key=lambda t: (c[t], t), default="") for c in counts])
+    rows = sum(c.total() for c in counts)
     tasks, weights = np.array([r.task for r in judged]), task_weights(judged)
 
     def route(vectors: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +80,7 @@ def one(
         "found": len(clusters) == len(set(tasks)) == len(set(names)),
         "accuracy": float(right @ weights),
         "by_task": {str(t): float(right[tasks == t].mean()) for t in sorted(set(tasks))},
-        "strayed": 1 - sum(max(c.task_counts.values(), default=0) for c in clusters) / rows,
+        "strayed": 1 - sum(max(c.values(), default=0) for c in counts) / rows,
         "rejected": float((far > 1) @ weights),
         "auroc": float(np.mean(list(aurocs.values()))) if aurocs else None,
         "auroc_by_task": aurocs,

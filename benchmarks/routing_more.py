@@ -11,7 +11,7 @@ from routing_data import JUDGED, Remembering, deal, scenario
 
 from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.bundle import Bundle
-from fedrouter.config import ClusterSettings, Count, RoutingSettings
+from fedrouter.config import ClusterSettings, Count, PrivacySettings, RoutingSettings
 from fedrouter.route import Router
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import nearest
@@ -32,6 +32,7 @@ from fedrouter.types import (
 )
 
 SEEDS = 3
+ALONE = ", privacy.min_cluster_size 1"  # what a client reveals may be of one row
 Rows = Mapping[str, list[Record]]
 
 
@@ -55,6 +56,7 @@ def shapes(data: str, four: Sequence[str]) -> dict[str, list[dict[str, int]]]:
         "128 clients of 16 rows, all": scenario("all", four, 128, 512),
         "one task": [{a: 80}] * 5,
     }  # fmt: skip
+    found |= {f"{shape}{ALONE}": found[shape] for shape in list(found) if shape.startswith("128")}
     if data == "built-in":
         found["128 clients of 40 rows, all"] = scenario("all", four, 128, 1280)
         for num in (3, 6, 9, 12):
@@ -81,7 +83,8 @@ def federations(
             clients, rest = deal(train, plan, seed)
             tasks = {task for own in plan for task in own}
             judged = [r for task in tasks for r in test[task][:JUDGED]] if test else rest
-            measured = one(embedder, ClusterSettings(), clients, judged, {}, seed)
+            privacy = PrivacySettings(min_cluster_size=1) if shape.endswith(ALONE) else None
+            measured = one(embedder, ClusterSettings(), clients, judged, {}, seed, privacy)
             measured.pop("drawn")
             found.append({"what": "shape", "embedder": name, "data": data, "shape": shape,
                           "num_tasks": len(tasks), "seed": seed, **measured})  # fmt: skip
