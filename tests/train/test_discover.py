@@ -87,6 +87,16 @@ def test_phrasings_of_one_task_share_their_answers() -> None:
         assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == num
 
 
+def test_a_topic_moves_prompts_and_completions_alike() -> None:
+    """Completions that follow their prompts' topic are one task's; those that go the other way are not."""
+    shift = np.where(np.arange(DIM) == 0, 100, 60).astype(np.float32)
+    rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
+    topic = np.repeat([-0.5, 0.5], 90)[:, None] * shift
+    for sign, num in ((1, 1), (-1, 2)):
+        told = {c: answers(np.zeros(180, int)) + shift / 2 + sign * topic for c in rows}
+        assert len(set(discover(PullFederation(rows, {}, told), AUTO, seed=0).cluster_of)) == num
+
+
 def test_tasks_with_the_same_answers_are_told_apart_only_by_a_given_number() -> None:
     rows = {f"c{c}": np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
     clients = PullFederation(rows, {}, {c: answers(np.zeros(180, int)) for c in rows})
