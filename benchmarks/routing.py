@@ -20,7 +20,7 @@ import pictures
 import routing_more
 from common import ROOT, report
 from rivals import auroc, nearest_rows, semantic_router, task_weights
-from routing_data import Remembering, data_sets, deal, embedders, scenario, unseen
+from routing_data import JUDGED, Remembering, data_sets, deal, embedders, scenario, unseen
 
 from fedrouter.builtin.tasks import TASKS
 from fedrouter.config import ClusterSettings, PrivacySettings, RoutingSettings
@@ -151,8 +151,10 @@ def rivals(
     strange: dict[str, Array],
     head: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Run what a user would pick instead."""
+    """Run what a user would pick instead; it is asked one prompt at a time, so of fewer."""
     head = {**head, "scenario": "all rows in one place"}
+    tasks = dict.fromkeys(r.task for r in judged)
+    judged = [r for task in tasks for r in [r for r in judged if r.task == task][:JUDGED]]
     found = [{"way": "nearest rows", **head, "accuracy": nearest_rows(embedder, taken, judged)}]
     for label, num in (("all rows", None), ("10 rows a task", 10)):
         measured = semantic_router(embedder, taken, judged, strange, num)
