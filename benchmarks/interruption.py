@@ -2,29 +2,39 @@
 
 python benchmarks/interruption.py [--kills 20] [--seed 0]
 
-Each run is killed with SIGKILL at a uniformly drawn moment of the uninterrupted run's duration (and so also
-while it loads, clusters, writes a checkpoint or the bundle), then the same command is given again.
+Each run is a process of its own that is killed with SIGKILL at a uniformly drawn moment of the uninterrupted
+run's duration (and so also while it loads, embeds, clusters, writes a checkpoint or the bundle); then the
+same run is started again. It has all that outlives a round: a server optimizer, best rounds by validation,
+clustering anew. Processes are forked from one that has imported what they need: most kills would else fall
+into imports.
 """
 
 import argparse
-import os
+import json
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from common import report
+from rich.console import Console
 
+from fedrouter.builtin.tasks import TASKS, generate
+from fedrouter.config import load_config
+from fedrouter.train.run import train
+
+ROUNDS = 4
 SETTINGS = [
-    "data.num_clients=4",
-    "data.num_per_task=24",
-    "train.rounds=6",
+    "cluster.every=2",
+    f"train.rounds={ROUNDS}",
     "train.steps=4",
     "train.batch_size=4",
+    "train.validation=0.1",
+    "aggregate.server=momentum",
+    "aggregate.server_learning_rate=0.7",
 ]
+CLIENTS = {"a": (0, 1), "b": (1, 2), "c": (2, 0)}  # numbers of their tasks
 
 
 def main() -> None:
@@ -36,45 +46,64 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fedrouter.train.run"])
+    identical, moments, checkpoints = 0, [], []
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole"
-        began = time.perf_counter()
-        subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
-        duration = time.perf_counter() - began
-        wanted = content(whole / "bundle")
-        identical, moments = 0, []
+        config = prepare(Path(scratch))
+
+        def start(out: Path) -> multiprocessing.process.BaseProcess:
+            process = processes.Process(target=run, args=(config, out))
+            process.start()
+            return process
+
+        for name in ("warm", "whole"):
+            began = time.perf_counter()
+            start(Path(scratch) / name).join()
+            duration = time.perf_counter() - began
+        wanted = content(Path(scratch) / "whole" / "bundle")
         for number in range(options.kills):
             out = Path(scratch) / f"killed-{number}"
             moments.append(rng.uniform(0, duration))
-            kill_after(command(out), moments[-1])
-            done = [p.name for p in (out / "checkpoints").glob("round-*")] if out.exists() else []
-            subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL)
+            process = start(out)
+            process.join(moments[-1])
+            process.kill()
+            process.join()
+            done = sorted(p.name for p in (out / "checkpoints").glob("round-*")) if out.exists() else []
+            checkpoints.append(int(done[-1].split("-")[1]) + 1 if done else 0)
+            ended = (out / "bundle").exists()
+            start(out).join()
             same = content(out / "bundle") == wanted
             identical += same
-            verdict = "same" if same else "OTHER"
-            print(f"killed after {moments[-1]:.1f} s with {len(done)} checkpoints: {verdict}")
+            where = "after its end" if ended else f"after {checkpoints[-1]} rounds"
+            print(f"killed at {moments[-1]:.1f} s, {where}: {'same' if same else 'OTHER'}", flush=True)
+    between = f"{sum(n == 0 for n in checkpoints)}, {sum(0 < n < ROUNDS for n in checkpoints)}, "
     rows = [
         ("seconds of the run left alone", f"{duration:.1f}", "", None),
+        ("killed before the first round's end, between, after the last",
+         between + str(sum(n == ROUNDS for n in checkpoints)), "", None),
         ("identical bundles", f"{identical} of {options.kills}", "all", identical == options.kills),
-    ]
+    ]  # fmt: skip
     results = {"identical": identical, "kills": options.kills, "seconds": round(duration, 1)}
-    report("interruption", {**results, "moments": [round(m, 2) for m in moments]}, rows)
+    results |= {"moments": [round(m, 2) for m in moments], "rounds_done": checkpoints}
+    report("interruption", results, rows)
 
 
-def command(out: Path) -> list[str]:
-    """Return the command line of a run."""
-    overrides = [part for setting in SETTINGS for part in ("--set", setting)]
-    return [sys.executable, "-m", "fedrouter", "train", "--out", str(out), *overrides]
+def prepare(directory: Path) -> Path:
+    """Write every client's file and a configuration that names them; return the latter's path."""
+    for client, tasks in CLIENTS.items():
+        records = [r for t in tasks for r in generate(TASKS[t], "train", 30, ord(client))]
+        rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
+        (directory / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clients = ", ".join(f'{c} = "{c}.jsonl"' for c in CLIENTS)
+    file = directory / "run.toml"
+    file.write_text(f"[data]\nclients = {{ {clients} }}\n")
+    return file
 
 
-def kill_after(arguments: list[str], seconds: float) -> None:
-    """Start a command and kill it with SIGKILL, unless it ends before."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+def run(file: Path, out: Path) -> None:
+    """Train; what a started process does."""
+    train(load_config(file, SETTINGS), out, Console(quiet=True))
 
 
 def content(bundle: Path) -> dict[str, bytes]:

@@ -4,12 +4,13 @@ python benchmarks/server_scale.py [CLIENTS …]
 
 A process of its own for each number of clients and each method: 4 centroids a client, 384 dimensions. Clients
 are made as they are asked and forgotten at once; the seconds that they compute are taken off, as they would
-in a federation compute on machines of their own. ``separation`` is the whole exchange of discover.py (local
-clusters, components, moments), ``kmeans`` the paper's way. Growth is the slope of log seconds over log
-clients.
+in a federation compute on machines of their own. Seconds are processor seconds of one thread, so that a busy
+machine does not change them. ``separation`` is the whole exchange of discover.py (local clusters, components,
+moments), ``kmeans`` the paper's way. Growth is the slope of log seconds over log clients.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -66,14 +67,14 @@ class Crowd:
 
     def _each(self, reveal: Callable[[str, Array, Array], Any]) -> Iterator[Any]:
         for number in range(self.num):
-            began = time.perf_counter()
+            began = time.process_time()
             rng = np.random.default_rng(number)
             tasks = np.array([number % TASKS, (number + 1 + number // TASKS % (TASKS - 1)) % TASKS])
             own = tasks[np.arange(ROWS) % 2]
             x = (self.prompts[own] + rng.normal(size=(ROWS, DIM))).astype(np.float32)
             answers = (self.answers[own] + 0.2 * rng.normal(size=(ROWS, DIM))).astype(np.float32)
             revealed = reveal(f"client-{number}", x, answers)
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.process_time() - began
             yield revealed
 
 
@@ -105,7 +106,11 @@ def main() -> None:
 def child(method: str, num: int) -> dict[str, float]:
     """Measure in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", method, str(num)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, "--child", method, str(num)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -113,10 +118,10 @@ def child(method: str, num: int) -> dict[str, float]:
 def measure(method: str, num: int) -> dict[str, float]:
     """Cluster ``num`` clients and calibrate the radii; return the server's seconds and the peak memory."""
     crowd = Crowd(num)
-    began = time.perf_counter()
+    began = time.process_time()
     space = discover(crowd, SETTINGS[method], seed=0)  # type: ignore[arg-type]
     clusters = describe(list(crowd.assign(space)), len(set(space.cluster_of)), Config().routing)
-    total = time.perf_counter() - began
+    total = time.process_time() - began
     return {
         "seconds": round(total - crowd.seconds, 2),
         "clients_seconds": round(crowd.seconds, 1),

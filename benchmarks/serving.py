@@ -1,7 +1,8 @@
-"""What routing costs a real vLLM, and what it withstands: throughput, waits, start-up, search, reloading.
+"""What routing costs a real vLLM, and what it withstands: throughput, waits, start-up, search, reloads.
 
-python benchmarks/serving.py                  trains a small bundle of the built-in tasks first
+python benchmarks/serving.py                  trains a small bundle of the built-in tasks first; 15 minutes
 python benchmarks/serving.py --bundle DIR     an existing one
+python benchmarks/serving.py --starts 0 --reloads 0 --minutes 0 --name traffic      only some of it
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +24,7 @@ import httpx
 import numpy as np
 import torch
 from common import report
+from mix import mix, resident_mib
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -36,20 +40,34 @@ from fedrouter.train.run import train
 from fedrouter.types import RoutingSpace, TaskCluster
 
 SMALL = ["data.num_clients=4", "data.num_per_task=60", "train.rounds=2", "train.steps=4", "cluster.global=4"]
-PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 16, seed=5)]
-Ask = Callable[[str], Awaitable[httpx.Response]]
+PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 64, seed=5)]
+WARM_RELOADS = 4  # before memory is looked at
+Ask = Callable[[int], Awaitable[httpx.Response]]
 
 
-def start_seconds(bundle: Path, log: Path, bare: bool) -> float:
-    """Return how long a server takes from its start to its first healthy (bare) or ready answer, seconds."""
+def bare_seconds(bundle: Path, log: Path) -> float:
+    """Return how long vLLM alone takes with the flags of ``fedrouter serve``, to a good /health, seconds."""
     _, command = prepare(bundle, Options(port=free_port()))
-    if bare:
-        argv = list(command.argv)
-        at = argv.index("--middleware")
-        command = replace(command, argv=argv[:at] + argv[at + 2 :], ready_path="/health")
+    argv = list(command.argv)
+    at = argv.index("--middleware")
+    command = replace(command, argv=argv[:at] + argv[at + 2 :], ready_path="/health")
     began = time.perf_counter()
     with running(command, log, 900):
         return time.perf_counter() - began
+
+
+def serve_seconds(bundle: Path, log: Path) -> float:
+    """Return how long ``fedrouter serve`` takes, from the command to its line Ready, seconds."""
+    command = [sys.executable, "-m", "fedrouter", "serve", str(bundle), "--port", str(free_port())]
+    with log.open("w") as errors:
+        began = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            seconds = time.perf_counter() - began
+            process.terminate()
+    assert line.startswith("Ready"), log.read_text()[-2000:]
+    return seconds
 
 
 async def load(ask: Ask, concurrency: int, number: int) -> tuple[float, list[float], list[httpx.Response]]:
@@ -61,7 +79,7 @@ async def load(ask: Ask, concurrency: int, number: int) -> tuple[float, list[flo
     async def worker() -> None:
         for i in queue:
             began = time.perf_counter()
-            answers.append(await ask(PROMPTS[i % len(PROMPTS)]))
+            answers.append(await ask(i % len(PROMPTS)))
             latencies.append((time.perf_counter() - began) * 1000)
 
     began = time.perf_counter()
@@ -80,36 +98,50 @@ def waits(answers: list[httpx.Response]) -> list[float]:
 
 
 async def traffic(url: str) -> dict[str, Any]:
-    """Compare routed requests with those that name the same adapters."""
-    async with httpx.AsyncClient(
-        base_url=url, timeout=300, limits=httpx.Limits(max_connections=64)
-    ) as client:
+    """Compare routed requests with those that name the same adapters.
 
-        async def ask(model: str, prompt: str) -> httpx.Response:
-            body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-            answer = await client.post("/v1/completions", json=body)
+    Answers are 4 to 12 tokens long, as answers differ; the wait at 32 is measured with equally long ones as
+    well, where all clients come back in one step of the engine.
+    """
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+
+        async def ask(model: str, i: int, tokens: int | None = None) -> httpx.Response:
+            size = tokens or 4 + 7 * i % 9
+            body = {"model": model, "prompt": PROMPTS[i], "max_tokens": size, "temperature": 0}
+            answer = await client.post("/v1/completions", json=body | {"ignore_eos": True})
             answer.raise_for_status()
             return answer
 
-        named = {prompt: (await ask("fedrouter", prompt)).json()["model"] for prompt in PROMPTS}
+        def routed(i: int) -> Awaitable[httpx.Response]:
+            return ask("fedrouter", i)
 
-        def routed(prompt: str) -> Awaitable[httpx.Response]:
-            return ask("fedrouter", prompt)
+        named = [
+            answer.headers["x-fedrouter-adapter"]
+            for answer in await asyncio.gather(*(routed(i) for i in range(len(PROMPTS))))
+        ]
 
-        def direct(prompt: str) -> Awaitable[httpx.Response]:
-            return ask(named[prompt], prompt)
+        def direct(i: int) -> Awaitable[httpx.Response]:
+            return ask(named[i], i)
 
-        await load(direct, 64, 128)  # warm
+        for kind in (direct, routed):  # warm
+            await load(kind, 64, 128)
         rates: dict[str, list[float]] = {"routed": [], "direct": []}
-        for _ in range(4):  # taking turns, so that a busy moment hits both
-            rates["direct"].append((await load(direct, 64, 256))[0])
-            rates["routed"].append((await load(routed, 64, 256))[0])
-        _, direct_ms, _ = await load(direct, 1, 128)
-        _, routed_ms, alone = await load(routed, 1, 128)
-        _, _, crowd = await load(routed, 32, 512)
+        for turn in range(6):  # taking turns, so that a busy moment hits both
+            for kind, way in (("routed", routed), ("direct", direct))[:: 1 if turn % 2 else -1]:
+                rates[kind].append((await load(way, 64, 256))[0])
+        direct_ms, routed_ms, alone = [], [], []
+        for i in range(128):
+            direct_ms += (await load(lambda _, i=i: direct(i), 1, 1))[1]
+            _, took, answers = await load(lambda _, i=i: routed(i), 1, 1)
+            routed_ms, alone = routed_ms + took, alone + answers
+        _, _, crowd = await load(routed, 32, 768)
+        _, _, in_step = await load(lambda i: ask("fedrouter", i, 8), 32, 512)
+    p95_ms = {"1": p95(waits(alone)), "32": p95(waits(crowd)), "32_in_step": p95(waits(in_step))}
     return {
-        "rates": {kind: round(statistics.median(found), 2) for kind, found in rates.items()},
-        "p95_wait_ms": {"1": p95(waits(alone)), "32": p95(waits(crowd))},
+        "rates": {kind: [round(rate, 2) for rate in found] for kind, found in rates.items()},
+        "p95_wait_ms": {name: round(value, 2) for name, value in p95_ms.items()},
+        "p50_wait_ms": {"1": statistics.median(waits(alone)), "32": statistics.median(waits(crowd))},
         "p50_ms": {"direct": statistics.median(direct_ms), "routed": statistics.median(routed_ms)},
     }
 
@@ -128,9 +160,11 @@ def embedding_ms(bundle: Bundle) -> float:
     return statistics.median(found)
 
 
-async def reload_under_load(url: str, names: list[str], number: int, num_clients: int) -> dict[str, Any]:
+async def reload_under_load(
+    url: str, pid: int, names: list[str], number: int, num_clients: int
+) -> dict[str, Any]:
     """Reload ``number`` times while clients ask without pause; return what became of all requests."""
-    failed, answered, seconds = 0, 0, []
+    failed, answered, seconds, memory = 0, 0, list[float](), list[float]()
     stop = asyncio.Event()
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
@@ -149,9 +183,11 @@ async def reload_under_load(url: str, names: list[str], number: int, num_clients
             answer = await client.post("/v1/fedrouter/reload", json={"bundle": names[i % len(names)]})
             failed += answer.status_code != 200
             seconds.append(time.perf_counter() - began)
+            memory.append(resident_mib(pid))
         stop.set()
         await asyncio.gather(*clients)
-    return {"failed": failed, "answered": answered, "seconds_p50": round(statistics.median(seconds), 2)}
+    took = round(statistics.median(seconds), 2)
+    return {"failed": failed, "answered": answered, "seconds_p50": took, "memory_mib": memory}
 
 
 def search(bundle: Bundle) -> dict[str, Any]:
@@ -209,16 +245,30 @@ def second_bundle(first: Bundle, path: Path) -> None:
     )
 
 
+def growth(memory: list[float], skip: int) -> float:
+    """Return how much more memory is held at the end than after ``skip`` samples: highest of three each."""
+    return max(memory[-3:]) / max(memory[skip : skip + 3]) - 1
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--starts", type=int, default=3, help="of each kind, in turn")
     parser.add_argument("--reloads", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=5, help="of mixed traffic")
     parser.add_argument("--name", default="serving")
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
+    rows: list[tuple[str, str, str, bool | None]] = []
+    results: dict[str, Any] = {}
+
+    def figure(label: str, value: float, wanted: float, at_least: bool = False, digits: int = 2) -> None:
+        reached = value >= wanted if at_least else value <= wanted
+        rows.append((label, f"{value:.{digits}f}", f"{'≥' if at_least else '≤'} {wanted:g}", reached))
+
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         path = options.bundle or train(load_config(None, SMALL), out / "run", Console(quiet=True)).path
@@ -227,39 +277,55 @@ def main() -> None:
         second_bundle(first, out / "bundles" / "two")
         found = search(first)
         alone = embedding_ms(first)
-        ready = {
-            kind: round(start_seconds(first.path, out / f"{kind}.log", kind == "bare"), 1)
-            for kind in ("bare", "routed", "bare")
-        }
+        ready: dict[str, list[float]] = {"bare": [], "served": []}
+        for i in range(options.starts):
+            ready["bare"].append(round(bare_seconds(first.path, out / f"bare-{i}.log"), 2))
+            ready["served"].append(round(serve_seconds(first.path, out / f"served-{i}.log"), 2))
         _, command = prepare(first.path, Options(port=free_port()))
-        with running(command, out / "server.log", 900):
+        with running(command, out / "server.log", 900) as process:
             measured = asyncio.run(traffic(command.url))
-            reloads = asyncio.run(reload_under_load(command.url, ["two", "one"], options.reloads, 16))
-    share = measured["rates"]["routed"] / measured["rates"]["direct"]
-    crowd = measured["p95_wait_ms"]["32"] / measured["p95_wait_ms"]["1"]
-    added = measured["p50_ms"]["routed"] - measured["p50_ms"]["direct"]
-    slower, faster = ready["routed"] / ready["bare"], found["numpy_ms"] / found["faiss_ms"]
-    rows = [
-        ("routed ÷ direct throughput, 64 at once", f"{share:.3f}", "≥ 0.95", share >= 0.95),
-        ("p95 routing wait, 32 at once ÷ alone", f"{crowd:.2f}", "≤ 3", crowd <= 3),
-        ("added p50 alone ÷ one embedding", f"{added / alone:.2f}", "≤ 1.15", added <= 1.15 * alone),
-        ("ready time ÷ bare vLLM", f"{slower:.2f}", "≤ 1.1", slower <= 1.1),
-        ("routing over 10,000 centroids, ms", f"{found['faiss_ms']:.2f}", "≤ 1", found["faiss_ms"] <= 1),
-        ("NumPy ÷ FAISS", f"{faster:.1f}", "≥ 3", faster >= 3),
-        ("same decisions in any batch", str(found["alike"]), "True", found["alike"]),
-        (
-            f"failed requests, {options.reloads} reloads, 16 clients",
-            f"{reloads['failed']} of {reloads['answered']}",
-            "0",
-            reloads["failed"] == 0,
-        ),
-    ]
-    results = {
+            if options.reloads:
+                number = options.reloads + WARM_RELOADS
+                reloads = asyncio.run(reload_under_load(command.url, process.pid, ["two", "one"], number, 16))
+            if options.minutes:
+                names = [cluster.adapter for cluster in first.clusters]
+                mixed = asyncio.run(mix(command.url, process.pid, options.minutes, PROMPTS, names))
+    rates = {kind: statistics.median(found_) for kind, found_ in measured["rates"].items()}
+    wait, latency = measured["p95_wait_ms"], measured["p50_ms"]
+    figure("routed ÷ direct throughput, 64 at once", rates["routed"] / rates["direct"], 0.95, True, 3)
+    figure("p95 routing wait, 32 at once ÷ alone", wait["32"] / wait["1"], 3)
+    rows.append(("the same, all answers equally long", f"{wait['32_in_step'] / wait['1']:.2f}", "", None))
+    figure("added p50 alone ÷ one embedding", (latency["routed"] - latency["direct"]) / alone, 1.15)
+    if options.starts:
+        bare, served = (statistics.median(ready[kind]) for kind in ("bare", "served"))
+        figure("fedrouter serve ready ÷ bare vLLM", served / bare, 1.1, digits=3)
+    figure("routing over 10,000 centroids, ms", found["faiss_ms"], 1)
+    figure("NumPy ÷ FAISS", found["numpy_ms"] / found["faiss_ms"], 3, True, 1)
+    rows.append(("same decisions in any batch", str(found["alike"]), "True", found["alike"]))
+    if options.reloads:
+        asked = f"{reloads['failed']} of {reloads['answered']}"
+        label = f"failed requests, {options.reloads} reloads, 16 clients"
+        rows.append((label, asked, "0", reloads["failed"] == 0))
+        figure("memory after them, growth", growth(reloads["memory_mib"], WARM_RELOADS), 0.05, digits=3)
+        results["reloads"] = reloads
+    if options.minutes:
+        number = sum(sum(counts.values()) for counts in mixed["statuses"].values())
+        label = f"{options.minutes:g} minutes of mixed traffic, 5 % garbage: surprises"
+        rows.append((label, f"{len(mixed['failures'])} of {number}", "0", not mixed["failures"]))
+        rows.append(("ready afterwards", str(mixed["healthy"]), "True", mixed["healthy"]))
+        minute = min(12, len(mixed["memory_mib"]) // 2)
+        figure(
+            "memory over the minutes but the first, growth",
+            growth(mixed["memory_mib"], minute),
+            0.05,
+            digits=3,
+        )
+        results["mix"] = mixed
+    results |= {
         **measured,
         "embedding_ms": round(alone, 3),
         "ready_s": ready,
         "search": {name: round(value, 3) for name, value in found.items()},
-        "reloads": reloads,
         "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
     }
     report(options.name, results, rows)

@@ -1,15 +1,20 @@
-"""What a federation costs over plain training: seconds and memory, with the same base, data and steps.
+"""What a federation costs over plain training: seconds and memory, with the same base, batches and steps.
 
 python benchmarks/training.py
 
-Three processes, one after another: one plain TRL ``SFTTrainer`` on all rows, a federation of 8 clients, one
-of 64. Seconds are those of one whole round (the second: training, averaging, checkpoint), against as many
-steps of the plain trainer; memory is the peak that the operating system saw. The base is
+Processes, one after another: a federation of 8 clients, one plain TRL ``SFTTrainer``, a federation of 64, and
+one that trains a client for few steps again and again. Seconds are processor seconds of one thread, which a
+busy machine hardly changes; a federation's are those of one whole round (the second: training, averaging,
+checkpoint). The plain trainer gets the very batches of that round in their order, and so pads as much: the
+difference is what federating costs. Batches mixed over tasks hold more padding; what a trainer takes for
+those is shown beside it. Memory is the peak that the operating system saw. The base is
 ``../shared/models/english-6m`` where it is, else ``builtin:tiny``.
 """
 
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,73 +27,167 @@ from rich.console import Console
 
 BASE = SHARED / "models" / "english-6m"
 STEPS = 128  # a round, over all clients
-TRAINERS = 16  # that 8 clients with two tasks each start in a round
+FEW, MANY = 1, 9  # steps, to tell a trainer's set-up from its steps
 
 
 def main() -> None:
     """Measure and report."""
     if not BASE.exists():
         print("../shared/models/english-6m is absent: measured on builtin:tiny")
-    plain, eight, sixty_four = (child(clients) for clients in (0, 8, 64))
+    with tempfile.TemporaryDirectory() as scratch:
+        batches = str(Path(scratch) / "batches.json")
+        eight, plain, mixed = (child(what, batches) for what in ("8", "plain", "mixed"))
+    sixty_four, setup = child("64"), child("setup")
     ratio = eight["seconds"] / plain["seconds"]
-    setup = (eight["seconds"] - plain["seconds"]) / TRAINERS
     memory = eight["peak_mib"] / plain["peak_mib"]
     growth = sixty_four["peak_mib"] / eight["peak_mib"]
     rows = [
         (f"{STEPS} steps of one SFTTrainer, seconds", f"{plain['seconds']:.1f}", "", None),
+        ("the same in batches mixed over tasks, seconds", f"{mixed['seconds']:.1f}", "", None),
         ("one round of 8 clients, seconds", f"{eight['seconds']:.1f}", "", None),
         ("8 clients ÷ plain, seconds", f"{ratio:.3f}", "≤ 1.15", ratio <= 1.15),
-        ("the difference for each client and task, seconds", f"{setup:.3f}", "≤ 0.15", setup <= 0.15),
+        ("padded tokens: 8 clients, plain, mixed",
+         ", ".join(f"{one['tokens']:,.0f}" for one in (eight, plain, mixed)), "the first two alike",
+         eight["tokens"] == plain["tokens"]),
+        ("set-up of a trainer, for each client, task and round, seconds", f"{setup['seconds']:.3f}", "≤ 0.15",
+         setup["seconds"] <= 0.15),
         ("peak MiB: plain", f"{plain['peak_mib']:.0f}", "", None),
         ("peak MiB: 8 clients", f"{eight['peak_mib']:.0f}", "", None),
         ("peak MiB: 64 clients", f"{sixty_four['peak_mib']:.0f}", "", None),
         ("8 clients ÷ plain, memory", f"{memory:.3f}", "≤ 1.3", memory <= 1.3),
         ("64 ÷ 8 clients, memory", f"{growth:.3f}", "≤ 1.1", growth <= 1.1),
-    ]
-    results = {"plain": plain, "8": eight, "64": sixty_four, "seconds_ratio": ratio, "setup_seconds": setup}
-    results |= {"memory_ratio": memory, "memory_growth": growth}
+    ]  # fmt: skip
+    results = {"plain": plain, "mixed": mixed, "8": eight, "64": sixty_four, "seconds_ratio": ratio}
+    results |= {"setup_seconds": setup["seconds"], "memory_ratio": memory, "memory_growth": growth}
     report("training", {"base": BASE.name if BASE.exists() else "builtin:tiny", **results}, rows)
 
 
-def child(clients: int) -> dict[str, float]:
+def child(*arguments: str) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, str(clients)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, __file__, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(clients: int) -> dict[str, float]:
-    """Train a federation, or plainly for 0 clients; return seconds and peak memory."""
+def measure(what: str, file: Path | None = None) -> dict[str, float]:
+    """Train so many clients, or "plain", "mixed" or "setup"; return seconds and peak memory."""
     from fedrouter.config import load_config
 
+    clients = int(what) if what.isdigit() else 8
     settings = [f"base.model={BASE}"] if BASE.exists() else []
     settings += [
-        f"data.num_clients={clients or 8}",
+        f"data.num_clients={clients}",
         "data.num_per_task=400",
-        f"train.rounds={2 if clients == 8 else 1}",
-        f"train.steps={STEPS // (clients or 1)}",
+        f"train.rounds={2 if what == '8' else 1}",
+        f"train.steps={STEPS // clients}",
     ]
     config = load_config(None, settings)
-    seconds = federated(config) if clients else plainly(config)
-    return {
-        "seconds": round(seconds, 2),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    if what.isdigit():
+        found = federated(config, file)
+    elif what == "setup":
+        found = {"seconds": setup_seconds(config)}
+    else:
+        found = plainly(config, json.loads(file.read_text()) if file and what == "plain" else None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**{k: round(v, 4) for k, v in found.items()}, "peak_mib": peak}
 
 
-def federated(config: Any) -> float:
-    """Return the seconds of the last round; 0 if there is only one."""
+def federated(config: Any, file: Path | None) -> dict[str, float]:
+    """Return the seconds and padded tokens of the last round; write its batches to ``file``."""
+    from fedrouter.train import rounds, sft
     from fedrouter.train.run import train
 
+    batches: list[tuple[list[list[int]], list[list[int]], list[list[int]]]] = []
+
+    class Recording(sft.SFTTrainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            if file:
+                batches.append([inputs[k].tolist() for k in ("input_ids", "labels", "attention_mask")])
+            return super().training_step(model, inputs, *rest)
+
+    stamps = [0.0]
+
+    class Stamping(rounds.Metrics):
+        def write(self, *result: Any) -> None:
+            super().write(*result)
+            stamps.append(time.process_time())
+
+    sft.SFTTrainer, rounds.Metrics = Recording, Stamping  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
-        train(config, out, Console(file=sys.stderr))
-        stamps = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return float(max(stamps) - min(stamps))
+        train(config, Path(scratch) / "run", Console(file=sys.stderr))
+    if not file:
+        return {}
+    seconds = stamps[-1] - stamps[-2]
+    assert len(batches) == 2 * STEPS
+    rows = []
+    for ids, labels, masks in batches[STEPS:]:
+        assert len(ids) == config.train.batch_size, "a plain trainer could not make this batch"
+        for i, own, mask in zip(ids, labels, masks, strict=True):
+            rows.append({"input_ids": i[: sum(mask)], "labels": own[: sum(mask)]})
+    file.write_text(json.dumps(rows))
+    tokens = sum(len(ids) * len(ids[0]) for ids, _, _ in batches[STEPS:])
+    return {"seconds": seconds, "tokens": tokens}
 
 
-def plainly(config: Any) -> float:
-    """Return the seconds of one SFTTrainer over all clients' rows."""
+def plainly(config: Any, rows: Any) -> dict[str, float]:
+    """Return the seconds and padded tokens of one SFTTrainer: over ``rows`` in order, or over all, mixed."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from fedrouter.models import load_base, load_tokenizer, resolve_base
+    from fedrouter.train.run import load_clients
+    from fedrouter.train.sft import tokenise
+
+    path = resolve_base(config.base.model)
+    base, tokenizer = load_base(path, "float32", "cpu"), load_tokenizer(path)
+    if rows is None:
+        records = [record for own in load_clients(config).values() for record in own]
+        data = tokenise(records, tokenizer, config.train.max_length)
+    else:
+        data = Dataset.from_list(rows)
+    tokens = 0
+
+    class Counting(SFTTrainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            nonlocal tokens
+            tokens += inputs["input_ids"].numel()
+            return super().training_step(model, inputs, *rest)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.process_time()
+        Counting(
+            model=base,
+            args=SFTConfig(
+                output_dir=scratch,
+                max_steps=STEPS,
+                per_device_train_batch_size=config.train.batch_size,
+                train_sampling_strategy="random" if rows is None else "sequential",
+                learning_rate=config.train.learning_rate,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                dataloader_pin_memory=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            peft_config=LoraConfig(
+                r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear"
+            ),
+            train_dataset=data,
+            processing_class=tokenizer,
+        ).train()
+        return {"seconds": time.process_time() - began, "tokens": float(tokens)}
+
+
+def setup_seconds(config: Any) -> float:
+    """Return what a client's training takes beyond its steps: the median of ten, on batches of one length."""
     from fedrouter.models import load_base, load_tokenizer, resolve_base
     from fedrouter.train.run import load_clients
     from fedrouter.train.sft import AdapterTrainer
@@ -97,14 +196,21 @@ def plainly(config: Any) -> float:
     trainer = AdapterTrainer(
         load_base(path, "float32", "cpu"), load_tokenizer(path), config.lora, config.train, config.seed
     )
-    data = trainer.tokenise([record for rows in load_clients(config).values() for record in rows])
-    began = time.perf_counter()
-    trainer.train(trainer.state(), data, STEPS, config.train.learning_rate, config.seed)
-    return time.perf_counter() - began
+    record = next(iter(load_clients(config).values()))[0]
+    data, adapter = trainer.tokenise([record] * config.train.batch_size * MANY), trainer.state()
+
+    def seconds(steps: int) -> float:
+        began = time.process_time()
+        trainer.train(adapter, data, steps, config.train.learning_rate, config.seed)
+        return time.process_time() - began
+
+    seconds(FEW)
+    pairs = [(seconds(FEW), seconds(MANY)) for _ in range(10)]
+    return statistics.median(few - FEW * (many - few) / (MANY - FEW) for few, many in pairs)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
+        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)))
     else:
         main()

@@ -196,15 +196,19 @@ def find_base(bundle: Bundle, base: str | None = None) -> Path:
     return path
 
 
-def find_embedder(bundle: Bundle, base_path: Path) -> Embedder:
+def find_embedder(bundle: Bundle, base_path: Path, url: str | None = None) -> Embedder:
     """Load and check a bundle's embedder; the slowest of all checks.
+
+    Parameters
+    ----------
+    url : where it is, if it is an endpoint.
 
     Raises
     ------
     ConfigError, ModelError, BundleError
         If it does not load, or does not compute what the bundle's embedder computed.
     """
-    embedder = load_embedder(bundle.embedder, bundle.base, base_path)
+    embedder = load_embedder(bundle.embedder, bundle.base, base_path, url)
     check_embedder(bundle, embedder)
     return embedder
 

@@ -35,6 +35,10 @@ BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory th
 BaseOption = Annotated[
     str | None, typer.Option(help="Where the base model is, if not where the bundle says.")
 ]
+EmbedderUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Where the bundle's embedder is, if it is an embeddings endpoint."),
+]
 KeyOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
 ]
@@ -86,19 +90,25 @@ def train(
 @app.command()
 def join(
     run: Annotated[Path, typer.Argument(help="A finished run; it stays as it is.")],
-    client: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")],
+    client: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")
+    ] = None,
+    moved: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A client that is there, and the data it has now."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to; otherwise RUN and the names, beside it.")
     ] = None,
 ) -> None:
-    """Add clients to a finished run; train only what is new."""
-    sources = dict(_named(text, "--client", "NAME=FILE") for text in client)
-    if len(sources) < len(client):
-        raise ConfigError("--client: a name is given twice")
+    """Add clients to a finished run, or let them move; train only what is new."""
+    sources, changed = _sources(client, "--client"), _sources(moved, "--moved")
+    if not sources and not changed:
+        raise ConfigError("nobody to join: give --client NAME=FILE or --moved NAME=FILE")
     from fedrouter.train.join import join as add
 
     try:
-        bundle = add(run, sources, out, console)
+        bundle = add(run, sources, changed, out, console)
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last finished round")
         raise typer.Exit(130) from None
@@ -114,9 +124,13 @@ def serve(
     context: typer.Context,
     bundle: BundleDir,
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key_env: KeyOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="BUNDLE is a link: when it points elsewhere, serve that.")
+    ] = False,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
@@ -149,10 +163,12 @@ def serve(
     directory = bundle_directory(bundle)
     options = Options(
         base=base,
+        embedder_url=embedder_url,
         host=host,
         port=port,
         api_key_env=api_key_env,
         keys_file=keys_file,
+        watch=watch,
         fallback=fallback,
         limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
         adapters={
@@ -231,6 +247,7 @@ def evaluate_routing(
         typer.Option(metavar="FILE", help="Records with a task: files, data sets, or builtin:four-tasks."),
     ],
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
 ) -> None:
@@ -238,7 +255,7 @@ def evaluate_routing(
     from fedrouter.evaluate import load, offline
 
     records = load(data, num_per_task=limit)
-    loaded, embedder = _load(bundle, base)
+    loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
     console.print(offline.render(report))
     if out:
@@ -250,13 +267,14 @@ def route(
     bundle: BundleDir,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
 ) -> None:
     """Say which adapter would answer a prompt, and why; no server needed."""
     from rich.table import Table
 
     from fedrouter.route import REJECT, Router
 
-    loaded, embedder = _load(bundle, base)
+    loaded, embedder = _load(bundle, base, embedder_url)
     for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
         answer = "nobody" if decision.model == REJECT else decision.model
         then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
@@ -331,11 +349,11 @@ def bundle_directory(path: Path) -> Path:
     return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
 
 
-def _load(directory: Path, base: str | None) -> "tuple[Bundle, Embedder]":
+def _load(directory: Path, base: str | None, embedder_url: str | None) -> "tuple[Bundle, Embedder]":
     from fedrouter.bundle import find_base, find_embedder, load_bundle
 
     bundle = load_bundle(bundle_directory(directory))
-    return bundle, find_embedder(bundle, find_base(bundle, base))
+    return bundle, find_embedder(bundle, find_base(bundle, base), embedder_url)
 
 
 def _show(report: "Report", out: Path | None, records: Path | None) -> None:
@@ -353,6 +371,13 @@ def _named(text: str, option: str, form: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ConfigError(f"{option} {text}: expected {form}")
     return name, path
+
+
+def _sources(given: list[str] | None, option: str) -> dict[str, str]:
+    sources = dict(_named(text, option, "NAME=FILE") for text in given or [])
+    if len(sources) < len(given or []):
+        raise ConfigError(f"{option}: a name is given twice")
+    return sources
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -6,12 +6,14 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedrouter.errors import ConfigError
 
 BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
+EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with an embeddings endpoint's API key, if any
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 """A number of clusters, given or found."""
@@ -30,8 +32,10 @@ class BaseSettings(_Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU when there is one."""
+    device: Literal["auto", "cpu", "cuda", "spread"] = "auto"
+    """Where to train; auto: a GPU when there is one; spread: a base too large for one, over all GPUs."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: train on a base of 4-bit weights (QLoRA, bitsandbytes); prompts are embedded before, without."""
     chat_template: str | None = None
     """For a base without one: ``alpaca`` or a Jinja file; it travels in the bundle."""
 
@@ -67,22 +71,29 @@ class DataSettings(_Section):
 class EmbedderSettings(_Section):
     """The vectors that clustering and routing see."""
 
-    kind: Literal["base", "encoder", "sentence-transformers"] = "base"
-    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output."""
+    kind: Literal["base", "encoder", "sentence-transformers", "endpoint"] = "base"
+    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output,
+    loaded here or asked of an ``endpoint``."""
     model: str | None = None
-    """The other model: a local directory or a hub id."""
+    """The other model: a local directory or a hub id; or what the endpoint calls it."""
+    url: str | None = None
+    """Of kind ``endpoint``: a server with OpenAI's ``/v1/embeddings``. Its key: FEDROUTER_EMBEDDER_KEY."""
     layer: Literal["middle", "last"] | Annotated[int, Field(ge=0)] = "middle"
     """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
     max_tokens: int = Field(512, ge=8)
     """Longer prompts are cut, in training and serving alike."""
+    cache: str | None = None
+    """Directory that keeps clients' embeddings, for several runs; without it ``embeddings/`` in the run."""
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
         if (self.kind == "base") != (self.model is None):
-            raise ValueError(
-                "embedder.model belongs to kinds encoder and sentence-transformers, and they need it"
-            )
-        if self.kind == "sentence-transformers" and "layer" in self.model_fields_set:
+            raise ValueError("embedder.model belongs to every kind but base, and they need it")
+        if (self.kind == "endpoint") != (self.url is not None):
+            raise ValueError("embedder.url belongs to kind endpoint, and that needs it")
+        if self.url is not None:
+            checked_url(self.url)
+        if self.kind in ("sentence-transformers", "endpoint") and "layer" in self.model_fields_set:
             raise ValueError("embedder.layer belongs to kinds base and encoder; remove it")
         return self
 
@@ -96,6 +107,8 @@ class ClusterSettings(_Section):
     """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
     global_: Count = Field("auto", alias="global")
     """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    every: int | None = Field(None, ge=1)
+    """Cluster anew after so many rounds, with the rows that the files of ``data.clients`` hold then."""
     warmup: int = Field(1, ge=1)
     """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
 
@@ -110,11 +123,23 @@ class LoraSettings(_Section):
     """The adapters."""
 
     rank: int = Field(8, ge=1)
+    """Of every task cluster's adapter."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Lower ranks of clients that cannot train the full one, by the client's name."""
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     freeze_a: bool = False
     """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "LoraSettings":
+        for client, rank in self.ranks.items():
+            if rank > self.rank:
+                raise ValueError(
+                    f"lora.ranks: client {client} has {rank}, above lora.rank {self.rank}; raise that"
+                )
+        return self
 
 
 class TrainSettings(_Section):
@@ -142,7 +167,11 @@ class TrainSettings(_Section):
     """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower, the same adapters."""
     keep_checkpoints: int = Field(2, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+    """Trackers that get every round's metrics, beside metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,7 +283,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
-        own = {"fedrouter": {"method", "local", "global_"}, "clustered": {"global_", "warmup"}}.get(
+        own = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
             method, set()
         )
         for name, field in ClusterSettings.model_fields.items():
@@ -264,6 +293,13 @@ class Config(_Section):
                     f"method {method} has no use for cluster.{key}; "
                     "remove it, or empty a file's section with --set cluster={}"
                 )
+        if self.cluster.every and not self.data.clients:
+            raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
+        if self.cluster.every and self.base.quantization != "none" and self.embedder.kind == "base":
+            raise ValueError(
+                "cluster.every embeds between rounds, which a base with base.quantization cannot; "
+                "set embedder.kind and embedder.model"
+            )
         if method == "local" and self.aggregate != AggregateSettings():
             raise ValueError("method local averages nothing; remove [aggregate]")
         if method == "fedprox" and not self.train.proximal:
@@ -288,6 +324,10 @@ class Config(_Section):
             )
         if self.privacy.update_noise and self.train.validation:
             raise ValueError("privacy.update_noise does not cover validation losses; remove train.validation")
+        if self.privacy.noisy and self.cluster.every:
+            raise ValueError("privacy's noise is accounted for one clustering; remove cluster.every")
+        if self.lora.ranks and self.aggregate.robust != "none":
+            raise ValueError("aggregate.robust compares adapters of one rank; remove it or lora.ranks")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
             raise ValueError(
                 f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'
@@ -323,6 +363,27 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         where = str(path) if path else "configuration"
         raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def checked_url(url: str) -> str:
+    """Return the address of an embeddings endpoint without a trailing ``/v1``.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or holds a secret: it is written into the run and shown in messages.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"the embedder's address is none: {error}") from error
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            f"the embedder's address holds a password or a key; put that into the variable {EMBEDDER_KEY}"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"the embedder's address {url}: expected http://HOST:PORT")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def read_resolved(file: Path) -> Config:
@@ -380,7 +441,7 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
 
     for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
         table = values.get(section)
-        if isinstance(table, dict):
+        if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
             table.update({key: resolve(table[key]) for key in keys if key in table})
     match values:
         case {"data": {"clients": dict(clients)}}:

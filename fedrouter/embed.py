@@ -4,12 +4,15 @@
 layer, or of its last (paper section 3). The raw prompt is embedded, without the chat template.
 """
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from fedrouter.embed_endpoint import KIND as ENDPOINT
+from fedrouter.embed_endpoint import EndpointEmbedder, endpoint_spec
 from fedrouter.errors import ConfigError, ModelError
 from fedrouter.models import base_fingerprint, quieten, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever the texts' lengths
+MAX_PADDING = (
+    0.25  # of a forward pass's shortest text: padding costs what tokens cost, another pass costs little
+)
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -52,13 +58,28 @@ def routing_text(turns: Sequence[Turn]) -> str:
 
 
 class HiddenStateEmbedder:
-    """Mean of one layer's hidden states over a text's tokens."""
+    """Mean of one layer's hidden states over a text's tokens.
 
-    def __init__(self, model: "torch.nn.Module", tokenizer: "PreTrainedTokenizerBase", spec: EmbedderSpec):
+    Parameters
+    ----------
+    owned : nobody else uses ``model``: it may lose the blocks above the layer, half of the work as a rule.
+    """
+
+    def __init__(
+        self,
+        model: "torch.nn.Module",
+        tokenizer: "PreTrainedTokenizerBase",
+        spec: EmbedderSpec,
+        owned: bool = False,
+    ):
         self.spec = spec
         self._model = model
         self._device = next(model.parameters()).device
         self._tokenizer = tokenizer
+        self._top = _drop_blocks(model, spec.layer) if owned else None
+        self._seen = threading.local()  # a reload checks the embedder while requests use it
+        if self._top is not None:
+            self._top.register_forward_hook(self._see)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
@@ -72,18 +93,28 @@ class HiddenStateEmbedder:
         vectors = np.zeros((len(ids), self.spec.dim), dtype=np.float32)
         with torch.inference_mode():
             for rows in _batches([len(i) for i in ids]):
-                width = len(ids[rows[-1]])
-                tokens = torch.zeros((len(rows), width), dtype=torch.long)
-                mask = torch.zeros((len(rows), width), dtype=torch.long)
-                for line, row in enumerate(rows):
-                    tokens[line, : len(ids[row])] = torch.tensor(ids[row])
-                    mask[line, : len(ids[row])] = 1
-                tokens, mask = tokens.to(self._device), mask.to(self._device)
-                states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-                hidden = states.hidden_states[self.spec.layer]  # (B, T, d)
+                lengths = torch.tensor([len(ids[row]) for row in rows])
+                width = int(lengths[-1])
+                tokens = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows])  # (B, T)
+                mask = (torch.arange(width) < lengths[:, None]).to(self._device)  # (B, T)
+                # Without a mask attention is quicker, and where nothing is padded there is nothing to mask.
+                hidden = self._hidden(tokens.to(self._device), None if mask.all() else mask.long())
                 total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
-                vectors[rows] = (total / mask.sum(dim=1, keepdim=True)).cpu().numpy()
+                vectors[rows] = (total.cpu() / lengths[:, None]).numpy()
         return vectors
+
+    def _hidden(self, tokens: "torch.Tensor", mask: "torch.Tensor | None") -> "torch.Tensor":
+        """Return the layer's hidden states: (B, T, d)."""
+        if self._top is None:
+            states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+            return states.hidden_states[self.spec.layer]  # type: ignore[no-any-return]
+        self._model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return vars(self._seen).pop("output")  # type: ignore[no-any-return]
+
+    def _see(
+        self, _block: object, _inputs: object, output: "torch.Tensor | tuple[torch.Tensor, ...]"
+    ) -> None:
+        self._seen.output = output[0] if isinstance(output, tuple) else output
 
 
 class SentenceEmbedder:
@@ -116,14 +147,21 @@ def embedder_spec(
     dtype: str,
     layer: Literal["middle", "last"] | int = "middle",
     revision: str | None = None,
+    url: str | None = None,
 ) -> EmbedderSpec:
     """Describe an embedder as a bundle records it; reads its config, loads no weights.
+
+    Parameters
+    ----------
+    url : of kind endpoint, which is asked for one vector.
 
     Raises
     ------
     ConfigError
         If the model has fewer layers than ``layer``.
     """
+    if url is not None:
+        return endpoint_spec(model, max_tokens, url)
     from transformers import AutoConfig
 
     path = resolve_base(model, revision)
@@ -144,27 +182,27 @@ def embedder_spec(
     )
 
 
-def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Embedder:
+def load_embedder(
+    spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None, url: str | None = None
+) -> Embedder:
     """Load the embedder that a bundle records.
 
     Parameters
     ----------
     base_path : where the base model is, when not where the bundle says.
+    url : where an embedder of kind endpoint is.
 
     Raises
     ------
+    ConfigError
+        If ``url`` is missing, or the embedder is of another kind.
     ModelError
         If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
     """
-    if spec.kind == "base":
-        path = base_path or resolve_base(base.model, base.revision)
-    else:
-        path = resolve_base(spec.model)
-    if base_fingerprint(path) != spec.fingerprint:
-        raise ModelError(
-            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
-            "serve with the same embedder or train again"
-        )
+    _check_address(spec, url)
+    if url is not None:
+        return EndpointEmbedder(spec, url)
+    path = find_model(spec, base, base_path)
     if spec.kind == "sentence-transformers":
         return SentenceEmbedder(path, spec)
     import torch
@@ -176,7 +214,31 @@ def load_embedder(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = N
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise ModelError(f"embedder {path} does not load: {str(error).splitlines()[0]}") from error
-    return HiddenStateEmbedder(model.eval(), tokenizer, spec)
+    return HiddenStateEmbedder(model.eval(), tokenizer, spec, owned=True)
+
+
+def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Path:
+    """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``."""
+    _check_address(spec, None)
+    if spec.kind == "base":
+        path = base_path or resolve_base(base.model, base.revision)
+    else:
+        path = resolve_base(spec.model)
+    if base_fingerprint(path) != spec.fingerprint:
+        raise ModelError(
+            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
+            "serve with the same embedder or train again"
+        )
+    return path
+
+
+def _check_address(spec: EmbedderSpec, url: str | None) -> None:
+    if spec.kind == ENDPOINT and url is None:
+        raise ConfigError(f"embedder {spec.model} is an endpoint: say where it is with --embedder-url")
+    if spec.kind != ENDPOINT and url is not None:
+        raise ConfigError(
+            f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: leave --embedder-url out"
+        )
 
 
 def probe(embedder: Embedder) -> Array:
@@ -184,11 +246,32 @@ def probe(embedder: Embedder) -> Array:
     return embedder.embed(PROBE_TEXTS)
 
 
+def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | None":
+    """Drop a model's blocks above ``layer``; return the one whose output is that hidden state.
+
+    None, and nothing is dropped, where the layer is the last one, whose state is normalised, or where the
+    blocks cannot be told.
+    """
+    import torch
+
+    num: int = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    lists = [one for one in model.modules() if isinstance(one, torch.nn.ModuleList) and len(one) == num]
+    if len(lists) != 1 or not 0 < layer < num:
+        return None
+    del lists[0][layer:]
+    return lists[0][-1]
+
+
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Group row numbers by length, at most ``BATCH_TOKENS`` padded tokens each; skip rows of length 0."""
+    """Group row numbers by length, shortest first; skip rows of length 0.
+
+    A group has at most ``BATCH_TOKENS`` padded tokens, and its shortest row at most ``MAX_PADDING`` more.
+    """
     groups: list[list[int]] = [[]]
     for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: (lengths[r], r)):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[row] > BATCH_TOKENS:
+        group, width = groups[-1], lengths[row]
+        full = (len(group) + 1) * width > BATCH_TOKENS
+        if group and (full or width > (1 + MAX_PADDING) * lengths[group[0]]):
             groups.append([])
         groups[-1].append(row)
     return [group for group in groups if group]

@@ -4,6 +4,7 @@ FedRouterError
 ├── ConfigError       a configuration file, key or command-line option
 ├── DataError         a data file or data set
 ├── ModelError        a base model or an embedder
+│   └── EndpointError an embeddings endpoint that cannot be reached, or refuses
 ├── TrainingError     a run that cannot go on
 ├── BundleError       a bundle that cannot be written or must not be served
 └── ServingError      a server that cannot start, or an endpoint that cannot be reached
@@ -26,6 +27,10 @@ class DataError(FedRouterError):
 
 class ModelError(FedRouterError):
     """A base model or embedder cannot be used."""
+
+
+class EndpointError(ModelError):
+    """An embeddings endpoint cannot be reached, or refuses."""
 
 
 class TrainingError(FedRouterError):

@@ -36,7 +36,9 @@ def _show_run(path: Path, console: Console) -> None:
     console.print(f"run {path}: {done} of {config['train']['rounds']} rounds, base {config['base']['model']}")
     joined = path / "joined.json"
     for one in json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else []:
-        console.print(f"joined {one['run']}: {', '.join(one['clients'])}", highlight=False, soft_wrap=True)
+        moved = [f"{name} (moved)" for name in one.get("moved", {})]
+        names = ", ".join([*one["clients"], *moved])
+        console.print(f"joined {one['run']}: {names}", highlight=False, soft_wrap=True)
     if lines:
         table = Table(
             "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"

@@ -145,18 +145,32 @@ def quieten() -> None:
     logging.disable_progress_bar()
 
 
-def load_base(path: Path, dtype: str, device: str) -> "PreTrainedModel":
-    """Load a base model for training: frozen, in ``dtype``, on ``device``."""
+def load_base(path: Path, dtype: str, device: str, quantization: str = "none") -> "PreTrainedModel":
+    """Load a base model for training: frozen, in ``dtype``, on ``device``; "spread": over all GPUs."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quieten()
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if device == "spread":
+        options["device_map"] = "auto"
+    elif quantization != "none":
+        options["device_map"] = {"": device}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"base model {path} does not load: {_first_line(error)}") from error
     model.requires_grad_(False)
-    return cast("PreTrainedModel", model.to(device))  # type: ignore[arg-type]
+    if "device_map" not in options:
+        model = model.to(device)  # type: ignore[arg-type]
+    return cast("PreTrainedModel", model)
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:

@@ -156,9 +156,9 @@ class BaseSpec:
 class EmbedderSpec:
     """The embedder that a bundle's centroids belong to."""
 
-    kind: str  # "base" (hidden states of the base model) | "encoder" (of another) | "sentence-transformers"
-    model: str  # the base's name, a hub id or a path
-    layer: int  # whose hidden states are averaged over tokens; 0 is the token embedding
+    kind: str  # hidden states of the "base" or an "encoder"; "sentence-transformers"; "endpoint"
+    model: str  # the base's name, a hub id or a path; for an endpoint what it calls the model
+    layer: int  # whose hidden states are averaged over tokens; 0 is the token embedding, or no layer of ours
     max_tokens: int
     dtype: str  # of the forward pass; vectors are float32
     dim: int

@@ -33,10 +33,12 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(
         '[base]\nmodel = "org/model"\n[data]\nclients = { north = "a.jsonl", south = "org/set" }\n'
+        '[embedder]\nkind = "endpoint"\nmodel = "a.jsonl"\nurl = "http://localhost"\n'
     )
     config = load_config(file)
     assert config.data.clients == {"north": str(tmp_path / "a.jsonl"), "south": "org/set"}
     assert config.base.model == "org/model", "a hub id stays a hub id"
+    assert config.embedder.model == "a.jsonl", "an endpoint has names of its own"
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,11 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
         ("cluster.local=0", "cluster.local"),
         ("data.partition=triple", "data.partition: Input should be 'single'"),
         ("embedder.kind=sentence-transformers", "they need it"),
+        ("embedder={kind='endpoint', model='m'}", "embedder.url belongs to kind endpoint, and that needs it"),
+        ("embedder.url='http://localhost:8000'", "embedder.url belongs to kind endpoint"),
+        ("embedder={kind='endpoint', model='m', url='http://h', layer=3}", "embedder.layer belongs to"),
+        ("embedder={kind='endpoint', model='m', url='localhost:8000'}", "expected http://HOST:PORT"),
+        ("embedder={kind='endpoint', model='m', url='http://ann:secret@h'}", "FEDROUTER_EMBEDDER_KEY"),
         ("train={epochs=2, steps=3}", "give train.steps or train.epochs, one of them"),
         ("train.patience=2", "train.patience needs rows to judge by"),
         ("method=fedavg", "method fedavg has no use for cluster.global; remove it"),

@@ -1,15 +1,37 @@
+import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from fedrouter.builtin import base_path
-from fedrouter.embed import Embedder, embedder_spec, load_embedder, probe, routing_text
+from fedrouter.embed import (
+    PROBE_TEXTS,
+    Embedder,
+    HiddenStateEmbedder,
+    embedder_spec,
+    load_embedder,
+    probe,
+    routing_text,
+)
 from fedrouter.errors import ConfigError, ModelError
-from fedrouter.models import base_spec
+from fedrouter.models import base_spec, load_base, load_tokenizer
 from fedrouter.types import Turn
 
 PATH = base_path("builtin:tiny")
@@ -38,6 +60,45 @@ def test_a_vector_is_the_mean_of_the_middle_layers_hidden_state(embedder: Embedd
         with torch.no_grad():
             want = model(**ids, output_hidden_states=True).hidden_states[3][0].mean(dim=0).numpy()
         np.testing.assert_allclose(vector, want, rtol=1e-4, atol=1e-4)
+
+
+FAMILIES: list[type[PreTrainedConfig]] = [
+    LlamaConfig, Qwen3Config, Gemma3TextConfig, MistralConfig, Phi3Config, GPT2Config, BertConfig,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.model_type)
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_stopping_after_the_layer_changes_nothing(
+    family: type[PreTrainedConfig], layer: int, embedder: Embedder
+) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = family(**shape, num_key_value_heads=1, head_dim=16, vocab_size=2048, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    spec = replace(embedder.spec, layer=layer, dim=32)
+    tokenizer = AutoTokenizer.from_pretrained(PATH)
+    whole = HiddenStateEmbedder(copy.deepcopy(model), tokenizer, spec).embed(TEXTS)
+    num_before = sum(p.numel() for p in model.parameters())
+    half = HiddenStateEmbedder(model, tokenizer, spec, owned=True).embed(TEXTS)
+    np.testing.assert_allclose(half, whole, atol=1e-5 * float(np.linalg.norm(whole[0])))
+    assert (sum(p.numel() for p in model.parameters()) < num_before) == (layer < 4)
+
+
+def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
+    """Training embeds with the base that it trains, whole and in batches; serving with its lower half."""
+    model, tokenizer = load_base(PATH, "float32", "cpu"), load_tokenizer(PATH)
+    trained = HiddenStateEmbedder(model.base_model, tokenizer, embedder.spec).embed([*TEXTS, *PROBE_TEXTS])
+    for text, vector in zip([*TEXTS, *PROBE_TEXTS], trained, strict=True):
+        difference = np.linalg.norm(embedder.embed([text])[0] - vector)
+        assert difference <= 1e-5 * np.linalg.norm(vector)
+
+
+def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
+    want = [embedder.embed([text]) for text in TEXTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: embedder.embed([TEXTS[i % 5]]), range(40)))
+    np.testing.assert_allclose(found, want * 8, atol=1e-5)
 
 
 def test_vectors_do_not_depend_on_the_batch_or_its_order(embedder: Embedder) -> None:

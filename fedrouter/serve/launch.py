@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
+from fedrouter.embed import find_model
 from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve import engine
+from fedrouter.serve import engine, watch
 from fedrouter.serve.access import READY, load_keys
 from fedrouter.serve.bodies import VIRTUAL_NAME
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
@@ -39,6 +40,8 @@ class Options:
 
     base: str | None = None
     # the base model's directory or hub id, when not what the bundle says
+    embedder_url: str | None = None
+    # where the bundle's embedder is, if it is an endpoint
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_env: str | None = None
@@ -51,6 +54,8 @@ class Options:
     # how much is taken on before requests are turned away
     adapters: Mapping[str, Path] = field(default_factory=dict)
     # more PEFT adapters to serve, by name; they are never routed to
+    watch: bool = False
+    # the bundle's path is a link: serve what it points to, whenever that changes
     vllm_args: Sequence[str] = ()
     # passed on to vLLM, after and so before our own in force
 
@@ -95,13 +100,18 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     cpu = find_vllm()
     check_port(options.host, options.port)
     key = server_key(options)
+    if options.watch and not bundle_path.is_symlink():
+        raise ServingError(f"--watch: {bundle_path} is no link that could point elsewhere; leave it out")
     bundle = load_bundle(bundle_path)
     if options.fallback is not None:
         Router(bundle, options.fallback)  # refuses one that the bundle cannot have
     base_path = find_base(bundle, options.base)
     ranks = [check_adapter(name, path, bundle) for name, path in options.adapters.items()]
     command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
-    find_embedder(bundle, base_path)  # the slowest check
+    if options.embedder_url is not None:
+        find_embedder(bundle, base_path, options.embedder_url)
+    else:  # what it computes is checked in vLLM's processes: here that would import torch once more
+        find_model(bundle.embedder, bundle.base, base_path)
     return bundle, command
 
 
@@ -147,12 +157,16 @@ def build_command(
     ServingError
         If the rank is beyond what vLLM allows, or ``vllm_args`` sets what is set here.
     """
-    _check_arguments(options.vllm_args)
+    several = _check_arguments(options.vllm_args)
+    if several and options.watch:
+        raise ServingError(
+            "--watch: a server with several API processes cannot reload; leave one of them out"
+        )
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
     modules = bundle.adapter_paths | dict(options.adapters)
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    argv = [sys.executable, "-m", engine.__name__ if several else "vllm.entrypoints.openai.api_server"]
     argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
     argv += ["--host", options.host, "--port", str(options.port), "--middleware", MIDDLEWARE]
     argv += ["--enable-lora", "--lora-modules"]
@@ -165,14 +179,24 @@ def build_command(
     # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
     # others (index -1 in lora/ops/torch_ops): one slot stays empty there, even while two bundles are held.
     slots, held = (held + 1, held + 1) if cpu else (min(len(modules), MAX_SLOTS), held)
+    if cpu and 0 < _number(options.vllm_args, "--max-loras") <= len(modules):
+        raise ServingError(
+            f"vLLM flag --max-loras must be above {len(modules)}, the number of adapters: vLLM's CPU backend "
+            "needs an empty slot"
+        )
     argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(held)]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
-    env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve()), engine.RELOADS: "1"}
+    env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve())}
+    env |= {engine.RELOADS: "0" if several else "1"}  # vLLM loads adapters into one process only
     env |= options.limits.to_env()
+    if options.watch:
+        env[watch.VARIABLE] = str(bundle.path.absolute())
     if options.fallback is not None:
         env["FEDROUTER_FALLBACK"] = options.fallback
+    if options.embedder_url is not None:
+        env["FEDROUTER_EMBEDDER_URL"] = options.embedder_url
     if options.keys_file is not None:
         env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
     if api_key is not None:
@@ -186,7 +210,8 @@ def build_command(
             # One process fewer that imports everything: ready in 25 s, not 40. vLLM's own thread binding goes
             # with that process; it would leave one core to the scheduler as well.
             argv += ["--distributed-executor-backend", "uni"]
-            defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(max(1, cores - 1))}
+            defaults |= {"OMP_NUM_THREADS": str(max(1, cores - 1))}
+            defaults |= {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     tls = any(argument.startswith("--ssl-certfile") for argument in options.vllm_args)
     return Command([*argv, *options.vllm_args], env, defaults, options.host, options.port, tls, READY)
 
@@ -206,17 +231,14 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
     )
 
 
-def _check_arguments(vllm_args: Sequence[str]) -> None:
+def _check_arguments(vllm_args: Sequence[str]) -> bool:
+    """Refuse flags that are set here; return whether several API-server processes are asked for."""
     for argument in vllm_args:
         if argument.split("=")[0].replace("_", "-") in OURS:
             raise ServingError(
                 f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
             )
-    if _number(vllm_args, "--api-server-count") > 1:
-        raise ServingError(
-            "vLLM flag --api-server-count: fedrouter starts one API process; for more start several servers "
-            "and `fedrouter serve --upstream` before them"
-        )
+    return _number(vllm_args, "--api-server-count") > 1
 
 
 def _number(arguments: Sequence[str], flag: str) -> int:

@@ -12,7 +12,8 @@ The life of a request:
 6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
 
 What to serve is read from the environment at lifespan start-up: see ``routing.load_routing``. A reload
-replaces it (``reload.py``); a request goes on with what it began with.
+replaces it (``reload.py``), asked for or because a watched link points elsewhere (``watch.py``); a request
+goes on with what it began with.
 """
 
 import asyncio
@@ -71,6 +72,7 @@ from fedrouter.serve.bodies import (
 from fedrouter.serve.canary import Readiness
 from fedrouter.serve.reload import Reloader, is_admin
 from fedrouter.serve.routing import OVERLOAD, Routing, load_routing
+from fedrouter.serve.watch import Watch
 from fedrouter.types import Decision
 
 NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
@@ -92,7 +94,7 @@ class FedRouterMiddleware:
         self._load, self._load_access = load, load_access
         self._routing: Routing | None = None
         self._access = Access()
-        self._readiness, self._reloader = Readiness(), Reloader()
+        self._readiness, self._reloader, self._watch = Readiness(), Reloader(), Watch.from_env()
         self._endpoints: dict[tuple[str, str], Endpoint] = {
             ("GET", CLUSTERS): self._clusters,
             ("POST", DRY_RUN): self._dry_run,
@@ -158,13 +160,24 @@ class FedRouterMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 inner = Inner(self.app, scope, engine.own_authorization(scope))
                 self._readiness.prove(inner, list(self.routing.bundle.adapter_paths))
+                self._follow(inner)
             await send(message)
 
         try:
             await self.app(scope, replay, watching_send)
         finally:
             self._readiness.close()
+            if self._watch is not None:
+                self._watch.close()
             self.routing.close()
+
+    def _follow(self, inner: Inner) -> None:
+        if self._watch is not None:
+            self._watch.start(
+                self.routing.bundle.path.resolve(),
+                lambda: self.state == "ready" and not self._reloader.busy,
+                lambda name: self._reloader.reload(inner, self.routing, name, self._flip),
+            )
 
     def _flip(self, routing: Routing) -> None:
         self._routing = routing

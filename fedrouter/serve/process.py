@@ -21,7 +21,17 @@ from fedrouter.errors import ServingError
 
 GRACE_S = 20.0  # for a clean stop; vLLM needs about two seconds
 ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|error|ERROR):\s+\S")
-NOT_THE_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed")
+# Whoever started the server may be killed and clean nothing up: then this shell's standard input ends.
+WATCHDOG = """
+read -r _; kill -TERM "$1"
+for _ in $(seq 20); do kill -0 "$1" || break; sleep 1; done
+kill -KILL "-$1"
+"""
+NOT_THE_CAUSE = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "Application startup failed",  # uvicorn, after the line that says why
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,8 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, yield it once it is ready, stop it and every process of its group at the end.
 
-    SIGTERM becomes KeyboardInterrupt meanwhile, so that stopping this process stops the server.
+    SIGTERM becomes KeyboardInterrupt meanwhile, so that stopping this process stops the server; so does its
+    end, however it comes.
 
     Parameters
     ----------
@@ -68,6 +79,13 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHDOG, "fedrouter-watchdog", str(process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         tail: deque[str] = deque(maxlen=300)
@@ -95,6 +113,8 @@ def running(
         finally:
             with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
                 _stop(process)
+                watchdog.kill()
+                watchdog.communicate()
                 pump.join(GRACE_S)
 
 

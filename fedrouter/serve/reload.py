@@ -34,6 +34,11 @@ class Reloader:
     def __init__(self) -> None:
         self._busy = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a reload is under way."""
+        return self._busy
+
     async def reload(
         self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
     ) -> dict[str, Any]:
@@ -179,8 +184,8 @@ def _check_room(inner: Inner, bundle: Bundle, number: int) -> None:
         )
     if number > limits[1]:
         raise BundleError(
-            f"{bundle.path.name}: {number} adapters, old and new, "
-            f"and the server runs with --max-cpu-loras {limits[1]}"
+            f"{bundle.path.name}: {number} adapters, old and new, and the server holds {limits[1]} at most; "
+            f"restart it, or start it with room: -- --max-cpu-loras {number + 1} --max-loras {number + 1}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
 from fedrouter.embed import Embedder
-from fedrouter.errors import ServingError
+from fedrouter.embed_endpoint import EndpointEmbedder
+from fedrouter.errors import EndpointError, ServingError
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve.batch import Batcher
+from fedrouter.serve.batch import Batcher, Overloaded
 from fedrouter.serve.limits import Limits
 from fedrouter.types import Decision, TaskCluster
 
@@ -25,6 +27,7 @@ NO_TEXT = Decision(
 """What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
 OVERLOAD = replace(NO_TEXT)
 """What is decided where routing would take too long; told apart from no text by identity."""
+logger = logging.getLogger("vllm.fedrouter")
 
 
 class Routing:
@@ -63,6 +66,7 @@ class Routing:
             timeout_s=self.limits.routing_timeout_s,
         )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+        self._problem = ""  # the embedder's last, logged once
         self._num_users = 0
         self._unused = asyncio.Event()
 
@@ -113,9 +117,17 @@ class Routing:
         Raises
         ------
         Overloaded
-            If too many texts wait, or these would wait too long.
+            If too many texts wait, these would wait too long, or the embedder is an endpoint that fails.
         """
-        decided = iter(await self._batcher.submit_all([(text, client) for text in texts if text.strip()]))
+        items = [(text, client) for text in texts if text.strip()]
+        try:
+            decided = iter(await self._batcher.submit_all(items))
+        except EndpointError as error:
+            if str(error) != self._problem:
+                logger.warning("nothing is routed for now: %s", error)
+            self._problem = str(error)
+            raise Overloaded from error
+        self._problem = "" if items else self._problem
         return [next(decided) if text.strip() else self.no_text for text in texts]
 
     def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
@@ -133,7 +145,8 @@ def load_routing() -> Routing:
     """Load and check what the environment names, in each of the server's processes.
 
     FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
-    FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on.
+    FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on;
+    FEDROUTER_EMBEDDER_URL where an embeddings endpoint is.
 
     Raises
     ------
@@ -147,16 +160,24 @@ def load_routing() -> Routing:
         os.environ.get("FEDROUTER_BASE"),
         os.environ.get("FEDROUTER_FALLBACK"),
         Limits.from_env(),
+        os.environ.get("FEDROUTER_EMBEDDER_URL"),
     )
 
 
-def make_routing(bundle_path: Path, base: str | None, fallback: str | None, limits: Limits) -> Routing:
+def make_routing(
+    bundle_path: Path,
+    base: str | None,
+    fallback: str | None,
+    limits: Limits,
+    embedder_url: str | None = None,
+) -> Routing:
     """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
 
     Parameters
     ----------
     base : the base model's directory or hub id, when not what the bundle says.
     fallback : instead of the bundle's.
+    embedder_url : where the embedder is, if it is an endpoint.
 
     Raises
     ------
@@ -165,7 +186,9 @@ def make_routing(bundle_path: Path, base: str | None, fallback: str | None, limi
     """
     bundle = load_bundle(bundle_path)
     base_path = find_base(bundle, base)
-    embedder = find_embedder(bundle, base_path)
+    embedder = find_embedder(bundle, base_path, embedder_url)
+    if isinstance(embedder, EndpointEmbedder):  # half, so that it fails before those who wait give up
+        embedder.hurry(limits.routing_timeout_s / 2)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))

@@ -31,6 +31,8 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
     """
     if options.adapters or options.vllm_args:
         raise ServingError("--adapter and vLLM's flags belong to the upstream servers: leave them out here")
+    if options.watch:
+        raise ServingError("--watch: a proxy cannot reload; watch the link where the adapters are")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ServingError(f'{", ".join(missing)} not installed: pip install "fedrouter[proxy]"')
@@ -55,7 +57,7 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
 
     access = Access(key, load_keys(options.keys_file) if options.keys_file else None)
     routing = await asyncio.to_thread(
-        make_routing, bundle_path, options.base, options.fallback, options.limits
+        make_routing, bundle_path, options.base, options.fallback, options.limits, options.embedder_url
     )
     models = [BASE_NAME, *routing.bundle.adapter_paths]
     proxy = Proxy(urls, models, key, options.limits)

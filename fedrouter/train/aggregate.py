@@ -1,4 +1,8 @@
-"""One adapter out of many, within a task cluster: means, exact and robust ones. Pure arrays."""
+"""One adapter out of many, within a task cluster: means, exact and robust ones. Pure arrays.
+
+Clients may train a lower rank than the task cluster has: the first *slices* of its adapter, a slice being one
+row of A with its column of B. Each slice is then averaged over those who have it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +17,21 @@ EMPTY = 1e-10  # a direction of the mean product that carries less, relative to 
 
 
 def aggregate(
-    adapters: Sequence[AdapterState], weights: Sequence[float], settings: AggregateSettings
+    adapters: Sequence[AdapterState],
+    weights: Sequence[float],
+    settings: AggregateSettings,
+    old: AdapterState | None = None,
 ) -> tuple[AdapterState, float | None]:
     """Return what ``settings`` make of one round's adapters, and the residual of ``exact``.
 
     Parameters
     ----------
-    adapters : states with the same names and shapes, finite, float32.
+    adapters : states with the same names and, but for the rank, shapes; finite, float32.
     weights : examples really trained, one an adapter, positive; robust means do not use them.
+    old : the adapter of before, of the full rank; slices that nobody has stay as they are there.
     """
+    if old is not None and max(map(rank_of, adapters)) < rank_of(old):
+        adapters, weights = [*adapters, old], [*weights, 0.0]
     if settings.robust != "none":
         return robust_mean(adapters, settings.trim if settings.robust == "trimmed" else 0.5), None
     return mean(adapters, weights, settings.method)
@@ -35,14 +45,17 @@ def mean(
 
 
 def average(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
-    """Return the weighted mean of A and of B (paper section 3, as FedAvg).
+    """Return the weighted mean of A and of B (paper section 3, as FedAvg), each slice over those who have it.
 
     Not the mean of the products BA: see ``exact`` and docs/decisions.
     """
-    shares = _shares(weights)
+    shares = _shares(adapters, weights)
     return {
-        name: np.tensordot(shares, _stacked(adapters, name), axes=1).astype(np.float32)
+        name: np.einsum("kr,krn->rn" if ".lora_A." in name else "kr,kmr->mr", shares, stacked).astype(
+            np.float32
+        )
         for name in sorted(adapters[0])
+        for stacked in [_stacked(adapters, name)]
     }
 
 
@@ -52,21 +65,22 @@ def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[A
     The mean Σ wᵢ BᵢAᵢ = [w₁B₁ …][A₁; …] (FLoRA, Wang et al. 2024) is cut back to the rank by QR of both
     stacks and an SVD of the small core; no product is ever formed. The new A stays as close to the mean A as
     the product allows: training finds factors of the scale in which it left them, and where B is zero no
-    direction of A is lost.
+    direction of A is lost. Where ranks differ, the mean is that of slices, each over those who have it.
 
     Returns
     -------
-    adapter : same names, shapes and rank as the given ones.
+    adapter : same names and shapes as the given ones, of the highest rank among them.
     residual : ‖mean − BA‖ / ‖mean‖, Frobenius, all modules together: what the rank leaves out.
     """
-    shares = _shares(weights)
+    shares = _shares(adapters, weights)
     result: dict[str, np.ndarray] = {}
     left_out = total = 0.0
     for name_a in sorted(name for name in adapters[0] if ".lora_A." in name):
         name_b = name_a.replace(".lora_A.", ".lora_B.")
-        stack_a = np.concatenate(_stacked(adapters, name_a))  # (k r, n)
-        stack_b = np.concatenate(list(shares[:, None, None] * _stacked(adapters, name_b)), axis=1)  # (m, k r)
-        like = np.asarray(np.tensordot(shares, _stacked(adapters, name_a), axes=1), np.float64)  # (r, n)
+        each_a = _stacked(adapters, name_a)  # (k, r, n)
+        stack_a = np.concatenate(each_a)  # (k r, n)
+        stack_b = np.concatenate(list(shares[:, None] * _stacked(adapters, name_b)), axis=1)  # (m, k r)
+        like = np.asarray(np.einsum("kr,krn->rn", shares, each_a))
         b, a, values = _closest(stack_b, stack_a, like)
         result[name_a], result[name_b] = a.astype(np.float32), b.astype(np.float32)
         left_out += float((values[len(like) :] ** 2).sum())
@@ -98,6 +112,27 @@ def robust_mean(adapters: Sequence[AdapterState], trim: float) -> AdapterState:
     return {
         name: np.sort(_stacked(adapters, name), axis=0)[cut : num - cut].mean(axis=0).astype(np.float32)
         for name in sorted(adapters[0])
+    }
+
+
+def rank_of(adapter: AdapterState) -> int:
+    """Return an adapter's rank."""
+    return next(len(array) for name, array in adapter.items() if ".lora_A." in name)
+
+
+def cut(adapter: AdapterState, rank: int) -> AdapterState:
+    """Return the first ``rank`` slices: what a client of that rank is sent."""
+    return {name: array[:rank] if ".lora_A." in name else array[:, :rank] for name, array in adapter.items()}
+
+
+def completed(adapter: AdapterState, whole: AdapterState) -> AdapterState:
+    """Return an adapter of fewer slices with the others of ``whole``."""
+    rank = rank_of(adapter)
+    return {
+        name: np.concatenate([array, whole[name][rank:]])
+        if ".lora_A." in name
+        else np.concatenate([array, whole[name][:, rank:]], axis=1)
+        for name, array in adapter.items()
     }
 
 
@@ -133,10 +168,25 @@ def _closest(stack_b: Float64s, stack_a: Float64s, like: Float64s) -> tuple[Floa
     return np.asarray(b), np.asarray((p * scale) @ q @ rows), values
 
 
-def _shares(weights: Sequence[float]) -> Float64s:
-    shares = np.asarray(weights, dtype=np.float64)
-    return np.asarray(shares / shares.sum())
+def _shares(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Float64s:
+    """(k, r): each adapter's share in each slice, 0 where it has none; slices sum to 1.
+
+    A weight of 0 counts only in slices that nobody else has.
+    """
+    ranks = np.array([rank_of(adapter) for adapter in adapters])
+    has = np.arange(ranks.max()) < ranks[:, None]
+    shares = has * np.asarray(weights, dtype=np.float64)[:, None]
+    total = shares.sum(0)
+    return np.asarray(np.where(total > 0, shares, has) / np.where(total > 0, total, has.sum(0)))
 
 
 def _stacked(adapters: Sequence[AdapterState], name: str) -> Float64s:
-    return np.stack([state[name] for state in adapters]).astype(np.float64)
+    """Return all adapters' factors, the smaller ones filled up with zeros: (k, r, n) or (k, m, r)."""
+    axis = 0 if ".lora_A." in name else 1
+    rank = max(state[name].shape[axis] for state in adapters)
+    filled = []
+    for array in (state[name] for state in adapters):
+        missing = [(0, 0), (0, 0)]
+        missing[axis] = (0, rank - array.shape[axis])
+        filled.append(np.pad(array, missing))
+    return np.stack(filled).astype(np.float64)

@@ -14,15 +14,17 @@ def describe(
     assignments: Sequence[Assignment],
     num_clusters: int,
     routing: RoutingSettings,
-    names: Sequence[str] | None = None,
+    names: Sequence[str | None] | None = None,
     standing: Sequence[TaskCluster] = (),
+    taken: Sequence[str] = (),
 ) -> list[TaskCluster]:
     """Describe each task cluster by what its clients revealed; those beyond the ``standing`` ones, if any.
 
-    Without ``names`` it is named after its commonest task label.
+    Without a name in ``names`` it is named after its commonest task label; a name that is ``taken`` gets its
+    number too.
     """
     clusters: list[TaskCluster] = []
-    taken = {GENERALIST, *(c.name for c in standing)}
+    used = {GENERALIST, *taken, *(c.name for c in standing)}
     for k in range(len(standing), num_clusters):
         members: list[tuple[str, Subset]] = [
             (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
@@ -33,10 +35,10 @@ def describe(
                 counts[task] = counts.get(task, 0) + count
         told = counts.keys() - {FEW}
         common = max(told, key=lambda t: (counts[t], t)) if told else f"task-{k}"
-        name = _slug(names[k] if names else common)
-        while name in taken:
+        name = _slug((names[k] if names else None) or common)
+        while name in used:
             name = f"{name}-{k}"
-        taken.add(name)
+        used.add(name)
         clusters.append(
             TaskCluster(
                 name=name,

@@ -1,7 +1,8 @@
-"""Clients that come late: from a finished run to another one, in which only what is new was trained.
+"""Clients that come late or move: from a finished run to another one, in which only what is new was trained.
 
-1. Each client that joins embeds its rows and compares them with the bundle's task clusters, in the bundle's
+1. Each such client embeds its rows and compares them with the bundle's task clusters, in the bundle's
    space, which stays as it is. Rows within a radius belong there: the client is listed, nothing is trained.
+   A client that was there before is no longer listed where it has no rows now: it has moved.
 2. Rows beyond every radius are looked for new tasks as discover.py does, among the clients that join. A new
    task cluster needs ``MIN_TASK_ROWS`` rows, and more than the radius's quantile leaves outside by chance.
 3. Its components become centroids in the same space; rows set aside give its radius; its adapter starts from
@@ -26,6 +27,7 @@ from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import read_chat_template, resolve_base
 from fedrouter.train.aggregate import mean
+from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import Labels
@@ -33,9 +35,12 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.run import load_model, load_sources, train_rounds, versions, write_atomically
+from fedrouter.train.recluster import Clustering
+from fedrouter.train.rounds import train_rounds, write_atomically
+from fedrouter.train.run import load_model, quantised, unclaimed, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.sources import load_sources
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
 
 MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius
@@ -43,12 +48,16 @@ CHANCE = 3.0  # standard deviations above what a radius's quantile leaves outsid
 
 
 @explained_out_of_memory()
-def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Console) -> Bundle:
+def join(
+    run: Path, sources: Mapping[str, str], moved: Mapping[str, str], out: Path | None, console: Console
+) -> Bundle:
     """Add clients to the finished ``run``; write another run, with a bundle that knows them, and return that.
 
     Parameters
     ----------
     sources : file or data set by the name of the client.
+    moved : the same of clients that ``run`` knows and whose data has changed: they leave the task clusters in
+        which they have no rows any more.
     out : where to; without it ``run``'s name and the clients'. The same command goes on, or says it is done.
 
     Raises
@@ -57,46 +66,67 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
         If ``run`` is no finished run of method fedrouter, a name is taken, or a client has too few rows.
     """
     config = _finished(run)
-    out = out or run.with_name("-".join([run.name, *sources]))
-    sources = {name: _absolute(source) for name, source in sorted(sources.items())}
-    joins = [*_joins(run), {"run": str(run.resolve()), "clients": sources}]
-    if out.exists() and (not (out / "joined.json").exists() or _joins(out) != joins):
+    out = out or run.with_name("-".join([run.name, *sources, *moved]))
+    if both := sources.keys() & moved.keys():
+        raise ConfigError(f"client {min(both)}: given with --client and with --moved")
+    sources, moved = (
+        {name: _absolute(source) for name, source in sorted(given.items())} for given in (sources, moved)
+    )
+    entry = {"run": str(run.resolve()), "clients": sources, **({"moved": moved} if moved else {})}
+    joins = [*_joins(run), entry]
+    begun = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
+    if begun and (not (out / "joined.json").exists() or _joins(out) != joins):
         raise TrainingError(f"{out} holds something else already; choose another --out")
     if (out / "bundle").exists():
-        console.print(f"{', '.join(sources)}: joined already in {out}", highlight=False, soft_wrap=True)
+        names = ", ".join([*sources, *moved])
+        console.print(f"{names}: joined already in {out}", highlight=False, soft_wrap=True)
         return load_bundle(out / "bundle")
 
     bundle = load_bundle(run / "bundle")
     known = {*_names(config, run), *(client for c in bundle.clusters for client in c.clients)}
     for name in sources:
         if name in known:
-            raise TrainingError(f"client {name}: {run} has a client of that name; choose another")
-    records = load_sources(sources, config)
+            raise TrainingError(
+                f"client {name}: {run} has a client of that name; choose another, or give it with --moved "
+                "if its data has changed"
+            )
+    for name in moved:
+        if name not in known:
+            raise TrainingError(f"client {name}: {run} has none of that name that could move; use --client")
+    records = load_sources({**sources, **moved}, config)
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
     tokenizer, model, _ = load_model(config, path)
-    embedder: Embedder
+    found: Embedder
     if bundle.embedder.kind == "base":
-        embedder = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
+        found = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
     else:
-        embedder = load_embedder(bundle.embedder, bundle.base)
+        found = load_embedder(bundle.embedder, bundle.base, url=config.embedder.url)
+    embedder = CachedEmbedder(found, Path(config.embedder.cache or out / "embeddings"))
     check_embedder(bundle, embedder)
-    clients = [Client(name, rows, embedder, config.seed, config.privacy) for name, rows in records.items()]
-    trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-    federation = LocalFederation(clients, trainer)
-
+    with unclaimed(out):
+        clients = [Client(n, rows, embedder, config.seed, config.privacy) for n, rows in records.items()]
+        model = quantised(config, path, model)
+        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+        federation = LocalFederation(clients, trainer)
+        space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
     first = len(bundle.clusters)
-    space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "joined.json", json.dumps(joins, indent=2) + "\n")
     write_atomically(out / "config.json", (run / "config.json").read_text(encoding="utf-8"))
     added = describe(assignments, max(space.cluster_of) + 1, config.routing, standing=bundle.clusters)
-    clusters = [replace(c, clients=(*c.clients, *members.get(k, ()))) for k, c in enumerate(bundle.clusters)]
-    for c in clusters:
-        new = [name for name in c.clients if name in sources]
-        if new:
-            console.print(f"task cluster {c.name}: also {', '.join(new)}", highlight=False)
+    clusters = []
+    for k, c in enumerate(bundle.clusters):
+        here = members.get(k, [])
+        stay = tuple(name for name in c.clients if name not in moved)
+        clusters.append(replace(c, clients=(*stay, *here)))
+        for what, who in (
+            ("also", [name for name in here if name not in c.clients]),
+            ("no longer", [name for name in c.clients if name in moved and name not in here]),
+        ):
+            if who:
+                console.print(f"task cluster {c.name}: {what} {', '.join(who)}", highlight=False)
     for c in added:
         console.print(f"new task cluster {c.name}: {c.num_examples} rows of {', '.join(c.clients)}",
                       highlight=False)  # fmt: skip
@@ -109,14 +139,12 @@ def join(run: Path, sources: Mapping[str, str], out: Path | None, console: Conso
         else mean(adapters, sizes[:first], config.aggregate.method)[0]
     )
     if added:
-        digest = clustering_digest(space, assignments)
+        digest = clustering_digest(space, assignments, records)
         state = latest_checkpoint(out / "checkpoints", digest)
         state = state or fresh_state([*adapters, *[general] * len(added)])
-        names = [c.name for c in [*clusters, *added]]
-        fresh = [_only(a, range(first, len(names))) for a in assignments]
-        state = train_rounds(
-            federation, [a for a in fresh if a.subsets], state, config, out, digest, names, console
-        )
+        fresh = [_only(a, range(first, first + len(added))) for a in assignments]
+        clustering = Clustering(space, [a for a in fresh if a.subsets], [*clusters, *added])
+        _, state = train_rounds(federation, clustering, state, digest, config, out, console)
         adapters += state.best_adapters[first:]
         added = [c if loss is None else replace(c, training={"loss": round(loss, 5)})
                  for c, loss in zip(added, state.losses[first:], strict=True)]  # fmt: skip

@@ -31,8 +31,12 @@ class LocalFederation:
     """Clients in this process, one after the other."""
 
     def __init__(self, clients: Sequence[Client], trainer: "AdapterTrainer"):
-        self._clients = {client.name: client for client in clients}
+        self.replace(clients)
         self._trainer = trainer
+
+    def replace(self, clients: Sequence[Client]) -> None:
+        """Go on with these clients: the same ones with other rows, say."""
+        self._clients = {client.name: client for client in clients}
 
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
         """Have every client cluster its own rows."""

@@ -23,7 +23,7 @@ from sklearn.metrics import silhouette_score
 
 from fedrouter.config import Config, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.aggregate import mean, stack
+from fedrouter.train.aggregate import completed, mean, stack
 from fedrouter.train.cluster import FEW, Labels
 from fedrouter.train.discover import discover, pool, routing_space
 from fedrouter.train.server import Federation, RunState, fresh_state, run_rounds
@@ -154,7 +154,7 @@ def _warm_up(
 
     def keep(reply: TrainReply | TrainFailure, _steps: int) -> None:
         if isinstance(reply, TrainReply):
-            trained[reply.client] = reply.adapter
+            trained[reply.client] = reply.adapter  # of the client's rank
 
     before = state = fresh_state([fresh])
     for result in run_rounds(federation, assignments, state, config, keep):
@@ -169,7 +169,8 @@ def _warm_up(
         client: np.concatenate(
             [(new[n] - sent[n]).astype(np.float64).ravel() for n in sorted(new) if ".lora_B." in n]
         )
-        for client, new in trained.items()
+        for client, reply in trained.items()
+        for new in [completed(reply, sent)]
     }
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from fedrouter.config import AggregateSettings, Config, Count, TrainSettings
-from fedrouter.train.aggregate import aggregate, clip, distance
+from fedrouter.train.aggregate import aggregate, clip, cut, distance, rank_of
 from fedrouter.train.cluster import num_validation
 from fedrouter.train.optimizer import server_step
 from fedrouter.train.screen import refusals
@@ -143,7 +143,7 @@ def run_rounds(
         for k in sorted({request.cluster for request in requests}):
             group = [(request, replies[request.client, k]) for request in requests if request.cluster == k]
             group.sort(key=lambda pair: pair[0].client)  # the order of clients must not change the sum
-            adapters[k], moments[k], result = combine(group, moments[k], config)
+            adapters[k], moments[k], result = combine(group, adapters[k], moments[k], config)
             losses[k] = losses[k] if result.loss is None else result.loss
             results.append(result)
         best = state.best
@@ -206,10 +206,13 @@ def collect(
 
 
 def combine(
-    group: Sequence[tuple[TrainRequest, TrainReply | TrainFailure]], moments: AdapterState, config: Config
+    group: Sequence[tuple[TrainRequest, TrainReply | TrainFailure]],
+    old: AdapterState,
+    moments: AdapterState,
+    config: Config,
 ) -> tuple[AdapterState, AdapterState, ClusterRound]:
     """Make one adapter of a task cluster's replies; return it, the optimizer's moments and what happened."""
-    old, cluster = group[0][0].adapter, group[0][0].cluster
+    cluster = group[0][0].cluster
     refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
     answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
     settings = config.aggregate
@@ -220,16 +223,17 @@ def combine(
         settings.outlier,
         noisy=bool(config.privacy.update_noise),
     )
-    taken = []
-    for (_, reply), reason in zip(answered, reasons, strict=True):
+    pairs = []
+    for (request, reply), reason in zip(answered, reasons, strict=True):
         if reason is None:
-            taken.append(reply)
+            pairs.append((request, reply))
         else:
             refused[reply.client] = reason
-    if not taken:
+    if not pairs:
         return old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused)
+    taken = [reply for _, reply in pairs]
     weights = [reply.num_examples for reply in taken]
-    wanted, residual = aggregate(_clipped(old, taken, settings), weights, settings)
+    wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
     new, moments = server_step(old, wanted, moments, settings)
     result = ClusterRound(
         cluster=cluster,
@@ -238,7 +242,7 @@ def combine(
         num_clients=len(taken),
         drift=distance(old, new)
         / math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in old.values())),
-        norm=max(distance(old, reply.adapter) for reply in taken),
+        norm=max(distance(request.adapter, reply.adapter) for request, reply in pairs),
         residual=residual,
         refused=refused,
     )
@@ -250,8 +254,13 @@ def requests_of(
 ) -> list[TrainRequest]:
     """Return what the server asks for in one round."""
     rate = cosine(number, config.train)
+
+    def sent(client: str, adapter: AdapterState) -> AdapterState:
+        rank = config.lora.ranks.get(client)
+        return adapter if rank is None or rank >= rank_of(adapter) else cut(adapter, rank)
+
     return [
-        TrainRequest(client, cluster, number, adapters[cluster], steps, rate)
+        TrainRequest(client, cluster, number, sent(client, adapters[cluster]), steps, rate)
         for client, cluster, steps in plan(assignments, config, number)
     ]
 
@@ -305,8 +314,8 @@ def _mean(losses: Sequence[float | None], weights: Sequence[int]) -> float | Non
 
 
 def _clipped(
-    old: AdapterState, replies: Sequence[TrainReply], settings: AggregateSettings
+    pairs: Sequence[tuple[TrainRequest, TrainReply]], settings: AggregateSettings
 ) -> list[AdapterState]:
     if settings.clip is None:
-        return [reply.adapter for reply in replies]
-    return [clip(old, reply.adapter, settings.clip) for reply in replies]
+        return [reply.adapter for _, reply in pairs]
+    return [clip(request.adapter, reply.adapter, settings.clip) for request, reply in pairs]

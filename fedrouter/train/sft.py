@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.errors import ModelError
 from fedrouter.models import render_prompt
+from fedrouter.train.aggregate import cut, rank_of
 from fedrouter.types import AdapterState, Record
 
 if TYPE_CHECKING:
@@ -52,6 +53,26 @@ def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", ma
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
     return Dataset.from_list(rows)
+
+
+def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
+    """Refuse a name in ``lora.target_modules`` that no module has: PEFT passes over it if another fits.
+
+    Raises
+    ------
+    ModelError
+        If there is one.
+    """
+    modules = dict(model.named_modules())
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            linear = {
+                name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, torch.nn.Linear)
+            }
+            raise ModelError(
+                f"lora.target_modules: the base has no module {target}; its linear ones are "
+                + ", ".join(sorted(linear))
+            )
 
 
 class AdapterTrainer:
@@ -91,6 +112,11 @@ class AdapterTrainer:
         if lora.freeze_a:
             for name, parameter in self._model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
+        if getattr(model, "is_loaded_in_4bit", False):
+            # TRL trains adapters of a quantised base in bfloat16; casting them later would part their memory.
+            for parameter in self._model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
         # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
@@ -127,6 +153,13 @@ class AdapterTrainer:
         """Tokenise records for this trainer's base model."""
         return tokenise(records, self._tokenizer, self._settings.max_length)
 
+    def take_out(self) -> None:
+        """Leave the base model as it is without an adapter, for embedding: a B of zero adds nothing."""
+        with torch.no_grad():
+            for tensor in self._tensors.values():
+                tensor.zero_()
+        self._model.eval()
+
     def state(self) -> AdapterState:
         """Copy the adapter that is in the model now."""
         return {
@@ -139,37 +172,40 @@ class AdapterTrainer:
     ) -> Trained:
         """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4).
 
+        An adapter of a lower rank than this trainer's comes back at that rank, trained at this one's scale.
         Call it with the same arguments and the same number of threads, and it gives the same bytes.
         """
         began = time.perf_counter()
         self._put_in(adapter)
-        device = self._model.device.type
+        base, device = self._model.get_base_model(), self._model.device.type
+        arguments = SFTConfig(
+            output_dir=self._scratch.name,
+            max_steps=steps,
+            per_device_train_batch_size=self._settings.batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=self._settings.weight_decay,
+            optim="adamw_torch",
+            seed=seed,
+            use_cpu=device == "cpu",
+            bf16=device == "cuda" and base.dtype == torch.bfloat16,
+            gradient_checkpointing=False,  # below: the trainers would leave a hook each on the embeddings
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=device == "cuda",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        # Of several GPUs the Trainer would use all, for batches so many times as large.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = SFTTrainer(
-            model=self._model,
-            args=SFTConfig(
-                output_dir=self._scratch.name,
-                max_steps=steps,
-                per_device_train_batch_size=self._settings.batch_size,
-                learning_rate=learning_rate,
-                lr_scheduler_type="constant",
-                weight_decay=self._settings.weight_decay,
-                optim="adamw_torch",
-                seed=seed,
-                use_cpu=device == "cpu",
-                bf16=device == "cuda",
-                gradient_checkpointing=False,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                dataloader_pin_memory=device == "cuda",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            train_dataset=data,
-            processing_class=self._tokenizer,
+            model=self._model, args=arguments, train_dataset=data, processing_class=self._tokenizer
         )
         trainer.remove_callback(PrinterCallback)
+        if self._settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
         try:
             loss = trainer.train().training_loss
@@ -177,10 +213,15 @@ class AdapterTrainer:
             for hook in hooks:
                 hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
-            vars(self._model.get_base_model()).pop("forward", None)
-        return Trained(
-            self.state(), self._examples(len(data), steps), float(loss), time.perf_counter() - began
-        )
+            vars(base).pop("forward", None)
+            if self._settings.gradient_checkpointing:
+                base.gradient_checkpointing_disable()
+                base.disable_input_require_grads()
+        trained = cut(self.state(), rank_of(adapter))
+        if device == "cuda":
+            del trainer
+            torch.cuda.empty_cache()  # the next client's batches have other shapes
+        return Trained(trained, self._examples(len(data), steps), float(loss), time.perf_counter() - began)
 
     @torch.no_grad()
     def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
@@ -203,9 +244,11 @@ class AdapterTrainer:
         return total / max(num_tokens, 1), int(num_tokens)
 
     def _put_in(self, adapter: AdapterState) -> None:
+        """Write the adapter into the model; slices that it has not are zero and get zero gradients."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                tensor.copy_(torch.from_numpy(adapter[name]))
+                array = torch.from_numpy(adapter[name])
+                tensor.zero_()[: array.shape[0], : array.shape[1]].copy_(array)
 
     def _pull_back(self, mu: float) -> list[Any]:
         """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""

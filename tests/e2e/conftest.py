@@ -56,6 +56,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of ``small_bundle`` with one more adapter, "mine", an API key, and one for each client.
 
+    It watches the link ``current`` beside the bundle.
     Stopping it is a test as well: SIGTERM must end everything it started, with exit code 0.
     """
     port, log = free_port(), tmp_path_factory.mktemp("server") / "server.log"
@@ -64,7 +65,9 @@ def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
     keys = log.with_name("keys.json")
     keys.write_text(json.dumps({hashlib.sha256(k.encode()).hexdigest(): c for c, k in tenants.items()}))
     mine = small_bundle.adapter_path(small_bundle.clusters[0])
-    arguments = ["serve", str(small_bundle.path), "--port", str(port), "--api-key-env", KEY_ENV]
+    current = small_bundle.path.with_name("current")
+    current.symlink_to(small_bundle.path.name)
+    arguments = ["serve", str(current), "--watch", "--port", str(port), "--api-key-env", KEY_ENV]
     arguments += ["--keys-file", str(keys)]
     arguments += ["--adapter", f"mine={mine}", "--", "--disable-uvicorn-access-log"]
     with log.open("w") as errors:

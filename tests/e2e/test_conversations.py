@@ -36,9 +36,10 @@ def test_conversations_keep_their_adapter(routing: Routing) -> None:
         for probe, decision in zip(PROBES, asyncio.run(ask()), strict=True)
         if decision.model != adapters.get(probe["task"], "base")
     ]
-    assert len(wrong) <= 0.05 * len(PROBES), wrong  # a bundle of 60 rows a task has wide radii
-    # Whether a prompt of no task falls back is the radius's business, not the conversation's.
-    assert {kind for kind, *_ in wrong} <= {"longer follow-up", "several follow-ups", "no task"}, wrong
+    assert len(wrong) <= 0.07 * len(PROBES), wrong  # a bundle of 60 rows a task has wide radii
+    # Whether a prompt of no task, or of words that are another's, falls back is the radius's business.
+    may_be = {"longer follow-up", "several follow-ups", "no task", "language", "collision"}
+    assert {kind for kind, *_ in wrong} <= may_be, wrong
 
 
 def task_of(counts: Any) -> str:
@@ -46,7 +47,14 @@ def task_of(counts: Any) -> str:
 
 
 def test_there_are_enough_probes_of_every_task() -> None:
-    assert len(PROBES) >= 30
+    assert len(PROBES) >= 60
+    assert {probe["kind"] for probe in PROBES} >= {
+        "no task",
+        "collision",
+        "several follow-ups",
+        "tool",
+        "language",
+    }
     assert {probe["task"] for probe in PROBES} == {
         *("headline", "dialogue_summary", "paraphrase", "data_to_text", "base")
     }

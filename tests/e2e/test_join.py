@@ -74,6 +74,32 @@ def test_a_fifth_task_joins_and_the_others_keep_their_routing_and_adapters(run: 
     assert (taken.returncode, "has a client of that name" in taken.stderr) == (1, True)
 
 
+def test_a_client_whose_data_has_changed_moves(run: Path, tmp_path: Path) -> None:
+    old = load_bundle(run / "bundle")
+    before = {c.name for c in old.clusters if "client-0" in c.clients}
+    there = next(c.name for c in old.clusters if c.name not in before)
+    task = next(t for t in TASKS if t.replace("_", "-") == there)
+    source, out = write(tmp_path / "now.jsonl", generate(task, "train", 60, 5)), tmp_path / "moved"
+    done = fedrouter("join", str(run), "--moved", f"client-0={source}", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert f"task cluster {there}: also client-0" in done.stdout
+    new = load_bundle(out / "bundle")
+    assert {c.name for c in new.clusters if "client-0" in c.clients} == {there}
+    for c, was in zip(new.clusters, old.clusters, strict=True):
+        assert set(c.clients) ^ set(was.clients) <= {"client-0"}
+        assert c.adapter == was.adapter, "nothing was trained"
+    assert not (out / "checkpoints").exists()
+    assert "client-0 (moved)" in fedrouter("inspect", str(out)).stdout
+    for arguments, why in (
+        (("--moved", f"nobody={source}"), "none of that name that could move"),
+        (("--client", f"client-0={source}"), "or give it with --moved"),
+        ((), "nobody to join"),
+    ):
+        refused = fedrouter("join", str(run), *arguments, "--out", str(tmp_path / "refused"))
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert why in refused.stderr
+
+
 def test_refusals(run: Path, tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", generate("recipe_ingredients", "train", 12, 4))
     (tmp_path / "unfinished").mkdir()

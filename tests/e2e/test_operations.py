@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,40 @@ def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(server: Any, small_bund
     assert complete(server).model in {"base", *(one.adapter for one in small_bundle.clusters)}
     for path in ("../run/bundle", "/etc", "no-such-bundle"):
         assert post_reload(server, path).status_code == 400
+
+
+def test_a_watched_link_is_followed(server: Any, small_bundle: Bundle, second: Bundle) -> None:
+    first, other = ({one.adapter for one in bundle.clusters} for bundle in (small_bundle, second))
+    bad = small_bundle.path.with_name("damaged")
+    shutil.copytree(small_bundle.path, bad)
+    (bad / "manifest.json").write_text("{}")
+    for name, outcome, wanted in (
+        ("second", "loaded", other),
+        (bad.name, "refused", other),
+        (small_bundle.path.name, "loaded", first),
+    ):
+        count = f'fedrouter_reloads_total{{outcome="{outcome}"}}'
+        before = samples(server.url).get(count, 0)
+        point(small_bundle, name)
+        deadline = time.monotonic() + 120
+        while samples(server.url).get(count, 0) == before:
+            assert time.monotonic() < deadline, f"{name} is not {outcome}"
+            time.sleep(0.2)
+        assert shown(server) == wanted
+        assert complete(server).model in {"base", *wanted}
+
+
+def point(small_bundle: Bundle, name: str) -> None:
+    """Point the watched link to another bundle, as ``ln -sfn`` does."""
+    new = small_bundle.path.with_name("new")
+    new.symlink_to(name)
+    new.replace(small_bundle.path.with_name("current"))
+
+
+def shown(server: Any) -> set[str]:
+    headers = {"authorization": f"Bearer {server.key}"}
+    answer = HTTP.get(f"{server.url}/v1/fedrouter/clusters", headers=headers)
+    return {cluster["adapter"] for cluster in answer.json()["clusters"]}
 
 
 def test_vllms_own_way_to_load_adapters_is_closed(server: Any) -> None:

@@ -82,6 +82,18 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
     assert "loading" in (tmp_path / "log").read_text()
 
 
+def test_an_application_that_does_not_start_says_why(tmp_path: Path) -> None:
+    script = (
+        "print('ERROR:    FedRouter: one: this embedder is not the one of training'); "
+        "print('ERROR:    Application startup failed. Exiting.'); raise SystemExit(3)"
+    )
+    with (
+        pytest.raises(ServingError, match="not the one of training"),
+        running(command(script), tmp_path / "log", timeout_s=20),
+    ):
+        pass
+
+
 def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
     with (
         pytest.raises(ServingError, match="not ready after 1 s"),
@@ -128,6 +140,30 @@ except KeyboardInterrupt:
         outer.send_signal(signal.SIGTERM)  # the impatient do not leave orphans either
         assert outer.wait(20) == 7
     assert time.monotonic() - started < 10
+    assert not alive(server)
+    assert not alive(child)
+
+
+def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    parent = f"""
+import sys
+from fedrouter.serve.process import Command, running
+port = {free_port()}
+with running(Command([sys.executable, "-c", {SERVER!r}, str(port)], {{}}, {{}}, "127.0.0.1", port)) as server:
+    print("ready", server.pid, flush=True)
+    server.wait()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as outer:
+        assert outer.stdout is not None
+        assert outer.stderr is not None
+        server = int(outer.stdout.readline().split()[1])
+        child = int(outer.stderr.readline().split()[1])
+        outer.kill()
+    deadline = time.monotonic() + 15
+    while (alive(server) or alive(child)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not alive(server)
     assert not alive(child)
 

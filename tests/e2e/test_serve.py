@@ -2,17 +2,22 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from fedrouter.builtin import base_path
 from fedrouter.builtin.tasks import TASKS, generate
-from fedrouter.serve.launch import free_port
+from fedrouter.errors import ServingError
+from fedrouter.serve.launch import Options, free_port, running_server
 from fedrouter.types import Decision
 
 PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 3, seed=5)]
@@ -226,3 +231,16 @@ def test_a_flag_that_vllm_does_not_know_is_one_clear_line(server: Any) -> None:
     )
     assert answer.returncode == 1
     assert "unrecognized arguments: --no-such-flag" in answer.stderr.splitlines()[-1]
+
+
+def test_weights_that_are_not_those_of_training_are_one_clear_line(server: Any, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_path("builtin:tiny"), tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    louder = {name: 1.1 * tensor for name, tensor in weights.items()}
+    save_file(louder, base / "model.safetensors", metadata={"format": "pt"})
+    options = Options(base=str(base), port=free_port())
+    with (
+        pytest.raises(ServingError, match="not the one of training"),
+        running_server(server.bundle.path, options, log=tmp_path / "log"),
+    ):
+        pass

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedrouter.bundle import Bundle
-from fedrouter.errors import ConfigError, ServingError
+from fedrouter.errors import ConfigError, ModelError, ServingError
 from fedrouter.serve import checks, launch
 from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
 from fedrouter.serve.limits import Limits
@@ -82,6 +82,22 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "82")
 
 
+def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> None:
+    assert build(word_bundle, embedder_url="http://h").env["FEDROUTER_EMBEDDER_URL"] == "http://h"
+    assert "FEDROUTER_EMBEDDER_URL" not in build(word_bundle).env
+
+
+def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="is no link"):
+        checked(watch=True)
+    link = tmp_path / "current"
+    link.symlink_to(word_bundle.path)
+    _, command = prepare(link, Options(port=free_port(), watch=True))
+    assert command.env["FEDROUTER_WATCH"] == str(link)
+    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
+    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+
+
 def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
     limits = Limits("reject", max_queue=3)
     assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()
@@ -99,7 +115,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: Path("/models/base"))
-    monkeypatch.setattr(launch, "find_embedder", lambda *_: None)
+    monkeypatch.setattr(launch, "find_model", lambda *_: None)
 
     def run(**options: Any) -> Command:
         return prepare(word_bundle.path, Options(port=free_port(), **options))[1]
@@ -155,10 +171,33 @@ def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> 
 
 
 @pytest.mark.parametrize("arguments", [["--api-server-count", "2"], ["--seed=1", "--api_server_count=4"]])
-def test_several_api_processes_are_refused(word_bundle: Bundle, arguments: list[str]) -> None:
-    with pytest.raises(ServingError, match="one API process"):
-        build(word_bundle, vllm_args=arguments)
-    build(word_bundle, vllm_args=["--api-server-count", "1"])
+def test_several_api_processes_start_with_vllms_serve_command(
+    word_bundle: Bundle, arguments: list[str]
+) -> None:
+    several = build(word_bundle, vllm_args=arguments, cpu=True, cores=2)
+    assert several.argv[2] == "fedrouter.serve.engine"
+    assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses both together
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in several.defaults
+    one = build(word_bundle, vllm_args=["--api-server-count", "1"], cpu=True, cores=2)
+    assert one.argv[2] == "vllm.entrypoints.openai.api_server"
+    assert one.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_the_empty_slot_on_cpu_cannot_be_taken_away(word_bundle: Bundle) -> None:
+    with pytest.raises(ServingError, match="--max-loras must be above 4"):
+        build(word_bundle, vllm_args=["--max-loras", "4"], cpu=True)
+    build(word_bundle, vllm_args=["--max-loras", "5"], cpu=True)
+    build(word_bundle, vllm_args=["--max-loras", "4"], cpu=False)
+
+
+def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
+    word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "find_base", lambda *_: tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="differ from those of training"):
+        prepare(word_bundle.path, Options(port=free_port()))
 
 
 def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.embed import routing_text
 from fedrouter.errors import BundleError
 from fedrouter.route import Router
+from fedrouter.serve.access import DRY_RUN
 from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED, UNROUTED
 from fedrouter.types import Turn
 
@@ -133,7 +134,6 @@ def test_requests_that_wait_are_embedded_together(server: Server, embedder: Word
         b'{"model": "fedrouter", "messages": ["hi"], "prompt": ["a", 1]}',
         b'{"model": "fedrouter", "messages": [1], "prompt": []}',
         b'{"model": "fedrouter", "messages": null, "prompt": [true, false]}',
-        b'{"model": "fedrouter", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"model": "fedrouter", "n": ' + b"1" * 5000 + b"}",
     ],
 )
@@ -145,6 +145,14 @@ def test_what_is_not_to_be_routed_passes_byte_for_byte(
     assert server.app.bodies == [body]
     assert b"".join(answer.pieces) == body
     assert not answer.routing
+    assert not embedder.batches
+
+
+@pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, DRY_RUN])
+def test_a_body_nested_too_deep_is_refused(server: Server, embedder: WordEmbedder, path: str) -> None:
+    body = b'{"model": "fedrouter", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    answer = ask(server, path, body, chunk=64 * 1024)
+    assert (answer.status, answer.json["error"]["message"]) == (400, "the body is nested too deep")
     assert not embedder.batches
 
 

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -210,6 +211,16 @@ def test_what_the_server_has_no_room_for_is_refused(
     assert refused.status == 400
     assert says in refused.json["error"]["message"]
     assert not setup.app.changes
+
+
+@pytest.mark.parametrize(
+    ("device", "max_loras", "held"), [("cpu", 9, 8), ("cpu", 6, 5), ("cpu", 20, 9), ("cuda", 6, 9)]
+)
+def test_the_slot_that_stays_empty_on_cpu_is_no_room(device: str, max_loras: int, held: int) -> None:
+    lora = SimpleNamespace(max_lora_rank=8, max_cpu_loras=9, max_loras=max_loras)
+    config = SimpleNamespace(lora_config=lora, device_config=SimpleNamespace(device_type=device))
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
+    assert engine.lora_limits({"app": app}) == (8, held)
 
 
 def test_a_link_that_is_pointed_elsewhere_is_followed(setup: Setup) -> None:

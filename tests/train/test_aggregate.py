@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings
-from fedrouter.train.aggregate import aggregate, average, clip, distance, exact, robust_mean
+from fedrouter.train.aggregate import (
+    aggregate,
+    average,
+    clip,
+    completed,
+    cut,
+    distance,
+    exact,
+    rank_of,
+    robust_mean,
+)
 from fedrouter.types import AdapterState, Array
 
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
@@ -123,3 +133,61 @@ def test_clipping_shortens_and_keeps_the_direction(norm: float) -> None:
     share = min(1.0, norm / length)
     np.testing.assert_allclose(found[A] - sent[A], share * (new[A] - sent[A]), atol=1e-5)
     assert (found is new) == (length <= norm)
+
+
+RANK = 4
+ranked = st.lists(st.tuples(st.integers(1, RANK), st.integers(1, 1000)), min_size=1, max_size=6)
+
+
+def slices_apart(states: list[AdapterState], weights: list[int], old: AdapterState) -> list[list[float]]:
+    """Each slice's weights, by hand: over those who have it; the old adapter's where nobody does."""
+    apart = []
+    for s in range(RANK):
+        own = [w if rank_of(state) > s else 0 for state, w in zip(states, weights, strict=True)]
+        apart.append([*own, 0] if any(own) else [*own, 1])
+    return apart
+
+
+@given(clients=ranked, seed=st.integers(0, 1000))
+def test_each_slice_is_averaged_over_those_who_have_it(clients: list[tuple[int, int]], seed: int) -> None:
+    old, weights = adapter(seed, rank=RANK, width=12), [w for _, w in clients]
+    states = [cut(adapter(seed + 1 + i, rank=RANK, width=12), rank) for i, (rank, _) in enumerate(clients)]
+    found, _ = aggregate(states, weights, AggregateSettings(), old)
+    whole = [*(completed(state, old) for state in states), old]
+    for s, own in enumerate(slices_apart(states, weights, old)):
+        np.testing.assert_allclose(
+            found[A][s], np.average([w[A][s] for w in whole], axis=0, weights=own), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found[B][:, s], np.average([w[B][:, s] for w in whole], axis=0, weights=own), rtol=1e-5, atol=1e-6
+        )
+    assert found[A].shape == old[A].shape
+
+
+@given(clients=ranked, seed=st.integers(0, 1000))
+def test_exact_is_the_best_of_its_rank_for_the_slices_products(
+    clients: list[tuple[int, int]], seed: int
+) -> None:
+    """Dense oracle: every slice's ΔW, averaged over those who have the slice, summed, cut by a dense SVD."""
+    old, weights = adapter(seed, rank=RANK, width=12), [w for _, w in clients]
+    states = [cut(adapter(seed + 1 + i, rank=RANK, width=12), rank) for i, (rank, _) in enumerate(clients)]
+    whole = [*(completed(state, old) for state in states), old]
+    dense = sum(
+        np.average([np.outer(w[B][:, s], w[A][s]).astype(np.float64) for w in whole], axis=0, weights=own)
+        for s, own in enumerate(slices_apart(states, weights, old))
+    )
+    u, values, vt = np.linalg.svd(dense)
+    best = u[:, :RANK] * values[:RANK] @ vt[:RANK]
+    found, residual = aggregate(states, weights, AggregateSettings(method="exact"), old)
+    size = np.linalg.norm(dense)
+    assert np.linalg.norm(product(found) - best) <= 1e-5 * size
+    assert residual == pytest.approx(np.linalg.norm(dense - best) / size, abs=1e-6)
+    assert found[A].shape == old[A].shape
+
+
+@given(rank=st.integers(1, RANK))
+def test_cutting_and_completing(rank: int) -> None:
+    whole = adapter(3, rank=RANK)
+    for name, array in completed(cut(whole, rank), whole).items():
+        np.testing.assert_array_equal(array, whole[name])
+    assert rank_of(cut(whole, rank)) == rank

@@ -280,6 +280,14 @@ def test_the_documented_example_is_a_configuration() -> None:
             {"privacy": {"update_noise": 1.0, "clip_updates": 1.0}, "train": {"validation": 0.1}},
             "does not cover validation",
         ),
+        (
+            {
+                "privacy": {"update_noise": 1.0, "clip_updates": 1.0},
+                "cluster": {"every": 2},
+                "data": {"clients": {"a": "a.jsonl"}},
+            },
+            "accounted for one clustering",
+        ),
         ({"privacy": {"min_cluster_size": 0}}, "greater than or equal to 1"),
         ({"privacy": {"noise": 1.0}}, "Extra inputs"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings, Config, TrainSettings
-from fedrouter.train.aggregate import distance
+from fedrouter.train.aggregate import cut, distance, rank_of
 from fedrouter.train.checkpoint import latest_checkpoint, save_checkpoint
 from fedrouter.train.server import ClusterRound, cosine, fresh_state, plan, run_rounds, share
 from fedrouter.types import (
@@ -188,6 +188,32 @@ def test_a_subset_too_small_for_a_step_does_not_train() -> None:
     assert [r.cluster for r in federation.requests] == [0]
     assert result.state.adapters[1] is start
     assert pytest.approx(1.0) == result.clusters[0].loss
+
+
+@pytest.mark.parametrize("method", ["average", "exact"])
+def test_a_client_of_a_lower_rank_gets_and_moves_its_slices_only(method: str) -> None:
+    targets = {"a": adapter(0, rank=3), "b": cut(adapter(1, rank=3), 1)}
+    settings = Config.model_validate(
+        {
+            "lora": {"rank": 3, "ranks": {"b": 1}},
+            "train": {"rounds": 2, "steps": 2},
+            "aggregate": {"method": method},
+        }
+    )
+    assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
+    federation = PullFederation({}, targets)
+    start = fresh_state([adapter(9, rank=3)])
+    first = next(run_rounds(federation, assignments, start, settings))
+    assert {r.client: rank_of(r.adapter) for r in federation.requests} == {"a": 3, "b": 1}
+    assert first.clusters[0].refused == {}
+    alone = next(run_rounds(PullFederation({}, targets), assignments[1:], start, settings))
+    whole, moved = start.adapters[0], alone.state.adapters[0]
+    if method == "average":  # slices that nobody has stay
+        for name, array in moved.items():
+            rest = np.s_[1:] if ".lora_A." in name else np.s_[:, 1:]
+            np.testing.assert_allclose(array[rest], whole[name][rest], rtol=1e-6)
+    assert rank_of(moved) == 3
+    assert alone.clusters[0].norm == pytest.approx(0.75 * distance(cut(whole, 1), targets["b"]), rel=1e-5)
 
 
 def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from fedrouter.builtin import base_path
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.data import builtin_records
+from fedrouter.errors import ModelError
 from fedrouter.models import load_tokenizer
-from fedrouter.train.aggregate import distance
-from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained
+from fedrouter.train.aggregate import cut, distance
+from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained, check_targets
 from fedrouter.types import AdapterState
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 2, 0)
@@ -57,6 +58,27 @@ def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> N
         np.testing.assert_array_equal(array, one_pulled.adapter[name])
 
 
+def test_gradient_checkpointing_computes_twice_gives_the_same_adapter_and_leaves_nothing_behind() -> None:
+    found, passes = [], []
+    for checkpointing in (False, True):
+        model, tokenizer = small_model()
+        settings = TrainSettings(batch_size=4, gradient_checkpointing=checkpointing)
+        trainer = AdapterTrainer(model, tokenizer, LoraSettings(rank=2), settings, seed=0)
+        rows, start = trainer.tokenise(RECORDS), trainer.state()
+        passes.append(0)
+        counting = model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_: passes.append(passes.pop() + 1)
+        )
+        found += [trainer.train(start, rows, 3, 1e-2, seed=0).adapter for _ in range(2)]
+        assert not model.get_input_embeddings()._forward_hooks
+        assert not model.is_gradient_checkpointing
+        counting.remove()
+    assert passes == [6, 12]
+    for other in found[1:]:
+        for name, array in found[0].items():
+            np.testing.assert_allclose(other[name], array, atol=1e-6)
+
+
 def test_validation_loss_is_the_mean_over_completion_tokens_however_batched() -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), TrainSettings(batch_size=3), seed=0)
     rows = trainer.tokenise(RECORDS)
@@ -80,7 +102,28 @@ def test_a_frozen_a_stays_as_it_was_drawn_and_b_learns(train: Train) -> None:
             assert moved == (".lora_B." in name or not frozen), name
 
 
+def test_a_lower_rank_trains_as_a_trainer_of_that_rank_at_the_same_scale() -> None:
+    high, low = (
+        AdapterTrainer(*small_model(), LoraSettings(rank=r, alpha=4 * r), TrainSettings(batch_size=4), seed=0)
+        for r in (3, 2)
+    )
+    start = cut(high.state(), 2)
+    found, want = (t.train(start, t.tokenise(RECORDS), 3, 1e-2, seed=0).adapter for t in (high, low))
+    for name, array in want.items():
+        assert found[name].shape == array.shape
+        np.testing.assert_allclose(found[name], array, atol=1e-5)
+        assert ".lora_A." in name or np.abs(array).max() > 1e-3, "it has learned something"
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_noise_goes_to_the_tensors_that_are_trained(frozen: bool) -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(freeze_a=frozen), TrainSettings(), seed=0)
     assert trainer.trained == [n for n in sorted(trainer.state()) if ".lora_B." in n or not frozen]
+
+
+def test_a_target_module_that_is_not_there_is_named_even_beside_one_that_is() -> None:
+    model, _ = small_model()
+    check_targets(model, "all-linear")
+    check_targets(model, ["q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj"])
+    with pytest.raises(ModelError, match=r"no module q_porj; its linear ones are down_proj, .*q_proj"):
+        check_targets(model, ["v_proj", "q_porj"])

@@ -1,0 +1,49 @@
+"""What this machine can train on, said before anything is loaded."""
+
+import importlib.util
+import os
+
+import torch
+
+from fedrouter.config import Config
+from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.train.trackers import check_trackers
+
+
+def check_machine(config: Config) -> None:
+    """Refuse what cannot work here.
+
+    Raises
+    ------
+    ConfigError, TrainingError
+        If several processes were started, a GPU or a package is missing.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:  # accelerate launch, torchrun
+        raise TrainingError(
+            f"a federation trains in one process, and {processes} were started: run fedrouter train alone; "
+            'a base too large for one GPU takes base.device = "spread"'
+        )
+    wanted, gpus = config.base.device, torch.cuda.device_count()
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise TrainingError('base.device = "cuda": this machine has no usable GPU; set "cpu" or "auto"')
+    if wanted == "spread" and gpus < 2:
+        raise TrainingError(
+            f'base.device = "spread" takes two GPUs or more, and there are {gpus}; set "auto"'
+        )
+    quantization = config.base.quantization
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f'base.quantization = "{quantization}" needs bitsandbytes: pip install "fedrouter[qlora]"'
+        )
+    check_trackers(config.train.report_to)
+
+
+def device_and_dtype(config: Config) -> tuple[str, str]:
+    """Return where the base goes ("cpu", "cuda", "spread") and in which dtype."""
+    device, dtype = config.base.device, config.base.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, dtype

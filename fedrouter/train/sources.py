@@ -1,0 +1,54 @@
+"""The clients' records, from where the configuration says."""
+
+from collections.abc import Mapping
+
+from fedrouter import data
+from fedrouter.builtin import is_builtin
+from fedrouter.config import Config
+from fedrouter.errors import DataError
+from fedrouter.partition import partition
+from fedrouter.train.cluster import rows_needed
+from fedrouter.types import Record
+
+
+def load_clients(config: Config) -> dict[str, list[Record]]:
+    """Return each client's records, as the configuration deals them out."""
+    settings = config.data
+    if settings.clients:
+        return load_sources(settings.clients, config, settings.max_per_client)
+    sources = [settings.source] if isinstance(settings.source, str) else settings.source
+    records: list[Record] = []
+    for source in sources:
+        if is_builtin(source):
+            records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+        else:
+            records += data.load_records(source, settings.split)
+    return partition(
+        records,
+        settings.partition,
+        settings.num_clients,
+        config.seed,
+        settings.alpha,
+        max_per_client=settings.max_per_client,
+    )
+
+
+def load_sources(
+    sources: Mapping[str, str], config: Config, limit: int | None = None
+) -> dict[str, list[Record]]:
+    """Return the records of clients that have a source each, sorted by name.
+
+    Raises
+    ------
+    DataError
+        If a client has too few for ``privacy.min_cluster_size``.
+    """
+    split, least = config.data.split, config.privacy.min_cluster_size
+    records = {n: data.load_records(source, split, limit) for n, source in sorted(sources.items())}
+    for name, rows in records.items():
+        if len(rows) < rows_needed(least):
+            raise DataError(
+                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
+                f"privacy.min_cluster_size = {least} it needs at least {rows_needed(least)}"
+            )
+    return records

@@ -1,0 +1,81 @@
+"""What the rounds start from: task clusters that are found, found anew, or that a checkpoint holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from fedrouter.config import Config
+from fedrouter.embed import Embedder
+from fedrouter.errors import DataError
+from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
+from fedrouter.train.client import Client
+from fedrouter.train.describe import describe
+from fedrouter.train.local import LocalFederation
+from fedrouter.train.methods import group
+from fedrouter.train.recluster import Clustering, changes, recluster
+from fedrouter.train.rounds import Anew
+from fedrouter.train.server import Federation, RunState
+from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.sources import load_sources
+from fedrouter.types import AdapterState, Record
+
+
+def start(
+    federation: Federation,
+    config: Config,
+    fresh: AdapterState,
+    records: Mapping[str, Sequence[Record]],
+    out: Path,
+    anew: Anew,
+) -> tuple[Clustering, RunState, str]:
+    """Return the task clusters, the state to go on from, and the digest that their checkpoints have.
+
+    A checkpoint counts if it is of the same rows. With ``cluster.every`` its task clusters cannot be found
+    again from the first ones: they are taken from it, and found anew if the rows are other ones by now.
+    """
+    checkpoints = out / "checkpoints"
+    if config.cluster.every and (stored := latest_clustering(checkpoints)):
+        clustering, state, recorded = stored
+        clustering = replace(clustering, assignments=list(federation.assign(clustering.space)))
+        digest = clustering_digest(clustering.space, clustering.assignments, records)
+        return (clustering, state, digest) if digest == recorded else anew(clustering, state)
+    grouping = group(federation, config, fresh)
+    num = len(set(grouping.space.cluster_of))
+    clusters = describe(grouping.assignments, num, config.routing, grouping.names)
+    clustering = Clustering(grouping.space, grouping.assignments, clusters)
+    digest = clustering_digest(clustering.space, clustering.assignments, records)
+    return clustering, latest_checkpoint(checkpoints, digest) or grouping.state, digest
+
+
+def rereading(
+    config: Config,
+    clients: dict[str, Client],
+    records: dict[str, list[Record]],
+    embedder: Embedder,
+    federation: LocalFederation,
+    trainer: AdapterTrainer,
+    console: Console,
+) -> Anew:
+    """Return what reads clients' files again, updates ``clients`` and ``records``, and clusters anew."""
+
+    def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
+        trainer.take_out()
+        for name, source in config.data.clients.items():
+            try:
+                rows = load_sources({name: source}, config, config.data.max_per_client)[name]
+            except DataError as error:  # it is being written, say
+                text = f"client {name} goes on with the rows that it had: {error}"
+                console.print(text, highlight=False, soft_wrap=True, markup=False)
+                continue
+            if rows != records[name]:
+                clients[name] = Client(name, rows, embedder, config.seed, config.privacy)
+                records[name] = rows
+        federation.replace(list(clients.values()))
+        new, state = recluster(federation, config, old, state)
+        text = f"clustered anew before round {state.number + 1}: {changes(old, new)}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        return new, state, clustering_digest(new.space, new.assignments, records)
+
+    return anew
