@@ -28,6 +28,8 @@ MAX_PADDING = (
     0.25  # of a forward pass's shortest text: padding costs what tokens cost, another pass costs little
 )
 
+TRACED = 100_000_000  # parameters of a model whose Python overhead is worth a graph, at most
+
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "How far is the harbour from the old town? - What is the distance between the old town and the harbour?",
@@ -84,7 +86,8 @@ class HiddenStateEmbedder:
         self._graph: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
             self._top.register_forward_hook(self._see)
-            self._graph = _traced(self._hidden, self._device)
+            if sum(p.numel() for p in model.parameters()) <= TRACED:
+                self._graph = _traced(self._hidden, self._device, spec.max_tokens)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
@@ -270,16 +273,20 @@ def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | Non
 
 
 def _traced(
-    forward: "Callable[[torch.Tensor], torch.Tensor]", device: "torch.device"
+    forward: "Callable[[torch.Tensor], torch.Tensor]", device: "torch.device", longest: int
 ) -> "Callable[[torch.Tensor], torch.Tensor] | None":
     """Return ``forward`` as one graph, without Python between its operations; None where that differs.
 
     For a small model Python is most of the work, and beside a busy event loop each step waits its turn.
+
+    Parameters
+    ----------
+    longest : tokens of the longest text: a window of attention shows only beyond its width.
     """
     import torch
 
     def ids(*shape: int) -> torch.Tensor:
-        return torch.arange(math.prod(shape), device=device).reshape(shape)
+        return torch.arange(math.prod(shape), device=device).reshape(shape) % 50
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # what is constant in the graph is compared below
@@ -288,9 +295,10 @@ def _traced(
                 forward, ids(2, 9), check_trace=False
             )
             same = [
-                torch.allclose(graph(x), forward(x), atol=1e-5) for x in (ids(1, 1), ids(1, 5), ids(3, 17))
+                torch.allclose(graph(x), forward(x), atol=1e-5)
+                for x in (ids(1, 1), ids(1, 5), ids(3, 17), ids(1, longest))
             ]
-        except Exception:  # a model that cannot be traced is no worse than before
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no graph, no harm
             return None
     return graph if all(same) else None
 

@@ -86,6 +86,19 @@ def test_stopping_after_the_layer_changes_nothing(
     assert (sum(p.numel() for p in model.parameters()) < num_before) == (layer < 4)
 
 
+def test_a_window_of_attention_shows_in_long_texts_as_in_training(embedder: Embedder) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=2048, sliding_window=24, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    spec, tokenizer = replace(embedder.spec, layer=3, dim=32), AutoTokenizer.from_pretrained(PATH)
+    text = [" ".join(PROBE_TEXTS)]
+    assert len(tokenizer(text[0])["input_ids"]) > 2 * 24
+    whole = HiddenStateEmbedder(copy.deepcopy(model), tokenizer, spec).embed(text)
+    served = HiddenStateEmbedder(model, tokenizer, spec, owned=True).embed(text)
+    np.testing.assert_allclose(served, whole, atol=1e-5 * float(np.linalg.norm(whole)))
+
+
 def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
     """Training embeds with the base that it trains, whole and in batches; serving with its lower half."""
     model, tokenizer = load_base(PATH, "float32", "cpu"), load_tokenizer(PATH)
