@@ -84,6 +84,7 @@ class HiddenStateEmbedder:
         self._graph: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
             self._top.register_forward_hook(self._see)
+            model.requires_grad_(False)  # its weights are the graph's constants
             self._graph = _traced(self._hidden, self._device)
 
     def embed(self, texts: Sequence[str]) -> Array:
