@@ -86,6 +86,7 @@ class HiddenStateEmbedder:
         self._graph: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
             self._top.register_forward_hook(self._see)
+            model.requires_grad_(False)  # its weights are the graph's constants
             if sum(p.numel() for p in model.parameters()) <= TRACED:
                 self._graph = _traced(self._hidden, self._device, spec.max_tokens)
 

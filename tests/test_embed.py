@@ -108,6 +108,11 @@ def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
         assert difference <= 1e-5 * np.linalg.norm(vector)
 
 
+def test_the_built_in_base_embeds_without_python(embedder: Embedder) -> None:
+    assert isinstance(embedder, HiddenStateEmbedder)
+    assert embedder._graph is not None
+
+
 def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
     want = [embedder.embed([text]) for text in TEXTS]
     with ThreadPoolExecutor(4) as pool:
