@@ -1,15 +1,72 @@
-"""Pictures as plain SVG: curves of abstention, and a map of prompts before and after the transform."""
+"""Pictures as plain SVG: maps of prompts, confusion, abstention and ROC curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.manifold import TSNE
+from sklearn.metrics import roc_curve
 
-from fedrouter.types import Array, RoutingSpace
+from fedrouter.types import Array, Record, RoutingSpace
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 SIZE, EDGE = 420, 40
+
+
+def draw(
+    target: Path,
+    stem: str,
+    vectors: Array,
+    judged: Sequence[Record],
+    measured: Mapping[str, Any],
+    drawn: Mapping[str, Any],
+) -> None:
+    """Write all pictures of one federation."""
+    target.mkdir(exist_ok=True)
+    abstention(target / f"{stem}-abstention.svg", drawn["far"], drawn["strange"])
+    roc(target / f"{stem}-roc.svg", drawn["far"], drawn["strange"], drawn["weights"])
+    confusion(target / f"{stem}-confusion.svg", measured["confusion"])
+    neighbours(
+        target / f"{stem}-map.svg", vectors, [str(r.task) for r in judged], drawn["space"], drawn["right"]
+    )
+
+
+def roc(path: Path, known: np.ndarray, unknown: np.ndarray, weights: np.ndarray) -> None:
+    """Draw the share of unseen prompts rejected over that of known ones; tasks weigh alike."""
+    truth = np.repeat([0, 1], [len(known), len(unknown)])
+    each = np.r_[weights, np.full(len(unknown), 1 / len(unknown))]
+    wrongly, rightly, _ = roc_curve(truth, np.r_[known, unknown], sample_weight=each)
+    points = " ".join(f"{_at(x)},{_at(1 - y)}" for x, y in zip(wrongly, rightly, strict=True))
+    body = [
+        f'<polyline fill="none" stroke="{COLOURS[0]}" stroke-width="2" points="{points}"/>',
+        f'<line x1="{_at(0)}" y1="{_at(1)}" x2="{_at(1)}" y2="{_at(0)}" stroke="#999" stroke-dasharray="4"/>',
+        _text(EDGE, 20, "share of unseen prompts rejected, 0 … 1"),
+        _text(EDGE, SIZE - 12, "share of known prompts rejected, 0 … 1"),
+    ]
+    _write(path, SIZE, body)
+
+
+def confusion(path: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Draw which task's prompts (rows) went to which task's cluster (columns)."""
+    tasks = sorted({*counts, *(name for row in counts.values() for name in row)})
+    left, step = 150, (2 * SIZE - 190) / max(len(tasks), 1)
+    height = (SIZE - 2 * EDGE) / max(len(tasks), 1)
+    body = [_text(EDGE, 20, "prompts of a task (row) by the task of the cluster that they went to (column)")]
+    for r, task in enumerate(tasks):
+        top = EDGE + 20 + r * height
+        body.append(_text(10, top + height / 2, task))
+        body.append(_text(left + r * step + 8, EDGE + 14, task))
+        total = max(sum(counts.get(task, {}).values()), 1)
+        for c, other in enumerate(tasks):
+            num = counts.get(task, {}).get(other, 0)
+            colour = COLOURS[0] if r == c else COLOURS[1]
+            body.append(
+                f'<rect x="{left + c * step:.0f}" y="{top:.0f}" width="{step - 4:.0f}" '
+                f'height="{height - 4:.0f}" fill="{colour}" fill-opacity="{max(num / total, 0.04):.2f}"/>'
+            )
+            body.append(_text(left + c * step + step / 2 - 8, top + height / 2, str(num)))
+    _write(path, 2 * SIZE, body)
 
 
 def abstention(path: Path, known: np.ndarray, unknown: np.ndarray) -> None:

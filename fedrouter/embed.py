@@ -4,8 +4,10 @@
 layer, or of its last (paper section 3). The raw prompt is embedded, without the chat template.
 """
 
+import math
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -25,6 +27,8 @@ BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever
 MAX_PADDING = (
     0.25  # of a forward pass's shortest text: padding costs what tokens cost, another pass costs little
 )
+
+TRACED = 100_000_000  # parameters of a model whose Python overhead is worth a graph, at most
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -76,10 +80,15 @@ class HiddenStateEmbedder:
         self._model = model
         self._device = next(model.parameters()).device
         self._tokenizer = tokenizer
+        self._causal = spec.kind == "base"
         self._top = _drop_blocks(model, spec.layer) if owned else None
         self._seen = threading.local()  # a reload checks the embedder while requests use it
+        self._graph: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
             self._top.register_forward_hook(self._see)
+            model.requires_grad_(False)  # its weights are the graph's constants
+            if sum(p.numel() for p in model.parameters()) <= TRACED:
+                self._graph = _traced(self._hidden, self._device, spec.max_tokens)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
@@ -97,13 +106,15 @@ class HiddenStateEmbedder:
                 width = int(lengths[-1])
                 tokens = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows])  # (B, T)
                 mask = (torch.arange(width) < lengths[:, None]).to(self._device)  # (B, T)
-                # Without a mask attention is quicker, and where nothing is padded there is nothing to mask.
-                hidden = self._hidden(tokens.to(self._device), None if mask.all() else mask.long())
+                # Without a mask attention is quicker, and no token of a causal model sees padding behind it.
+                seen = None if self._causal or mask.all() else mask.long()
+                run = self._graph if self._graph is not None and seen is None else self._hidden
+                hidden = run(tokens.to(self._device), *([] if seen is None else [seen]))  # (B, T, d)
                 total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
                 vectors[rows] = (total.cpu() / lengths[:, None]).numpy()
         return vectors
 
-    def _hidden(self, tokens: "torch.Tensor", mask: "torch.Tensor | None") -> "torch.Tensor":
+    def _hidden(self, tokens: "torch.Tensor", mask: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Return the layer's hidden states: (B, T, d)."""
         if self._top is None:
             states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
@@ -260,6 +271,37 @@ def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | Non
         return None
     del lists[0][layer:]
     return lists[0][-1]
+
+
+def _traced(
+    forward: "Callable[[torch.Tensor], torch.Tensor]", device: "torch.device", longest: int
+) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+    """Return ``forward`` as one graph, without Python between its operations; None where that differs.
+
+    For a small model Python is most of the work, and beside a busy event loop each step waits its turn.
+
+    Parameters
+    ----------
+    longest : tokens of the longest text: a window of attention shows only beyond its width.
+    """
+    import torch
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.arange(math.prod(shape), device=device).reshape(shape) % 50
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # what is constant in the graph is compared below
+        try:
+            graph: Callable[[torch.Tensor], torch.Tensor] = torch.jit.trace(
+                forward, ids(2, 9), check_trace=False
+            )
+            same = [
+                torch.allclose(graph(x), forward(x), atol=1e-5)
+                for x in (ids(1, 1), ids(1, 5), ids(3, 17), ids(1, longest))
+            ]
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no graph, no harm
+            return None
+    return graph if all(same) else None
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

@@ -50,6 +50,7 @@ class Moments:
     sums: Float64s  # (m, r)
     squares: Float64s  # (m, r, r)
     answers: Float64s  # (m, d), sum of the embedded completions of all rows
+    num_rows: Float64s  # (m,), behind ``answers``
 
 
 @dataclass(frozen=True, slots=True)

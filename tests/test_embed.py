@@ -76,13 +76,27 @@ def test_stopping_after_the_layer_changes_nothing(
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = family(**shape, num_key_value_heads=1, head_dim=16, vocab_size=2048, pad_token_id=0)
     model = AutoModel.from_config(config).eval()
-    spec = replace(embedder.spec, layer=layer, dim=32)
+    kind = "encoder" if family is BertConfig else "base"
+    spec = replace(embedder.spec, kind=kind, layer=layer, dim=32)
     tokenizer = AutoTokenizer.from_pretrained(PATH)
     whole = HiddenStateEmbedder(copy.deepcopy(model), tokenizer, spec).embed(TEXTS)
     num_before = sum(p.numel() for p in model.parameters())
     half = HiddenStateEmbedder(model, tokenizer, spec, owned=True).embed(TEXTS)
     np.testing.assert_allclose(half, whole, atol=1e-5 * float(np.linalg.norm(whole[0])))
     assert (sum(p.numel() for p in model.parameters()) < num_before) == (layer < 4)
+
+
+def test_a_window_of_attention_shows_in_long_texts_as_in_training(embedder: Embedder) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=2048, sliding_window=24, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    spec, tokenizer = replace(embedder.spec, layer=3, dim=32), AutoTokenizer.from_pretrained(PATH)
+    text = [" ".join(PROBE_TEXTS)]
+    assert len(tokenizer(text[0])["input_ids"]) > 2 * 24
+    whole = HiddenStateEmbedder(copy.deepcopy(model), tokenizer, spec).embed(text)
+    served = HiddenStateEmbedder(model, tokenizer, spec, owned=True).embed(text)
+    np.testing.assert_allclose(served, whole, atol=1e-5 * float(np.linalg.norm(whole)))
 
 
 def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
@@ -92,6 +106,11 @@ def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
     for text, vector in zip([*TEXTS, *PROBE_TEXTS], trained, strict=True):
         difference = np.linalg.norm(embedder.embed([text])[0] - vector)
         assert difference <= 1e-5 * np.linalg.norm(vector)
+
+
+def test_the_built_in_base_embeds_without_python(embedder: Embedder) -> None:
+    assert isinstance(embedder, HiddenStateEmbedder)
+    assert embedder._graph is not None
 
 
 def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:

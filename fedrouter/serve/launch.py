@@ -159,6 +159,8 @@ def build_command(
     """
     several = _check_arguments(options.vllm_args)
     if several and options.watch:
+        raise ServingError("--watch: several API processes cannot reload; leave it or --api-server-count out")
+    if several and options.watch:
         raise ServingError(
             "--watch: a server with several API processes cannot reload; leave one of them out"
         )

@@ -132,8 +132,10 @@ class Client:
         labels, outside = cluster.compare(self._vectors, space, radii)
         rest = copy.copy(self)
         rest._fit, rest._held = (np.flatnonzero(np.isin(outside, own)) for own in (self._fit, self._held))
-        rest._vectors = ((self._vectors[outside] - space.mean) @ space.transform).astype(np.float32)
-        rest._answers = self._answers[outside]
+        rest._vectors, rest._answers = (
+            ((x[outside] - space.mean) @ space.transform).astype(np.float32)
+            for x in (self._vectors, self._answers)  # completions are seen from the mean prompt
+        )
         rest._records = [self._records[i] for i in outside]
         rest._tasks = [self._tasks[i] for i in outside]
         rest._rows, rest._subsets = {}, {}

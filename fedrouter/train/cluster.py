@@ -20,8 +20,8 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments,
 
 Labels = NDArray[np.int64]
 
-MAX_LOCAL = 32  # local clusters of "auto"
-MIN_ROWS = 10  # a local cluster of "auto" holds at least so many rows on average
+MAX_LOCAL = 64  # local clusters of "auto"
+MIN_ROWS = 5  # a local cluster of "auto" holds at least so many rows on average
 SET_ASIDE = 3  # every third row judges the space that the others made
 UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
 FEW = "few rows"  # stands for all labels that too few rows of a client carry
@@ -95,7 +95,7 @@ def moments(
     aside = _members(grouped(x[held], space, least), len(space.centroids))
     z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
     squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
-    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers)
+    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers, member.sum(0))
 
 
 def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:

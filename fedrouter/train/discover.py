@@ -41,8 +41,9 @@ NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are loo
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
 PASSES = 1  # of regrouping; each sends a (d, d) matrix
-SEPARATION = 4.2  # between two task clusters: standard deviations of prompts × chord of completions
-MIN_CHORD = 0.25  # two tasks may have the same answers
+SEPARATION = 5.2  # between two task clusters: standard deviations of prompts × squared chord of completions
+MAX_SEPARATION = 8.0  # standard deviations; prompts farther apart are no more different
+MIN_CHORD = 0.1  # two tasks may have the same answers
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
 PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
 PRIOR_SHARE = 10.0  # pseudo-rows that damp the shares of very small clients
@@ -70,8 +71,9 @@ def find_components(federation: Federation, settings: ClusterSettings) -> tuple[
         components, support = pool(federation.regroup(component_space(components)))
     space = component_space(components)
     basis = span(space)
-    moments = federation.moments(space, basis)
-    return components, separate(moments, space.centroids @ basis, support, settings.global_)
+    return components, separate(
+        federation.moments(space, basis), components, basis, support, settings.global_
+    )
 
 
 def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
@@ -166,31 +168,43 @@ def span(space: RoutingSpace) -> Float64s:
     return np.asarray(vectors[: max(1, int((values > 1e-4 * max(values[0], 1e-12)).sum()))].T)
 
 
-def separate(clients: Iterable[Moments], centres: Float64s, support: Float64s, num: Count = "auto") -> Labels:
+def separate(
+    clients: Iterable[Moments],
+    components: LocalClusters,
+    basis: Float64s,
+    support: Float64s,
+    num: Count = "auto",
+) -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
-    Two components are as far apart as their prompts (``_separations``) times their completions
-    (``_chords``): a task is where prompts look different and so do the answers. "auto" stops when all
-    stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are the shares that the two hold of the client
-    which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
-    that few clients hold counts in full.
+    Two components are as far apart as their prompts (``_separations``, at most ``MAX_SEPARATION``) times the
+    square of the chord of their completions (``_chords``): a task is where prompts look different and, above
+    all, so do the answers. "auto" stops when all stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p
+    are the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
+    small, is not taken for a task, while a task that few clients hold counts in full.
     """
-    totals = [_Sum() for _ in range(4)]
+    space = component_space(components)
+    totals = [_Sum() for _ in range(5)]
     for m in clients:
-        for total, part in zip(totals, (m.counts, m.sums, m.squares, m.answers), strict=True):
+        for total, part in zip(totals, (m.counts, m.sums, m.squares, m.answers, m.num_rows), strict=True):
             total.add(part)
-    n, s, q, answers = (total.value for total in totals)
+    n, s, q, answers, rows = (total.value for total in totals)
+    centres = space.centroids @ basis
     n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
     q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
-    rows = support.sum(1, keepdims=True)
+    unit = _deviations(components)  # no few dimensions decide alone
+    answers = (answers - rows[:, None] * space.mean) / unit
+    prompts = rows[:, None] * (components.centroids - space.mean) / unit
+    held = support.sum(1, keepdims=True)
     groups = [[i] for i in range(len(n))]
     if num != "auto" and num > len(groups):
         raise TrainingError(
             f"{num} task clusters but only {len(groups)} groups of rows; lower cluster.global"
         )
     while len(groups) > (1 if num == "auto" else num):
-        share = (support / (rows + PRIOR_SHARE)).max(0)
-        apart = _separations(n, s, q) * np.maximum(_chords(answers), MIN_CHORD)
+        share = (support / (held + PRIOR_SHARE)).max(0)
+        apart = np.minimum(_separations(n, s, q), MAX_SEPARATION) * _chords(answers, prompts) ** 2
+        np.fill_diagonal(apart, np.inf)
         # Balance says only whether two join, never which two come first.
         closest = apart.argmin(1)
         p = share / np.maximum(share + share[closest], 1e-12)
@@ -200,9 +214,9 @@ def separate(clients: Iterable[Moments], centres: Float64s, support: Float64s, n
         joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
         a = int(np.where(joins, apart.min(1), np.inf).argmin())
         i, j = sorted((a, int(closest[a])))
-        for array in (n, s, q, answers):
+        for array in (n, s, q, answers, prompts):
             array[i] += array[j]
-        n, s, q, answers = (np.delete(a, j, 0) for a in (n, s, q, answers))
+        n, s, q, answers, prompts = (np.delete(array, j, 0) for array in (n, s, q, answers, prompts))
         support[:, i] += support[:, j]
         support = np.delete(support, j, 1)
         groups[i] += groups.pop(j)
@@ -317,11 +331,16 @@ def _squared_distances(x: Float64s, metric: Float64s) -> Float64s:
     return np.asarray(np.diag(gram)[:, None] + np.diag(gram) - 2 * gram)
 
 
-def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
-    """(m, m) distances of means along Fisher's direction, in the wider one's standard deviations.
+def _deviations(components: LocalClusters) -> Float64s:
+    """(d,) standard deviations of all prompts, from what was pooled."""
+    mean = np.average(components.centroids, axis=0, weights=components.counts)
+    between = components.counts @ (components.centroids - mean) ** 2
+    variance = (np.diag(components.scatter) + between) / components.counts.sum()
+    return np.asarray(np.sqrt(np.maximum(variance, 1e-24)))
 
-    Infinite on the diagonal.
-    """
+
+def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
+    """(m, m) distances of means along Fisher's direction, in units of the two's mean standard deviation."""
     mean = s / np.maximum(n, 1)[:, None]
     covariance = q / np.maximum(n, 1)[:, None, None] - mean[:, :, None] * mean[:, None, :]
     covariance *= (n / np.maximum(n - 1, 1))[:, None, None]
@@ -333,12 +352,20 @@ def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
     gap = (direction * difference).sum(-1)  # also the pooled variance along the direction
     own = (direction @ covariance * direction).sum(-1)  # of the first of the two
     own = (n[:, None] * own + PRIOR_ROWS * gap) / (n[:, None] + PRIOR_ROWS)
-    apart = np.asarray(gap / np.sqrt(np.maximum(np.maximum(own, own.T), 1e-12)))
-    np.fill_diagonal(apart, np.inf)
-    return apart
+    deviation = np.sqrt(np.maximum(own, 0))
+    return np.asarray(2 * gap / np.maximum(deviation + deviation.T, 1e-12))
 
 
-def _chords(sums: Float64s) -> Float64s:
-    """(m, m) lengths of the chords between mean directions, 0 … 2."""
-    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+def _chords(answers: Float64s, prompts: Float64s) -> Float64s:
+    """(m, m) how different the completions are: lengths of chords between directions, ``MIN_CHORD`` … 2.
+
+    Both are seen from the mean prompt. The lesser of two chords: between mean completions, and between the
+    ways from mean prompt to mean completion. A topic inside a task moves prompt and completion alike.
+    """
+    found = np.minimum(_chord(answers), _chord(answers - prompts))
+    return np.asarray(np.maximum(found, MIN_CHORD))
+
+
+def _chord(x: Float64s) -> Float64s:
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return np.asarray(np.sqrt(np.maximum(2 - 2 * unit @ unit.T, 0)))

@@ -18,6 +18,7 @@ from fedrouter.types import Decision, Turn
 
 FILE = Path(__file__).with_name("conversations.jsonl")
 PROBES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+HARD = {"language", "collision"}  # other languages, words of another task: wide radii take some of them in
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,13 @@ def test_conversations_keep_their_adapter(routing: Routing) -> None:
         for probe, decision in zip(PROBES, asyncio.run(ask()), strict=True)
         if decision.model != adapters.get(probe["task"], "base")
     ]
-    assert len(wrong) <= 0.07 * len(PROBES), wrong  # a bundle of 60 rows a task has wide radii
-    # Whether a prompt of no task, or of words that are another's, falls back is the radius's business.
-    may_be = {"longer follow-up", "several follow-ups", "no task", "language", "collision"}
-    assert {kind for kind, *_ in wrong} <= may_be, wrong
+    hard = [one for one in wrong if one[0] in HARD]
+    others = [one for one in wrong if one[0] not in HARD]
+    num_hard = sum(probe["kind"] in HARD for probe in PROBES)
+    assert len(others) <= 0.05 * (len(PROBES) - num_hard), others  # a bundle of 60 rows a task has wide radii
+    # Whether a prompt of no task falls back is the radius's business, not the conversation's.
+    assert {kind for kind, *_ in others} <= {"longer follow-up", "several follow-ups", "no task"}, others
+    assert len(hard) <= 0.5 * num_hard, hard
 
 
 def task_of(counts: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from fedrouter.builtin import base_path
 from fedrouter.builtin.tasks import TASKS, generate
@@ -236,7 +236,7 @@ def test_a_flag_that_vllm_does_not_know_is_one_clear_line(server: Any) -> None:
 def test_weights_that_are_not_those_of_training_are_one_clear_line(server: Any, tmp_path: Path) -> None:
     base = Path(shutil.copytree(base_path("builtin:tiny"), tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
-    louder = {name: 1.1 * tensor for name, tensor in weights.items()}
+    louder = {name: tensor * 1.1 for name, tensor in weights.items()}
     save_file(louder, base / "model.safetensors", metadata={"format": "pt"})
     options = Options(base=str(base), port=free_port())
     with (

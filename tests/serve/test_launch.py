@@ -178,6 +178,8 @@ def test_several_api_processes_start_with_vllms_serve_command(
     assert several.argv[2] == "fedrouter.serve.engine"
     assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses both together
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in several.defaults
+    with pytest.raises(ServingError, match="several API processes cannot reload"):
+        build(word_bundle, vllm_args=arguments, watch=True)
     one = build(word_bundle, vllm_args=["--api-server-count", "1"], cpu=True, cores=2)
     assert one.argv[2] == "vllm.entrypoints.openai.api_server"
     assert one.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"

@@ -13,6 +13,7 @@ from fedrouter.train.discover import condense, discover, radius, whitening
 from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 DIM = 12
+SCALE = np.where(np.arange(DIM) == 0, 50.0, 1.0)
 AUTO = ClusterSettings()
 
 
@@ -23,15 +24,13 @@ def blob(task: int, num: int, seed: int) -> Array:
     noise = rng.normal(size=(num, DIM)) @ (
         np.eye(DIM) + 0.3 * np.random.default_rng(99).normal(size=(DIM, DIM))
     )
-    scale = np.where(np.arange(DIM) == 0, 50.0, 1.0)
-    return ((centre + noise) * scale).astype(np.float32)
+    return ((centre + noise) * SCALE).astype(np.float32)
 
 
 def answers(tasks: np.ndarray) -> Array:
-    """Embedded completions: a direction of its own for each task, and noise."""
-    centres = np.random.default_rng(7).normal(size=(tasks.max() + 1, DIM))
+    """Embedded completions: a direction of its own for each task, far from all prompts, and noise."""
     noise = np.random.default_rng(8).normal(size=(len(tasks), DIM))
-    return (centres[tasks] + 0.2 * noise).astype(np.float32)
+    return ((40 * np.eye(DIM)[1 + tasks] + noise) * SCALE).astype(np.float32)
 
 
 def federation(tasks: list[list[int]], num: int = 90) -> tuple[PullFederation, dict[str, np.ndarray]]:
@@ -88,11 +87,22 @@ def test_phrasings_of_one_task_share_their_answers() -> None:
         assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == num
 
 
-def test_tasks_may_share_their_answers_if_their_prompts_differ_enough() -> None:
-    rows = {c: np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
-    named = {f"c{c}": x for c, x in rows.items()}
-    same = {c: answers(np.zeros(180, int)) for c in named}
-    assert len(set(discover(PullFederation(named, {}, same), AUTO, seed=0).cluster_of)) == 2
+def test_a_topic_moves_prompts_and_completions_alike() -> None:
+    """Completions that follow their prompts' topic are one task's; those that go the other way are not."""
+    shift = np.where(np.arange(DIM) == 0, 100, 60).astype(np.float32)
+    rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
+    topic = np.repeat([-0.5, 0.5], 90)[:, None] * shift
+    for sign, num in ((1, 1), (-1, 2)):
+        told = {c: answers(np.zeros(180, int)) + shift / 2 + sign * topic for c in rows}
+        assert len(set(discover(PullFederation(rows, {}, told), AUTO, seed=0).cluster_of)) == num
+
+
+def test_tasks_with_the_same_answers_are_told_apart_only_by_a_given_number() -> None:
+    rows = {f"c{c}": np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
+    clients = PullFederation(rows, {}, {c: answers(np.zeros(180, int)) for c in rows})
+    assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == 1
+    space = discover(clients, ClusterSettings.model_validate({"global": 2}), seed=0)
+    assert purity(space, rows, {c: np.repeat([0, 1], 90) for c in rows}) == 1.0
 
 
 def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:

@@ -63,7 +63,7 @@ def test_the_baselines_reveal_no_more(method: str) -> None:
 
 def test_messages_do_not_grow_with_the_rows() -> None:
     sizes = []
-    for num in (250, 500):
+    for num in (1000, 2000):
         federation = Watched(clients(num))
         whole_run(federation)
         largest: dict[Any, int] = {}

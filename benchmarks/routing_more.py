@@ -1,0 +1,242 @@
+"""More of the routing benchmark: federations of other shapes, a fifth task later, and what it costs."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from routing_data import JUDGED, Remembering, deal, scenario
+
+from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
+from fedrouter.bundle import Bundle
+from fedrouter.config import ClusterSettings, Count, PrivacySettings, RoutingSettings
+from fedrouter.route import Router
+from fedrouter.train.client import Client
+from fedrouter.train.cluster import nearest
+from fedrouter.train.describe import describe
+from fedrouter.train.discover import discover
+from fedrouter.train.join import placed
+from fedrouter.train.local import LocalFederation
+from fedrouter.types import (
+    Assignment,
+    BaseSpec,
+    Float64s,
+    LocalClusters,
+    Membership,
+    Moments,
+    Record,
+    RoutingSpace,
+    TaskCluster,
+)
+
+SEEDS = 3
+ALONE = ", privacy.min_cluster_size 1"  # what a client reveals may be of one row
+Rows = Mapping[str, list[Record]]
+
+
+def shapes(data: str, four: Sequence[str]) -> dict[str, list[dict[str, int]]]:
+    """Return federations by what is uneven in them: how many rows of which task each client holds."""
+    large = dict.fromkeys(four, 1250 if data == "built-in" else 2000)
+    if data == "real":
+        large |= {"dialogue_summary": 500, "headline": 500}
+    a, b, c, d = four
+    found = {
+        "20 rows of 4 tasks, 5,000 of 4": [dict.fromkeys(four, 5), large],
+        f"20 rows, all of {b}, {sum(large.values()) - large[b]:,} of 3": [
+            {b: 20}, {task: num for task, num in large.items() if task != b}],
+        f"{b} at one client only": [*[{a: 150, c: 100, d: 150}] * 4, {a: 150, b: 150}],
+        "2 clients, dual": [{a: 300, b: 300}, {c: 300, d: 300}],
+        "2 clients, all": scenario("all", four, 2, 500),
+        "32 clients of 64 rows, dual": scenario("dual", four, 32, 512),
+        "32 clients of 64 rows, all": scenario("all", four, 32, 512),
+        "128 clients of 16 rows, single": scenario("single", four, 128, 512),
+        "128 clients of 16 rows, dual": scenario("dual", four, 128, 512),
+        "128 clients of 16 rows, all": scenario("all", four, 128, 512),
+        "one task": [{a: 80}] * 5,
+    }  # fmt: skip
+    found |= {f"{shape}{ALONE}": found[shape] for shape in list(found) if shape.startswith("128")}
+    if data == "built-in":
+        found["128 clients of 40 rows, all"] = scenario("all", four, 128, 1280)
+        for num in (3, 6, 9, 12):
+            tasks = (*TASKS, *EXTRA_TASKS)[:num]
+            for shape in ("single", "dual", "all"):
+                found[f"{num} tasks, {shape}"] = scenario(shape, tasks, max(8, num), 300)
+    return found
+
+
+def federations(
+    one: Callable[..., dict[str, Any]],
+    embedder: Remembering,
+    name: str,
+    data: str,
+    train: Rows,
+    test: Rows | None,
+    first: int,
+) -> list[dict[str, Any]]:
+    """Cluster and judge each shape."""
+    four = TASKS if data == "built-in" else tuple(train)
+    found = []
+    for shape, plan in shapes(data, four).items():
+        for seed in range(first, first + SEEDS):
+            clients, rest = deal(train, plan, seed)
+            tasks = {task for own in plan for task in own}
+            judged = [r for task in tasks for r in test[task][:JUDGED]] if test else rest
+            privacy = PrivacySettings(min_cluster_size=1) if shape.endswith(ALONE) else None
+            measured = one(embedder, ClusterSettings(), clients, judged, {}, seed, privacy)
+            measured.pop("drawn")
+            found.append({"what": "shape", "embedder": name, "data": data, "shape": shape,
+                          "num_tasks": len(tasks), "seed": seed, **measured})  # fmt: skip
+    return found
+
+
+def fifth_task(
+    embedder: Remembering, name: str, data: str, train: Rows, test: Rows | None, seed: int
+) -> list[dict[str, Any]]:
+    """Add one client with 300 rows of a further task, as ``fedrouter join`` does; compare accuracies."""
+    four = TASKS if data == "built-in" else tuple(train)
+    clients, rest = deal(train, scenario("dual", four, 8, 600 if data == "built-in" else 500), seed)
+    judged = [r for task in four for r in test[task][:JUDGED]] if test else rest
+    bundle = _bundle(embedder, clients, seed)
+    before = _by_task(embedder, bundle.space, bundle.clusters, judged)
+    found = []
+    for task in EXTRA_TASKS:
+        rows = generate(task, "train", 300 + JUDGED, 0 if test else 1)
+        strange = generate(task, "test", JUDGED, 0) if test else rows[300:]
+        late = [Client("late", rows[:300], embedder, seed)]
+        federation = LocalFederation(late, trainer=None)  # type: ignore[arg-type]
+        space, assignments, _ = placed(bundle, late, federation, None, RoutingSettings().quantile)  # type: ignore[arg-type]
+        new = describe(assignments, max(space.cluster_of) + 1, RoutingSettings(), standing=bundle.clusters)
+        after = _by_task(embedder, space, [*bundle.clusters, *new], [*judged, *strange])
+        found.append(
+            {
+                "what": "fifth",
+                "embedder": name,
+                "data": data,
+                "task": task,
+                "num_new": len(new),
+                "drop": max(before[t] - after[t] for t in before),
+                "accuracy": after[task],
+            }
+        )
+    return found
+
+
+def costs(embedder: Remembering, sets: Mapping[str, tuple[Rows, Rows | None]]) -> list[dict[str, Any]]:
+    """Bytes sent and seconds taken by a client of 10,000 rows; what routing adds to embedding a prompt."""
+    rows = [r for train, _ in sets.values() for task, own in train.items() for r in own
+            if task in TASKS][:10_000]  # fmt: skip
+    client = Client("large", rows, embedder, 0)
+    federation = Counting([client])
+    began = time.process_time()
+    space = discover(federation, ClusterSettings(), 0)
+    federation.assign(space)
+    seconds = time.process_time() - began
+
+    bundle = _bundle(embedder, {"large": rows[:2000]}, 0)
+    router = Router(bundle)
+    plain, routed = [], []
+    for record in rows[-200:]:
+        text = [record.turns[-1].content]
+        began = time.perf_counter()
+        vectors = embedder.embedder.embed(text)
+        plain.append(time.perf_counter() - began)
+        router.route(vectors)
+        routed.append(time.perf_counter() - began)
+    return [
+        {
+            "what": "cost",
+            "dim": embedder.spec.dim,
+            "num_rows": len(rows),
+            "sent_bytes": federation.sent,
+            "clustering_s": seconds,
+            "routing_ratio": float(np.median(routed) / np.median(plain)),
+        }
+    ]
+
+
+class Counting(LocalFederation):
+    """Clients whose messages before the first round are counted: float32, of symmetric matrices one half."""
+
+    def __init__(self, clients: Sequence[Client]):
+        super().__init__(clients, trainer=None)  # type: ignore[arg-type]
+        self.sent = 0
+
+    def summarise(self, num: Count) -> list[LocalClusters]:  # type: ignore[override]
+        return self._count(list(super().summarise(num)))
+
+    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:  # type: ignore[override]
+        return self._count(list(super().regroup(space, told)))
+
+    def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:  # type: ignore[override]
+        return self._count(list(super().moments(space, basis)))
+
+    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
+        found = super().assign(space, told)
+        self.sent += sum(4 * len(s.distances) + 8 for a in found for s in a.subsets)
+        return found
+
+    def _count(self, revealed: list[Any]) -> list[Any]:
+        for message in revealed:
+            for array in (getattr(message, field) for field in message.__dataclass_fields__):
+                square = array.ndim > 1 and array.shape[-1] == array.shape[-2]
+                half = (array.shape[-1] + 1) / (2 * array.shape[-1]) if square else 1
+                self.sent += int(4 * array.size * half)
+        return revealed
+
+
+def summary(more: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | None]]:
+    """One line for each shape, for all fifth tasks of a data set, and for each cost."""
+    rows: list[tuple[str, str, str, bool | None]] = []
+    groups = defaultdict(list)
+    for run in more:
+        if run["what"] == "shape":
+            groups[run["embedder"], run["data"], run["shape"]].append(run)
+    for (embedder, data, shape), runs in groups.items():
+        numbers = " ".join(str(run["num_clusters"]) for run in runs)
+        accuracy = np.mean([run["accuracy"] for run in runs])
+        wanted = runs[0]["num_tasks"]
+        rows.append((f"{embedder}, {data}, {shape}", f"{numbers}; {accuracy:.4f}", f"{wanted}; ≥ 0.97",
+                     bool(accuracy >= 0.97) and all(run["found"] for run in runs)))  # fmt: skip
+    late = defaultdict(list)
+    for run in more:
+        if run["what"] == "fifth":
+            late[run["embedder"], run["data"]].append(run)
+    for (embedder, data), runs in late.items():
+        drop = max(run["drop"] for run in runs)
+        lowest = min(run["accuracy"] for run in runs)
+        rows += [
+            (f"{embedder}, {data}, each of {len(runs)} fifth tasks: largest drop of another", f"{drop:.4f}",
+             "≤ 0.01", drop <= 0.01 + 1e-9),
+            ("  its own accuracy, lowest", f"{lowest:.4f}", "", None),
+        ]  # fmt: skip
+    for run in more:
+        if run["what"] == "cost":
+            rows += [
+                (f"sent by a client before the first round, d = {run['dim']}", f"{run['sent_bytes']:,} bytes",
+                 "≤ 1,000,000", run["sent_bytes"] <= 1_000_000),
+                (f"clustering {run['num_rows']:,} rows, one core", f"{run['clustering_s']:.2f} s", "≤ 10 s",
+                 run["clustering_s"] <= 10),
+                ("routing a prompt ÷ embedding it", f"{run['routing_ratio']:.3f}", "≤ 1.1",
+                 run["routing_ratio"] <= 1.1),
+            ]  # fmt: skip
+    return rows
+
+
+def _bundle(embedder: Remembering, clients: Mapping[str, list[Record]], seed: int) -> Bundle:
+    """Return what routing needs of a bundle; it has no adapters and is not on disk."""
+    federation = LocalFederation([Client(n, r, embedder, seed) for n, r in clients.items()], trainer=None)  # type: ignore[arg-type]
+    space = discover(federation, ClusterSettings(), seed)
+    clusters = describe(federation.assign(space), max(space.cluster_of) + 1, RoutingSettings())
+    return Bundle(Path(), BaseSpec("", None, ""), embedder.spec, tuple(clusters), space,
+                  np.zeros((3, embedder.spec.dim), np.float32), 1, "base", None, {})  # fmt: skip
+
+
+def _by_task(
+    embedder: Remembering, space: RoutingSpace, clusters: Sequence[TaskCluster], judged: Sequence[Record]
+) -> dict[str, float]:
+    names = np.array([max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in clusters])
+    right = names[np.asarray(space.cluster_of)[nearest(embedder.prompts(judged), space)[0]]]
+    tasks = np.array([r.task for r in judged])
+    return {str(t): float((right[tasks == t] == t).mean()) for t in dict.fromkeys(tasks)}
