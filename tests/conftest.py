@@ -1,17 +1,21 @@
 """For every test: whole runs after units, real vLLM last; the same hypothesis examples on every machine."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 
 hypothesis_settings.register_profile("fedrouter", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("fedrouter")
 
+WHOLE_RUNS = Path(__file__).parent / "e2e"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what lies in tests/e2e and move it to the end: a broken unit is known within a minute."""
 
     def weight(item: pytest.Item) -> int:
-        return ("e2e" in item.path.parts) * (1 + ("server" in getattr(item, "fixturenames", ())))
+        return (WHOLE_RUNS in item.path.parents) * (1 + ("server" in getattr(item, "fixturenames", ())))
 
     for item in items:
         if weight(item):
