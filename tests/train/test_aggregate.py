@@ -87,10 +87,13 @@ def test_exact_keeps_the_directions_that_carry_nothing_yet() -> None:
     np.testing.assert_allclose(exact(half, [1, 3])[0][B], half[0][B], atol=1e-5)
 
 
-def test_with_one_a_for_all_exact_is_average() -> None:
-    """As with lora.freeze_a: both mean B."""
-    states = [{A: adapter(0)[A], B: adapter(i)[B]} for i in range(3)]
-    plain, (found, residual) = average(states, [1, 2, 3]), exact(states, [1, 2, 3])
+@given(weights=weighted, seed=st.integers(0, 1000))
+def test_with_one_a_for_all_the_mean_of_b_is_the_dense_mean(weights: list[int], seed: int) -> None:
+    """As with lora.freeze_a (FFA-LoRA): averaging is exact, and ``exact`` finds the same."""
+    states = [{A: adapter(seed)[A], B: adapter(seed + i)[B]} for i in range(len(weights))]
+    want = np.average([product(s) for s in states], axis=0, weights=weights)
+    plain, (found, residual) = average(states, weights), exact(states, weights)
+    np.testing.assert_allclose(product(plain), want, rtol=1e-5, atol=1e-5)
     for name in plain:
         np.testing.assert_allclose(found[name], plain[name], atol=1e-5)
     assert residual < 1e-6

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from fakes import adapter
+from fakes import MODULE, adapter
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings
 from fedrouter.train.optimizer import ADAPTIVITY, server_step
@@ -35,8 +37,25 @@ def test_momentum_is_torchs_sgd() -> None:
         np.testing.assert_allclose(found[name], weight.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_adam_is_the_papers_recursion() -> None:
-    found = run(AggregateSettings(server="adam"), targets := [adapter(i) for i in (1, 2, 3)])
+@given(seed=st.integers(0, 1000), rate=st.floats(0.01, 1.5), num=st.integers(1, 4))
+def test_momentum_with_one_a_for_all_is_momentum_of_the_dense_product(
+    seed: int, rate: float, num: int
+) -> None:
+    a, b = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+    current, moments = adapter(seed), {}
+    dense, step = (current[b] @ current[a]).astype(np.float64), 0.0
+    settings = AggregateSettings(server="momentum", server_learning_rate=rate)
+    for i in range(num):
+        wanted = {a: current[a], b: adapter(seed + 1 + i)[b]}
+        step = 0.9 * step + (wanted[b] @ wanted[a] - dense)
+        dense = dense + rate * step
+        current, moments = server_step(current, wanted, moments, settings)
+    np.testing.assert_allclose(current[b] @ current[a], dense, rtol=1e-3, atol=1e-3)
+
+
+@given(seed=st.integers(0, 1000))
+def test_adam_is_the_papers_recursion(seed: int) -> None:
+    found = run(AggregateSettings(server="adam"), targets := [adapter(seed + i) for i in (1, 2, 3)])
     for name, array in adapter(0).items():
         x, m, v = array.astype(float), 0.0, 0.0
         for target in targets:
