@@ -6,10 +6,10 @@ that most judged rows in it have, for with noise no labels are revealed.
 """
 
 import argparse
-from typing import Any
 
 import numpy as np
 from common import report
+from routing_data import Remembering
 
 from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.config import Config
@@ -25,20 +25,6 @@ from fedrouter.types import BaseSpec, Record
 
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 DELTA = 1e-6
-
-
-class Remembering:
-    """An embedder that computes every text once."""
-
-    def __init__(self) -> None:
-        base = BaseSpec("builtin:tiny", None, "")
-        self._embedder = load_embedder(embedder_spec("base", "builtin:tiny", 512, "float32"), base)
-        self.spec, self._known = self._embedder.spec, {}  # type: ignore[var-annotated]
-
-    def embed(self, texts: Any) -> Any:
-        new = sorted({text for text in texts if text not in self._known})
-        self._known.update(zip(new, self._embedder.embed(new), strict=True))
-        return np.stack([self._known[text] for text in texts])
 
 
 def one(
@@ -71,11 +57,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[300, 1200, 2400], help="a client")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
-    embedder = Remembering()
+    spec = embedder_spec("base", "builtin:tiny", 512, "float32")
+    embedder = Remembering(load_embedder(spec, BaseSpec("builtin:tiny", None, "")), None)
     public = embedder.embed(
         [routing_text(r.turns) for t in EXTRA_TASKS for r in generate(t, "train", 100, 0)]
     )
-    clip = float(np.quantile(np.linalg.norm(public - probe(embedder).mean(0), axis=1), 0.95))  # type: ignore[arg-type]
+    clip = float(np.quantile(np.linalg.norm(public - probe(embedder).mean(0), axis=1), 0.95))
     judged = [r for t in TASKS for r in generate(t, "test", 150, 1)]
     results, rows = [], []
     for num in options.rows:
