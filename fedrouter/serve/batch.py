@@ -32,7 +32,7 @@ class Batcher(Generic[Item, Result]):
     def __init__(
         self,
         work: Callable[[list[Item]], Sequence[Result]],
-        max_batch: int = 32,
+        max_batch: int,
         start: Callable[[], None] | None = None,
         max_queue: float = float("inf"),
         timeout_s: float | None = None,

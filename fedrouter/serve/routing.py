@@ -27,6 +27,8 @@ NO_TEXT = Decision(
 """What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
 OVERLOAD = replace(NO_TEXT)
 """What is decided where routing would take too long; told apart from no text by identity."""
+LOCAL_BATCH = 8  # texts; more at once cost a model in this thread as much each, and all wait for the last
+REMOTE_BATCH = 32  # texts that an endpoint is asked for at once
 logger = logging.getLogger("vllm.fedrouter")
 
 
@@ -61,6 +63,7 @@ class Routing:
         self._routers: dict[str | None, Router] = {None: router}
         self._batcher = Batcher[tuple[str, str | None], Decision](
             self._work,
+            REMOTE_BATCH if isinstance(embedder, EndpointEmbedder) else LOCAL_BATCH,
             start=_one_thread,
             max_queue=self.limits.max_queue,
             timeout_s=self.limits.routing_timeout_s,
