@@ -10,7 +10,8 @@ rows. An adapter is judged by its loss on the completions of test rows, nats a t
 
 Nothing was chosen on these test rows. ``fedprox`` takes μ = 0.1, the rest their defaults; prompts beyond
 every radius go to the nearest adapter, so that no method is helped by the base. Another seed deals other rows
-out, and draws other adapters and batches. With ``--out`` the runs are kept and gone on with.
+out, and draws other adapters and batches. ``fedrouter-exact`` averages products, ``fedrouter-one`` has a client
+train one subset a round in turn, as the reference code does. With ``--out`` the runs are kept and gone on with.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from fedrouter.train.sft import AdapterTrainer
 from fedrouter.types import Record
 
 METHODS = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")
-OWN = {"fedprox": ["train.proximal=0.1"]}
+VARIANTS = {"fedrouter-exact": ["aggregate.method=exact"], "fedrouter-one": ["train.schedule=one"]}
+OWN = {"fedprox": ["train.proximal=0.1"], **VARIANTS}
 SETTINGS = ["train.rounds=3", "train.steps=12", "train.batch_size=4", "routing.fallback=nearest"]
 PER_TASK = 60  # test rows
 MODES = ("global", "local")
@@ -47,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("methods", nargs="*", default=METHODS)
+    parser.add_argument("methods", nargs="*", default=[*METHODS, *VARIANTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -58,13 +60,14 @@ def main() -> None:
         if not file.exists():
             config = load_config(
                 ROOT / "examples" / "four_tasks.toml",
-                [f"method={method}", f"seed={seed}", *SETTINGS, *OWN.get(method, [])],
+                [f"method={method.partition('-')[0]}", f"seed={seed}", *SETTINGS, *OWN.get(method, [])],
             )
             bundle = train(config, file.with_suffix(""), Console(width=110))
             file.write_text(json.dumps(judge(bundle, config)))
     if set(METHODS) <= set(options.methods):
         show(
-            {m: [json.loads(files[seed, m].read_text()) for seed in options.seeds] for m in METHODS}, options
+            {m: [json.loads(files[seed, m].read_text()) for seed in options.seeds] for m in options.methods},
+            options,
         )
 
 
