@@ -10,8 +10,8 @@ rows. An adapter is judged by its loss on the completions of test rows, nats a t
 
 Nothing was chosen on these test rows. ``fedprox`` takes μ = 0.1, the rest their defaults; prompts beyond
 every radius go to the nearest adapter, so that no method is helped by the base. Another seed deals other rows
-out, and draws other adapters and batches. ``fedrouter-exact`` averages products, in ``fedrouter-one`` a client
-trains one subset a round in turn, as in the reference code. With ``--out`` runs are kept and gone on with.
+out, and draws other adapters and batches. ``fedrouter-exact`` averages products, in ``fedrouter-one`` clients
+train one subset a round in turn, as in the reference code. With ``--out`` runs are kept and gone on with.
 """
 
 import argparse
