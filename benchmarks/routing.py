@@ -25,7 +25,7 @@ from routing_data import JUDGED, Remembering, data_sets, deal, embedders, scenar
 from fedrouter.builtin.tasks import TASKS
 from fedrouter.config import ClusterSettings, PrivacySettings, RoutingSettings
 from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
+from fedrouter.train.cluster import crowd, nearest
 from fedrouter.train.describe import describe
 from fedrouter.train.discover import discover
 from fedrouter.train.local import LocalFederation
@@ -50,7 +50,9 @@ def one(
     privacy: PrivacySettings | None = None,
 ) -> dict[str, Any]:
     """Cluster one federation and route what no client has seen."""
-    members = [Client(n, r, embedder, seed, privacy) for n, r in clients.items()]
+    privacy = privacy or PrivacySettings()
+    small = crowd(clients, privacy.min_cluster_size)
+    members = [Client(n, r, embedder, seed, privacy, whole=n in small) for n, r in clients.items()]
     federation = LocalFederation(members, trainer=None)  # type: ignore[arg-type]
     began = time.process_time()
     space = discover(federation, settings, seed)

@@ -39,8 +39,8 @@ class LocalFederation:
         self._clients = {client.name: client for client in clients}
 
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
-        """Have every client cluster its own rows."""
-        return (client.summarise(num) for client in self._clients.values())
+        """Have every client cluster its own rows, unless it has set all of them aside."""
+        return (client.summarise(num) for client in self._clients.values() if client.may_summarise)
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""

@@ -21,6 +21,7 @@ from fedrouter.errors import ConfigError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import crowd
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.machine import check_machine, device_and_dtype
 from fedrouter.train.memory import explained_out_of_memory
@@ -85,9 +86,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         found = load_embedder(spec, base, url=wanted.url)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     key = noise_key(out, config.privacy)
+    small = crowd(records, config.privacy.min_cluster_size)
     with unclaimed(out):
         clients = {
-            name: Client(name, rows, embedder, config.seed, config.privacy, key)
+            name: Client(name, rows, embedder, config.seed, config.privacy, key, name in small)
             for name, rows in records.items()
         }
         model = quantised(config, path, model)

@@ -11,6 +11,7 @@ from fedrouter.embed import Embedder
 from fedrouter.errors import DataError
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import crowd
 from fedrouter.train.describe import describe
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.methods import group
@@ -70,8 +71,9 @@ def rereading(
                 console.print(text, highlight=False, soft_wrap=True, markup=False)
                 continue
             if rows != records[name]:
-                clients[name] = Client(name, rows, embedder, config.seed, config.privacy)
                 records[name] = rows
+                whole = name in crowd(records, config.privacy.min_cluster_size)
+                clients[name] = Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
         federation.replace(list(clients.values()))
         new, state = recluster(federation, config, old, state)
         text = f"clustered anew before round {state.number + 1}: {changes(old, new)}"
