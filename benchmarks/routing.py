@@ -1,6 +1,7 @@
 """Clustering and routing without adapters: way × embedder × data × scenario × seed.
 
 python benchmarks/routing.py                   the built-in tasks, and the real ones if ../shared is there
+python benchmarks/routing.py --shapes 128      only the federations of other shapes whose names have that
 python benchmarks/routing.py --part validation rows of the train files that no client got, to choose by
 
 Ways: FedRouter's default with nothing given ("auto"), on 20 seeds; on the first 5 of them the paper's
@@ -104,6 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--only", nargs="*", help="embedders by name")
+    parser.add_argument("--shapes", nargs="+", help="only federations of other shapes: parts of their names")
     parser.add_argument("--cache", type=Path, help="directory that keeps vectors across runs")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -114,6 +116,11 @@ def main() -> None:
             if name == "builtin:tiny" and data == "real":
                 continue  # its vocabulary is the built-in tasks'
             four = TASKS if data == "built-in" else tuple(train)
+            if options.shapes:
+                more += routing_more.federations(
+                    one, embedder, name, data, train, test, options.first, options.shapes
+                )
+                continue
             known = [r for task in four for r in test[task]] if test else None
             for shape in SCENARIOS:
                 for seed in range(options.first, options.first + options.seeds):
@@ -136,11 +143,11 @@ def main() -> None:
                 print(f"{name}, {data}, {shape}: done", flush=True)
             more += routing_more.federations(one, embedder, name, data, train, test, options.first)
             more += routing_more.fifth_task(embedder, name, data, train, test, options.first)
-        if name == "MiniLM":
+        if name == "MiniLM" and not options.shapes:
             more += routing_more.costs(embedder, data_sets(options.part))
         embedder.keep()
     report(
-        "routing",
+        "routing_shapes" if options.shapes else "routing",
         {"part": options.part, "first_seed": options.first, "runs": results, "more": more},
         summary(results) + routing_more.summary(more),
     )
