@@ -51,8 +51,7 @@ def one(
     privacy: PrivacySettings | None = None,
 ) -> dict[str, Any]:
     """Cluster one federation and route what no client has seen."""
-    privacy = privacy or PrivacySettings()
-    small = crowd(clients, privacy.min_cluster_size)
+    small = crowd(clients)
     members = [Client(n, r, embedder, seed, privacy, whole=n in small) for n, r in clients.items()]
     federation = LocalFederation(members, trainer=None)  # type: ignore[arg-type]
     began = time.process_time()

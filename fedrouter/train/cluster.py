@@ -23,16 +23,16 @@ Labels = NDArray[np.int64]
 MAX_LOCAL = 64  # local clusters of "auto"
 MIN_ROWS = 2  # a local cluster of "auto" holds at least so many rows on average, and ``least``
 SET_ASIDE = 3  # every third row judges the space that the others made
-SMALL = 20  # a client is small if its rows make fewer groups of ``least``: a third of them tells too little
+SMALL = 60  # rows; a client of fewer is small: a third of them tells too little
 CROWD = 16  # among so many small clients, a third of the clients stands for all of them
 UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
 FEW = "few rows"  # stands for all labels that too few rows of a client carry
 QUANTILES = np.linspace(0, 1, 101)
 
 
-def crowd(rows: Mapping[str, Sized], least: int) -> set[str]:
+def crowd(rows: Mapping[str, Sized]) -> set[str]:
     """Return the small clients' names if they are many: each is set aside whole, or not at all."""
-    small = {name for name, own in rows.items() if len(own) < SMALL * least}
+    small = {name for name, own in rows.items() if len(own) < SMALL}
     return small if len(small) >= CROWD else set()
 
 

@@ -86,7 +86,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         found = load_embedder(spec, base, url=wanted.url)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     key = noise_key(out, config.privacy)
-    small = crowd(records, config.privacy.min_cluster_size)
+    small = crowd(records)
     with unclaimed(out):
         clients = {
             name: Client(name, rows, embedder, config.seed, config.privacy, key, name in small)

@@ -72,7 +72,7 @@ def rereading(
                 continue
             if rows != records[name]:
                 records[name] = rows
-                whole = name in crowd(records, config.privacy.min_cluster_size)
+                whole = name in crowd(records)
                 clients[name] = Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
         federation.replace(list(clients.values()))
         new, state = recluster(federation, config, old, state)

@@ -57,7 +57,7 @@ def test_the_inspection_sees_a_row_that_leaves() -> None:
 def test_a_crowd_of_small_clients_tells_its_tasks_apart_and_no_client_tells_of_few_rows() -> None:
     words = ("colours", "numbers", "gulls")
     records = {f"c{i}": rows(i, 9, (words[i % 3], words[(i + 1) % 3])) for i in range(24)}
-    small = crowd(records, 5)
+    small = crowd(records)
     assert small == set(records)
     members = [Client(n, r, TaskEmbedder(), 0, whole=n in small) for n, r in records.items()]
     assert 4 <= sum(not m.may_summarise for m in members) <= 12, "a third sets all its rows aside"
@@ -74,10 +74,8 @@ def test_a_crowd_of_small_clients_tells_its_tasks_apart_and_no_client_tells_of_f
 
 def test_few_small_clients_are_no_crowd() -> None:
     own = rows(0, 8)
-    assert not crowd(dict.fromkeys("abcdefghijklmno", own), 5)
-    assert crowd(dict.fromkeys("abcdefghijklmnop", own) | {"large": rows(0, 60)}, 5) == set(
-        "abcdefghijklmnop"
-    )
+    assert not crowd(dict.fromkeys("abcdefghijklmno", own))
+    assert crowd(dict.fromkeys("abcdefghijklmnop", own) | {"large": rows(0, 60)}) == set("abcdefghijklmnop")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
