@@ -1,6 +1,7 @@
 """Clustering and routing without adapters: way × embedder × data × scenario × seed.
 
 python benchmarks/routing.py                   the built-in tasks, and the real ones if ../shared is there
+python benchmarks/routing.py --shapes 128      only the federations of other shapes whose names have that
 python benchmarks/routing.py --part validation rows of the train files that no client got, to choose by
 
 Ways: FedRouter's default with nothing given ("auto"), on 20 seeds; on the first 5 of them the paper's
@@ -25,7 +26,7 @@ from routing_data import JUDGED, Remembering, data_sets, deal, embedders, scenar
 from fedrouter.builtin.tasks import TASKS
 from fedrouter.config import ClusterSettings, PrivacySettings, RoutingSettings
 from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
+from fedrouter.train.cluster import crowd, nearest
 from fedrouter.train.describe import describe
 from fedrouter.train.discover import discover
 from fedrouter.train.local import LocalFederation
@@ -50,7 +51,8 @@ def one(
     privacy: PrivacySettings | None = None,
 ) -> dict[str, Any]:
     """Cluster one federation and route what no client has seen."""
-    members = [Client(n, r, embedder, seed, privacy) for n, r in clients.items()]
+    small = crowd(clients)
+    members = [Client(n, r, embedder, seed, privacy, whole=n in small) for n, r in clients.items()]
     federation = LocalFederation(members, trainer=None)  # type: ignore[arg-type]
     began = time.process_time()
     space = discover(federation, settings, seed)
@@ -102,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--only", nargs="*", help="embedders by name")
+    parser.add_argument("--shapes", nargs="+", help="only federations of other shapes: parts of their names")
     parser.add_argument("--cache", type=Path, help="directory that keeps vectors across runs")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -112,6 +115,11 @@ def main() -> None:
             if name == "builtin:tiny" and data == "real":
                 continue  # its vocabulary is the built-in tasks'
             four = TASKS if data == "built-in" else tuple(train)
+            if options.shapes:
+                more += routing_more.federations(
+                    one, embedder, name, data, train, test, options.first, options.shapes
+                )
+                continue
             known = [r for task in four for r in test[task]] if test else None
             for shape in SCENARIOS:
                 for seed in range(options.first, options.first + options.seeds):
@@ -134,11 +142,11 @@ def main() -> None:
                 print(f"{name}, {data}, {shape}: done", flush=True)
             more += routing_more.federations(one, embedder, name, data, train, test, options.first)
             more += routing_more.fifth_task(embedder, name, data, train, test, options.first)
-        if name == "MiniLM":
+        if name == "MiniLM" and not options.shapes:
             more += routing_more.costs(embedder, data_sets(options.part))
         embedder.keep()
     report(
-        "routing",
+        "routing_shapes" if options.shapes else "routing",
         {"part": options.part, "first_seed": options.first, "runs": results, "more": more},
         summary(results) + routing_more.summary(more),
     )

@@ -74,11 +74,14 @@ def federations(
     train: Rows,
     test: Rows | None,
     first: int,
+    only: Sequence[str] = ("",),
 ) -> list[dict[str, Any]]:
-    """Cluster and judge each shape."""
+    """Cluster and judge each shape in whose name one of ``only`` stands."""
     four = TASKS if data == "built-in" else tuple(train)
     found = []
     for shape, plan in shapes(data, four).items():
+        if not any(text in shape for text in only):
+            continue
         for seed in range(first, first + SEEDS):
             clients, rest = deal(train, plan, seed)
             tasks = {task for own in plan for task in own}

@@ -51,6 +51,7 @@ class Client:
         seed: int,
         privacy: PrivacySettings | None = None,
         noise_key: bytes = b"",
+        whole: bool = False,
     ):
         self._privacy = privacy or PrivacySettings()
         self._least = self._privacy.min_cluster_size
@@ -70,7 +71,8 @@ class Client:
             raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
-        self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
+        drawn = derive_seed(seed, name, "set aside")
+        self._fit, self._held = cluster.set_aside(len(records), drawn, whole)
         self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 

@@ -4,7 +4,7 @@ The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import replace
 
 import numpy as np
@@ -21,17 +21,31 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments,
 Labels = NDArray[np.int64]
 
 MAX_LOCAL = 64  # local clusters of "auto"
-MIN_ROWS = 5  # a local cluster of "auto" holds at least so many rows on average
+MIN_ROWS = 2  # a local cluster of "auto" holds at least so many rows on average, and ``least``
 SET_ASIDE = 3  # every third row judges the space that the others made
+SMALL = 60  # rows; a client of fewer is small: a third of them tells too little
+CROWD = 16  # among so many small clients, a third of the clients stands for all of them
 UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
 FEW = "few rows"  # stands for all labels that too few rows of a client carry
 QUANTILES = np.linspace(0, 1, 101)
 
 
-def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
-    """Return (fit, held): row numbers that the space is fitted to, and those that it is judged on."""
-    order = np.random.default_rng(seed).permutation(num_rows)
+def crowd(rows: Mapping[str, Sized]) -> set[str]:
+    """Return the small clients' names if they are many: each is set aside whole, or not at all."""
+    small = {name for name, own in rows.items() if len(own) < SMALL}
+    return small if len(small) >= CROWD else set()
+
+
+def set_aside(num_rows: int, seed: int, whole: bool = False) -> tuple[Labels, Labels]:
+    """Return (fit, held): row numbers that the space is fitted to, and those that it is judged on.
+
+    Every third row is set aside; with ``whole`` all rows in one of three draws, else none.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(num_rows)
     cut = num_rows // SET_ASIDE
+    if whole:
+        cut = num_rows if rng.integers(SET_ASIDE) == 0 else 0
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
@@ -59,7 +73,7 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     TrainingError
         If more clusters are asked for than there are rows.
     """
-    given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
+    given = int(np.clip(len(x) // max(least, MIN_ROWS), 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
         raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
     rows = x.astype(np.float64)

@@ -2,8 +2,9 @@
 
 The exchanges, in order; no row leaves its client in any of them:
 
-1. Each client sets a third of its rows aside, cuts the rest into many small local clusters and reveals their
-   centroids, counts and one pooled scatter matrix (``cluster.summarise``).
+1. Each client sets a third of its rows aside (many small clients: all or none, ``cluster.crowd``), cuts the
+   rest into many small local clusters and reveals their centroids, counts and one pooled scatter matrix
+   (``cluster.summarise``).
 2. The server joins local clusters, always the two whose union raises log det of the pooled within-cluster
    covariance least, until ``NUM_COMPONENTS`` are left (``condense``). The criterion does not depend on the
    embedder's scale or axes: large dimensions do not dominate.

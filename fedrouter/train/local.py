@@ -62,8 +62,9 @@ class LocalFederation:
         self._trainer = trainer
 
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
-        """Have every client cluster its own rows."""
-        return each(self.clients, lambda name: self.clients[name].summarise(num))
+        """Have every client cluster its own rows, unless it has set all of them aside."""
+        telling = [name for name, client in self.clients.items() if client.may_summarise]
+        return each(telling, lambda name: self.clients[name].summarise(num))
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""

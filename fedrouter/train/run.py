@@ -21,6 +21,7 @@ from fedrouter.errors import ClientError, ConfigError, FedRouterError, TrainingE
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import crowd
 from fedrouter.train.files import write_atomically
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
@@ -91,8 +92,10 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     with unclaimed(out):
         left_out = LeftOut(out, records, console, once=bool(config.privacy.centroid_noise))
 
+        small = crowd({name: records[name] for name in left_out.others})
+
         def admit(name: str) -> Client:
-            return Client(name, records[name], embedder, config.seed, config.privacy, key)
+            return Client(name, records[name], embedder, config.seed, config.privacy, key, name in small)
 
         clients: list[Client] = []
         try:

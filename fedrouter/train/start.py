@@ -11,6 +11,7 @@ from fedrouter.embed import Embedder
 from fedrouter.errors import FedRouterError
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import crowd
 from fedrouter.train.describe import describe
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
@@ -68,7 +69,8 @@ def rereading(
             rows = load_sources({name: config.data.clients[name]}, config, config.data.max_per_client)[name]
             if rows == records[name]:
                 return rows, federation.clients[name]
-            return rows, Client(name, rows, embedder, config.seed, config.privacy)
+            whole = name in crowd({**records, name: rows})
+            return rows, Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
 
         for name in list(federation.clients):
             try:

@@ -27,6 +27,7 @@ from fedrouter.config import ClusterSettings, Config, PrivacySettings, TrainSett
 from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import join
 from fedrouter.train.client import Client
+from fedrouter.train.cluster import crowd
 from fedrouter.train.discover import discover
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.methods import group
@@ -51,6 +52,30 @@ def test_the_inspection_sees_a_row_that_leaves() -> None:
         inspect(federation, members)
     with pytest.raises(AssertionError, match="vector of a row"):
         inspect(federation, members, least=1)
+
+
+def test_a_crowd_of_small_clients_tells_its_tasks_apart_and_no_client_tells_of_few_rows() -> None:
+    words = ("colours", "numbers", "gulls")
+    records = {f"c{i}": rows(i, 9, (words[i % 3], words[(i + 1) % 3])) for i in range(24)}
+    small = crowd(records)
+    assert small == set(records)
+    members = [Client(n, r, TaskEmbedder(), 0, whole=n in small) for n, r in records.items()]
+    assert 4 <= sum(not m.may_summarise for m in members) <= 12, "a third sets all its rows aside"
+    federation = Watched(members)
+    space = discover(federation, ClusterSettings(), 0)  # type: ignore[arg-type]
+    federation.assign(space)
+    assert inspect(federation, members) <= listed()
+    first = {
+        w: {k for m in members for k, own in m._rows.items() for i in own if m._tasks[i] == w} for w in words
+    }
+    assert len(set().union(*first.values())) == 3
+    assert all(len(found) == 1 for found in first.values())
+
+
+def test_few_small_clients_are_no_crowd() -> None:
+    own = rows(0, 8)
+    assert not crowd(dict.fromkeys("abcdefghijklmno", own))
+    assert crowd(dict.fromkeys("abcdefghijklmnop", own) | {"large": rows(0, 60)}) == set("abcdefghijklmnop")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
