@@ -82,7 +82,8 @@ async def load(ask: Ask, concurrency: int, number: int) -> tuple[float, list[Rep
 
     async def worker() -> None:
         for i in queue:
-            answers.append(await ask(i % len(PROMPTS)))
+            answer = await ask(i % len(PROMPTS))
+            answers.append(answer)
 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))

@@ -6,11 +6,14 @@ FedRouterError
 ├── ModelError        a base model or an embedder
 │   └── EndpointError an embeddings endpoint that cannot be reached, or refuses
 ├── TrainingError     a run that cannot go on
+├── ClientError       clients that could not do their part before the rounds
 ├── BundleError       a bundle that cannot be written or must not be served
 └── ServingError      a server that cannot start, or an endpoint that cannot be reached
 
 Every message says what was wrong, where, and what to do, in one line.
 """
+
+from collections.abc import Mapping
 
 
 class FedRouterError(Exception):
@@ -35,6 +38,19 @@ class EndpointError(ModelError):
 
 class TrainingError(FedRouterError):
     """A run cannot go on."""
+
+
+class ClientError(FedRouterError):
+    """Clients could not do their part before the rounds; without them the others can (``train/left_out.py``).
+
+    Parameters
+    ----------
+    reasons : by client, in no word of its rows.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]):
+        self.reasons = reasons
+        super().__init__("; ".join(f"client {name}: {reason}" for name, reason in reasons.items()))
 
 
 class BundleError(FedRouterError):

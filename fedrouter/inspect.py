@@ -31,7 +31,8 @@ def show(path: Path, console: Console) -> None:
 def _show_run(path: Path, console: Console) -> None:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     metrics = path / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    told = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    lines = [line for line in told if "cluster" in line]
     done = max((line["round"] + 1 for line in lines), default=0)
     console.print(f"run {path}: {done} of {config['train']['rounds']} rounds, base {config['base']['model']}")
     joined = path / "joined.json"
@@ -39,6 +40,8 @@ def _show_run(path: Path, console: Console) -> None:
         moved = [f"{name} (moved)" for name in one.get("moved", {})]
         names = ", ".join([*one["clients"], *moved])
         console.print(f"joined {one['run']}: {names}", highlight=False, soft_wrap=True)
+    for client, reason in (pair for line in told for pair in line.get("left_out", {}).items()):
+        console.print(f"left out {client}: {reason}", highlight=False, soft_wrap=True, markup=False)
     if lines:
         table = Table(
             "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"

@@ -196,10 +196,14 @@ class Client:
 
 def failure(request: TrainRequest | ValidationRequest, error: Exception) -> TrainFailure:
     """Say that a client could not do it; what the error says, which may quote rows, stays in its own log."""
-    LOG.warning("client %s: %s: %s", request.client, type(error).__name__, str(error).partition("\n")[0])
+    return TrainFailure(request.client, request.cluster, reason_of(request.client, error))
+
+
+def reason_of(client: str, error: Exception) -> str:
+    """Say where a client failed, in no word of its rows; log the rest."""
+    LOG.warning("client %s: %s: %s", client, type(error).__name__, str(error).partition("\n")[0])
     place = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}; its own log says more"
-    return TrainFailure(request.client, request.cluster, reason)
+    return f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}; its own log says more"
 
 
 def derive_seed(seed: int, *parts: object) -> int:

@@ -33,10 +33,11 @@ from fedrouter.train.client import Client
 from fedrouter.train.cluster import Labels
 from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
-from fedrouter.train.local import LocalFederation
+from fedrouter.train.files import write_atomically
+from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
-from fedrouter.train.rounds import train_rounds, write_atomically
+from fedrouter.train.rounds import train_rounds
 from fedrouter.train.run import load_model, quantised, unclaimed, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
@@ -62,7 +63,7 @@ def join(
 
     Raises
     ------
-    ConfigError, TrainingError, DataError, BundleError
+    ConfigError, TrainingError, DataError, BundleError, ClientError
         If ``run`` is no finished run of method fedrouter, a name is taken, or a client has too few rows.
     """
     config = _finished(run)
@@ -106,7 +107,7 @@ def join(
     embedder = CachedEmbedder(found, Path(config.embedder.cache or out / "embeddings"))
     check_embedder(bundle, embedder)
     with unclaimed(out):
-        clients = [Client(n, rows, embedder, config.seed, config.privacy) for n, rows in records.items()]
+        clients = list(each(records, lambda n: Client(n, records[n], embedder, config.seed, config.privacy)))
         model = quantised(config, path, model)
         trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
         federation = LocalFederation(clients, trainer)

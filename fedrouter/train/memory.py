@@ -30,7 +30,7 @@ def explained_out_of_memory() -> Iterator[None]:
             raise
         where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         raise TrainingError(
-            f"out of {where}: lower train.batch_size, train.max_length or lora.rank, set "
-            "train.gradient_checkpointing to true, or base.dtype to bfloat16, or base.quantization to nf4; "
-            "then train into another --out, for these settings are part of a run"
+            f"out of {where}: lower train.batch_size, train.max_length or lora.rank (before the rounds: "
+            "embedder.max_tokens), set train.gradient_checkpointing to true, or base.dtype to bfloat16, or "
+            "base.quantization to nf4; then train into another --out, for these settings are part of a run"
         ) from error

@@ -22,7 +22,7 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import silhouette_score
 
 from fedrouter.config import Config, Count
-from fedrouter.errors import TrainingError
+from fedrouter.errors import ClientError, TrainingError
 from fedrouter.train.aggregate import completed, mean, stack
 from fedrouter.train.cluster import FEW, Labels
 from fedrouter.train.discover import discover, pool, routing_space
@@ -58,6 +58,8 @@ def group(federation: Federation, config: Config, fresh: AdapterState) -> Groupi
     ------
     TrainingError
         If rows have no label and ``oracle`` needs one, or too few clients for ``clustered``.
+    ClientError
+        If clients could not do their part.
     """
     if config.method == "fedrouter":
         space = discover(federation, config.cluster, config.seed)
@@ -159,9 +161,8 @@ def _warm_up(
     before = state = fresh_state([fresh])
     for result in run_rounds(federation, assignments, state, config, keep):
         before, state = state, result.state
-        if any(c.refused for c in result.clusters):
-            client, reason = next(iter(result.clusters[0].refused.items()))
-            raise TrainingError(f"the warm-up of method clustered needs every client; {client}: {reason}")
+        if result.clusters[0].refused:  # a client without an update belongs to no group
+            raise ClientError(result.clusters[0].refused)
         if state.number == config.cluster.warmup:
             break
     sent = before.adapters[0]

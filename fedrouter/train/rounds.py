@@ -10,6 +10,8 @@ from rich.console import Console
 from fedrouter.config import Config
 from fedrouter.errors import TrainingError
 from fedrouter.train.checkpoint import save_checkpoint
+from fedrouter.train.files import write_atomically
+from fedrouter.train.left_out import read_left_out
 from fedrouter.train.progress import TrainProgress
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
@@ -89,13 +91,21 @@ def _stretch(
 
 
 class Metrics:
-    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again."""
+    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again.
+
+    Clients that were left out since the last line have one line before the round.
+    """
 
     def __init__(self, path: Path, start: int):
         self._path = path
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
+        told = {client for line in kept for client in json.loads(line).get("left_out", ())}
+        left_out = {c: reason for c, reason in read_left_out(path.parent).items() if c not in told}
+        if left_out:
+            line = {"round": start, "left_out": left_out, "time": round(time.time(), 3)}
+            kept.append(json.dumps(line))
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:
@@ -120,11 +130,4 @@ class Metrics:
 
 def _any_taken(metrics: Path) -> bool:
     """Tell whether an update was ever taken; with noise on updates losses do not say so."""
-    return any(json.loads(line)["num_clients"] for line in metrics.read_text().splitlines())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    return any(json.loads(line).get("num_clients") for line in metrics.read_text().splitlines())

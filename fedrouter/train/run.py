@@ -17,17 +17,19 @@ from fedrouter import __version__
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder
-from fedrouter.errors import ConfigError, FedRouterError, TrainingError
+from fedrouter.errors import ClientError, ConfigError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import crowd
-from fedrouter.train.local import LocalFederation
+from fedrouter.train.files import write_atomically
+from fedrouter.train.left_out import LeftOut
+from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import check_machine, device_and_dtype
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
-from fedrouter.train.rounds import train_rounds, write_atomically
+from fedrouter.train.rounds import train_rounds
 from fedrouter.train.sft import AdapterTrainer, check_targets
 from fedrouter.train.sources import load_clients
 from fedrouter.train.start import rereading, start
@@ -53,7 +55,8 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well.
+    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
+    clients failed before the rounds.
 
     Raises
     ------
@@ -86,17 +89,28 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
         found = load_embedder(spec, base, url=wanted.url)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     key = noise_key(out, config.privacy)
-    small = crowd(records)
     with unclaimed(out):
-        clients = {
-            name: Client(name, rows, embedder, config.seed, config.privacy, key, name in small)
-            for name, rows in records.items()
-        }
+        left_out = LeftOut(out, records, console, once=bool(config.privacy.centroid_noise))
+
+        small = crowd({name: records[name] for name in left_out.others})
+
+        def admit(name: str) -> Client:
+            return Client(name, records[name], embedder, config.seed, config.privacy, key, name in small)
+
+        clients: list[Client] = []
+        try:
+            clients += each(left_out.others, admit)
+        except ClientError as failed:
+            left_out.add(failed)
         model = quantised(config, path, model)
         trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-        federation = LocalFederation(list(clients.values()), trainer)
-        anew = rereading(config, clients, records, embedder, federation, trainer, console)
-        clustering, state, digest = start(federation, config, trainer.state(), records, out, anew)
+        federation = LocalFederation(clients, trainer)
+        anew = rereading(config, records, embedder, federation, trainer, left_out, console)
+        fresh = trainer.state()
+        clustering, state, digest = left_out.without(
+            federation, lambda: start(federation, config, fresh, records, out, anew)
+        )
+        left_out.resuming = False
         claim(out, config)
     for c in clustering.clusters:
         console.print(

@@ -1,7 +1,7 @@
 """The round loop. Knows clients only through the small ``Federation`` interface."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -31,7 +31,8 @@ from fedrouter.types import (
 class Federation(Protocol):
     """The clients, wherever they run: in this process (local.py) or on other machines.
 
-    Replies come one by one, in the clients' order: thousands of them need not fit into memory together.
+    Replies come one by one, in the clients' order: thousands of them need not fit into memory together. What
+    comes before the rounds raises ``ClientError`` once all were asked and some could not answer.
     """
 
     def summarise(self, num: Count) -> Iterable[LocalClusters]:
@@ -48,6 +49,10 @@ class Federation(Protocol):
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         """Tell every client the task clusters, and, in a baseline, which its rows belong to."""
+        ...
+
+    def leave(self, names: Collection[str]) -> None:
+        """Go on without these clients."""
         ...
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:

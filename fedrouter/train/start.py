@@ -8,12 +8,13 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.embed import Embedder
-from fedrouter.errors import DataError
+from fedrouter.errors import FedRouterError
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import crowd
 from fedrouter.train.describe import describe
-from fedrouter.train.local import LocalFederation
+from fedrouter.train.left_out import LeftOut
+from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.methods import group
 from fedrouter.train.recluster import Clustering, changes, recluster
 from fedrouter.train.rounds import Anew
@@ -52,30 +53,32 @@ def start(
 
 def rereading(
     config: Config,
-    clients: dict[str, Client],
     records: dict[str, list[Record]],
     embedder: Embedder,
     federation: LocalFederation,
     trainer: AdapterTrainer,
+    left_out: LeftOut,
     console: Console,
 ) -> Anew:
-    """Return what reads clients' files again, updates ``clients`` and ``records``, and clusters anew."""
+    """Return what reads clients' files again, updates ``records`` and the federation, and clusters anew."""
 
     def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
         trainer.take_out()
-        for name, source in config.data.clients.items():
+
+        def admit(name: str) -> tuple[list[Record], Client]:
+            rows = load_sources({name: config.data.clients[name]}, config, config.data.max_per_client)[name]
+            if rows == records[name]:
+                return rows, federation.clients[name]
+            whole = name in crowd({**records, name: rows})
+            return rows, Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
+
+        for name in list(federation.clients):
             try:
-                rows = load_sources({name: source}, config, config.data.max_per_client)[name]
-            except DataError as error:  # it is being written, say
+                ((records[name], federation.clients[name]),) = each([name], admit)
+            except FedRouterError as error:  # its file is being written, say
                 text = f"client {name} goes on with the rows that it had: {error}"
                 console.print(text, highlight=False, soft_wrap=True, markup=False)
-                continue
-            if rows != records[name]:
-                records[name] = rows
-                whole = name in crowd(records)
-                clients[name] = Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
-        federation.replace(list(clients.values()))
-        new, state = recluster(federation, config, old, state)
+        new, state = left_out.without(federation, lambda: recluster(federation, config, old, state))
         text = f"clustered anew before round {state.number + 1}: {changes(old, new)}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
         return new, state, clustering_digest(new.space, new.assignments, records)

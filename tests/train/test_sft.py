@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from fedrouter.builtin import base_path
@@ -56,6 +59,45 @@ def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> N
     (_, one), (_, one_pulled) = train(steps=1), train(steps=1, proximal=100.0)
     for name, array in one.adapter.items():
         np.testing.assert_array_equal(array, one_pulled.adapter[name])
+
+
+@given(mu=st.sampled_from([0.0, 0.3]) | st.floats(1, 100), seed=st.integers(0, 1000))
+@settings(max_examples=12)
+def test_training_with_the_proximal_term_is_descent_on_the_dense_objective(mu: float, seed: int) -> None:
+    """Oracle: loss + μ/2 ‖w - w₀‖² of a model with dense weights W + α/r BA; no PEFT, TRL or hooks in it."""
+    trainer = AdapterTrainer(
+        *small_model(), LoraSettings(rank=2, alpha=6), TrainSettings(batch_size=3, proximal=mu), seed=0
+    )
+    rng = np.random.default_rng(seed)
+    sent = {
+        n: x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for n, x in sorted(trainer.state().items())
+    }
+    rows = trainer.tokenise(RECORDS[:3])  # one batch: their order says nothing
+    found = trainer.train(sent, rows, steps=3, learning_rate=1e-2, seed=0).adapter
+
+    model = small_model()[0].requires_grad_(False)
+    weights = {n: torch.tensor(x, requires_grad=True) for n, x in sent.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        dense = dict(model.named_parameters())
+        for name in weights:
+            if ".lora_A." in name:
+                module = name.removeprefix("base_model.model.").replace(".lora_A", "")
+                dense[module] = dense[module] + 3 * weights[name.replace("lora_A", "lora_B")] @ weights[name]
+        losses = []
+        for row in rows:
+            out = torch.func.functional_call(model, dense, (torch.tensor(row["input_ids"])[None],))
+            wanted = torch.tensor(row["labels"][1:])
+            losses.append(cross_entropy(out.logits[0, :-1], wanted, ignore_index=IGNORED, reduction="none"))
+        num_tokens = sum(label != IGNORED for row in rows for label in row["labels"])
+        pull = sum(((w - torch.tensor(sent[n])) ** 2).sum() for n, w in weights.items())
+        optimizer.zero_grad()
+        (torch.cat(losses).sum() / num_tokens + mu / 2 * pull).backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)  # as the Trainer does
+        optimizer.step()
+    for name, weight in weights.items():
+        assert np.abs(found[name] - sent[name]).max() > 1e-3
+        np.testing.assert_allclose(found[name], weight.detach().numpy(), atol=2e-4, err_msg=name)
 
 
 def test_gradient_checkpointing_computes_twice_gives_the_same_adapter_and_leaves_nothing_behind() -> None:

@@ -43,6 +43,42 @@ def test_tensorboard_gets_every_task_clusters_figures_by_round(tmp_path: Path) -
     assert b'"seed": 7' in found.Tensors("args/text_summary")[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
+def test_wandb_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with Trackers(config("wandb"), tmp_path, Console(quiet=True)) as trackers:
+        for number in range(3):
+            trackers.write(result(number), ["headline", "dialogue"])
+    assert wandb.run is not None
+    assert wandb.run.config["seed"] == 7
+    summary = dict(wandb.run.summary)
+    assert (summary["train/headline/loss"], summary["train/global_step"]) == (0.0, 3)
+    assert "train/dialogue/loss" not in summary
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert file.read_bytes().count(b"train/headline/loss") >= 3, "a figure a round"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="mlflow is not installed")
+def test_mlflow_gets_them_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with Trackers(config("mlflow"), tmp_path / "mine", Console(quiet=True)) as trackers:
+        for number in range(3):
+            trackers.write(result(number), ["headline", "dialogue"])
+    client = mlflow.MlflowClient(store)
+    (run,) = client.search_runs(["0"])
+    assert (run.info.run_name, run.info.status, run.data.params["seed"]) == ("mine", "FINISHED", "7")
+    loss = client.get_metric_history(run.info.run_id, "headline/loss")
+    assert [(m.step, m.value) for m in loss] == [(1, 2.0), (2, 1.0), (3, 0.0)]
+    assert "dialogue/loss" not in run.data.metrics
+
+
 def test_without_trackers_nothing_happens(tmp_path: Path) -> None:
     with Trackers(config(), tmp_path, Console(quiet=True)) as trackers:
         trackers.write(result(0), ["a", "b"])
