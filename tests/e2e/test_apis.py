@@ -201,7 +201,7 @@ NESTED = b"[" * 50_000 + b"]" * 50_000
         (
             b'{"model": "fedrouter", "model": "no-such-model", '
             b'"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x", "max_tokens": 4}',
-            {404},
+            {400, 404, 422},
         ),
     ],
     ids=["nested", "nested, not ours", "no utf-8", "model is a list", "two models"],
