@@ -28,6 +28,7 @@ from common import report
 from mix import mix, resident_mib
 from rich.console import Console
 from safetensors.numpy import load_file
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
@@ -290,7 +291,8 @@ def main() -> None:
         shutil.copytree(path, out / "bundles" / "one")
         first = load_bundle(out / "bundles" / "one")
         second_bundle(first, out / "bundles" / "two")
-        found = search(first)
+        with threadpool_limits(1):  # as in the server
+            found = search(first)
         alone = embedding_ms(first)
         ready: dict[str, list[float]] = {"bare": [], "served": []}
         for i in range(options.starts):
