@@ -4,10 +4,10 @@
 layer, or of its last (paper section 3). The raw prompt is embedded, without the chat template.
 """
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -83,12 +83,12 @@ class HiddenStateEmbedder:
         self._causal = spec.kind == "base"
         self._top = _drop_blocks(model, spec.layer) if owned else None
         self._seen = threading.local()  # a reload checks the embedder while requests use it
-        self._graph: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._graph: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
             self._top.register_forward_hook(self._see)
             model.requires_grad_(False)  # its weights are the graph's constants
             if sum(p.numel() for p in model.parameters()) <= TRACED:
-                self._graph = _traced(self._hidden, self._device, spec.max_tokens)
+                self._graph = _traced(self._pooled, self._device, spec.max_tokens)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
@@ -102,17 +102,24 @@ class HiddenStateEmbedder:
         vectors = np.zeros((len(ids), self.spec.dim), dtype=np.float32)
         with torch.inference_mode():
             for rows in _batches([len(i) for i in ids]):
-                lengths = torch.tensor([len(ids[row]) for row in rows])
-                width = int(lengths[-1])
+                lengths = [len(ids[row]) for row in rows]
+                width = lengths[-1]
                 tokens = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows])  # (B, T)
-                mask = (torch.arange(width) < lengths[:, None]).to(self._device)  # (B, T)
                 # Without a mask attention is quicker, and no token of a causal model sees padding behind it.
-                seen = None if self._causal or mask.all() else mask.long()
-                run = self._graph if self._graph is not None and seen is None else self._hidden
-                hidden = run(tokens.to(self._device), *([] if seen is None else [seen]))  # (B, T, d)
-                total = (hidden.float() * mask.unsqueeze(-1)).sum(dim=1)  # (B, d)
-                vectors[rows] = (total.cpu() / lengths[:, None]).numpy()
+                masked = not self._causal and lengths[0] < width
+                run = partial(self._pooled, masked=True) if masked else self._graph or self._pooled
+                vectors[rows] = run(tokens.to(self._device), torch.tensor(lengths, device=self._device)).cpu()
         return vectors
+
+    def _pooled(
+        self, tokens: "torch.Tensor", lengths: "torch.Tensor", masked: bool = False
+    ) -> "torch.Tensor":
+        """Return the mean of the layer's hidden states over each row's first tokens: (B, d) float32."""
+        import torch
+
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)  # (B, T)
+        hidden = self._hidden(tokens, mask.long() if masked else None)  # (B, T, d)
+        return (hidden.float() * mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
 
     def _hidden(self, tokens: "torch.Tensor", mask: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Return the layer's hidden states: (B, T, d)."""
@@ -274,30 +281,32 @@ def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | Non
 
 
 def _traced(
-    forward: "Callable[[torch.Tensor], torch.Tensor]", device: "torch.device", longest: int
-) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+    forward: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", device: "torch.device", longest: int
+) -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None":
     """Return ``forward`` as one graph, without Python between its operations; None where that differs.
 
     For a small model Python is most of the work, and beside a busy event loop each step waits its turn.
 
     Parameters
     ----------
+    forward : (B, T) token ids and (B,) lengths → (B, d).
     longest : tokens of the longest text: a window of attention shows only beyond its width.
     """
     import torch
 
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.arange(math.prod(shape), device=device).reshape(shape) % 50
+    def rows(num: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.arange(num * width, device=device).reshape(num, width) % 50
+        return ids, torch.arange(width, width - num, -1, device=device)
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # what is constant in the graph is compared below
         try:
-            graph: Callable[[torch.Tensor], torch.Tensor] = torch.jit.trace(
-                forward, ids(2, 9), check_trace=False
+            graph: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.jit.trace(
+                forward, rows(2, 9), check_trace=False
             )
             same = [
-                torch.allclose(graph(x), forward(x), atol=1e-5)
-                for x in (ids(1, 1), ids(1, 5), ids(3, 17), ids(1, longest))
+                torch.allclose(graph(*x), forward(*x), atol=1e-5)
+                for x in (rows(1, 1), rows(1, 5), rows(3, 17), rows(1, longest))
             ]
         except (IndexError, RuntimeError, TypeError, ValueError):  # no graph, no harm
             return None

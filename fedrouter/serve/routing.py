@@ -136,12 +136,15 @@ class Routing:
     def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
         """Embed all texts together; route each among its client's task clusters."""
         vectors = self.embedder.embed([text for text, _ in items])
-        for client in {client for _, client in items} - self._routers.keys():
-            self._routers[client] = Router(self.bundle, self.fallback, client)
-        return [
-            self._routers[client].route(vector[None])[0]
-            for vector, (_, client) in zip(vectors, items, strict=True)
-        ]
+        rows: dict[str | None, list[int]] = {}
+        for row, (_, client) in enumerate(items):
+            rows.setdefault(client, []).append(row)
+        decided: dict[int, Decision] = {}
+        for client, own in rows.items():
+            if client not in self._routers:
+                self._routers[client] = Router(self.bundle, self.fallback, client)
+            decided |= zip(own, self._routers[client].route(vectors[own]), strict=True)
+        return [decided[row] for row in range(len(items))]
 
 
 def load_routing() -> Routing:
