@@ -160,10 +160,6 @@ def build_command(
     several = _check_arguments(options.vllm_args)
     if several and options.watch:
         raise ServingError("--watch: several API processes cannot reload; leave it or --api-server-count out")
-    if several and options.watch:
-        raise ServingError(
-            "--watch: a server with several API processes cannot reload; leave one of them out"
-        )
     allowed = [one for one in LORA_RANKS if one >= rank]
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
