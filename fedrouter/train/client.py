@@ -71,6 +71,7 @@ class Client:
             raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
+        self.whole = whole  # sets all of its rows aside or none, see ``cluster.crowd``
         drawn = derive_seed(seed, name, "set aside")
         self._fit, self._held = cluster.set_aside(len(records), drawn, whole)
         self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned

@@ -1,8 +1,9 @@
 """What the rounds start from: task clusters that are found, found anew, or that a checkpoint holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -22,6 +23,8 @@ from fedrouter.train.server import Federation, RunState
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.train.sources import load_sources
 from fedrouter.types import AdapterState, Record
+
+Told = TypeVar("Told")
 
 
 def start(
@@ -65,19 +68,30 @@ def rereading(
     def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
         trainer.take_out()
 
-        def admit(name: str) -> tuple[list[Record], Client]:
-            rows = load_sources({name: config.data.clients[name]}, config, config.data.max_per_client)[name]
-            if rows == records[name]:
-                return rows, federation.clients[name]
-            whole = name in crowd({**records, name: rows})
-            return rows, Client(name, rows, embedder, config.seed, config.privacy, whole=whole)
+        def read(name: str) -> list[Record]:
+            sources = {name: config.data.clients[name]}
+            return load_sources(sources, config, config.data.max_per_client)[name]
 
-        for name in list(federation.clients):
+        def tried(name: str, what: Callable[[str], Told], before: Told) -> Told:
             try:
-                ((records[name], federation.clients[name]),) = each([name], admit)
+                (told,) = each([name], what)
             except FedRouterError as error:  # its file is being written, say
                 text = f"client {name} goes on with the rows that it had: {error}"
                 console.print(text, highlight=False, soft_wrap=True, markup=False)
+                return before
+            return told
+
+        rows = {name: tried(name, read, records[name]) for name in federation.clients}
+        small = crowd(rows)
+
+        def admit(name: str) -> Client:
+            return Client(name, rows[name], embedder, config.seed, config.privacy, whole=name in small)
+
+        for name, client in list(federation.clients.items()):
+            if rows[name] != records[name] or client.whole != (name in small):
+                federation.clients[name] = tried(name, admit, client)
+            if federation.clients[name] is not client:
+                records[name] = rows[name]
         new, state = left_out.without(federation, lambda: recluster(federation, config, old, state))
         text = f"clustered anew before round {state.number + 1}: {changes(old, new)}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
