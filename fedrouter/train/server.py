@@ -1,6 +1,7 @@
 """The round loop. Knows clients only through the small ``Federation`` interface."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -273,11 +274,12 @@ def requests_of(
 def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list[tuple[str, int, int]]:
     """Return a round's (client, task cluster, steps): the same on every call."""
     settings = config.train
+    first = first_turns(assignments) if settings.schedule == "one" else {}
     planned = []
     for assignment in participants(assignments, settings.participation, config.seed, number):
         subsets = assignment.subsets
         if settings.schedule == "one":
-            subsets = (subsets[number % len(subsets)],)
+            subsets = (subsets[(first[assignment.client] + number) % len(subsets)],)
         if settings.epochs is None:
             assert settings.steps is not None, "the configuration refuses this"
             steps = share([s.num_examples for s in subsets], settings.steps)
@@ -286,6 +288,16 @@ def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list
             steps = [settings.epochs * math.ceil(rows / settings.batch_size) for rows in trained]
         planned += [(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n]
     return planned
+
+
+def first_turns(assignments: Sequence[Assignment]) -> dict[str, int]:
+    """Choose the subset each client begins with, so that a round's clients spread over the task clusters."""
+    taken: Counter[int] = Counter()
+    first = {}
+    for client, subsets in ((one.client, one.subsets) for one in assignments):
+        first[client] = min(range(len(subsets)), key=lambda i: taken[subsets[i].cluster])
+        taken[subsets[first[client]].cluster] += 1
+    return first
 
 
 def participants(assignments: Sequence[Assignment], part: float, seed: int, number: int) -> list[Assignment]:

@@ -83,7 +83,7 @@ def test_an_adapter_without_effect_is_a_failure(
 
 
 def asked_of(answer: Callable[[str], tuple[str, float]]) -> list[str]:
-    """Check two adapters of a server that answers a body with a text and its likelihood; return the bodies."""
+    """Check two adapters of a server that answers with a text and its likelihood; return the requests."""
     asked: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

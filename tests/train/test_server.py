@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_the_schedule_takes_all_subsets_or_one_in_turn() -> None:
     assert plans(2, steps=4) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
     turns = [[("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]]
     assert plans(4, steps=4, schedule="one") == turns * 2
+
+
+def test_in_turn_a_round_s_clients_spread_over_the_task_clusters() -> None:
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3)] * 2
+    assignments = [
+        Assignment(f"c{i}", tuple(subset(cluster, 10) for cluster in pair)) for i, pair in enumerate(pairs)
+    ]
+    for number in range(4):
+        planned = plan(assignments, config(steps=4, schedule="one"), number)
+        assert Counter(cluster for _, cluster, _ in planned) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
 def test_epochs_count_whole_passes_over_the_rows_trained_on() -> None:
