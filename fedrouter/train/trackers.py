@@ -7,6 +7,7 @@ told of the rounds instead: one step is one server round, one metric is one figu
 import importlib.util
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -84,6 +85,11 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and "mlflow" in self._callbacks:  # whose callback would say that it finished
+            with suppress(Exception):  # the run's own error is the one to be seen
+                importlib.import_module("mlflow").end_run(
+                    "FAILED" if isinstance(error, Exception) else "KILLED"
+                )
         self._tell("on_train_end")
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:

@@ -79,6 +79,23 @@ def test_mlflow_gets_them_in_a_local_store(tmp_path: Path, monkeypatch: pytest.M
     assert "dialogue/loss" not in run.data.metrics
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="mlflow is not installed")
+@pytest.mark.parametrize(
+    ("error", "status"), [(TrainingError("no memory left"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_mlflow_is_told_how_a_run_ended(
+    error: BaseException, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with pytest.raises(type(error)), Trackers(config("mlflow"), tmp_path, Console(quiet=True)):
+        raise error
+    (run,) = mlflow.MlflowClient(store).search_runs(["0"])
+    assert run.info.status == status
+
+
 def test_without_trackers_nothing_happens(tmp_path: Path) -> None:
     with Trackers(config(), tmp_path, Console(quiet=True)) as trackers:
         trackers.write(result(0), ["a", "b"])
