@@ -20,7 +20,7 @@ from fedrouter.evaluate import evaluate, load, render
 from fedrouter.serve.launch import Options, free_port, running_server
 from fedrouter.train.run import train
 
-FEDAVG = ["method=fedavg", "cluster={}"]
+FEDAVG = ["method=fedavg", "cluster={}", "train.schedule=all"]  # it gives a client one subset
 
 
 def main() -> None:

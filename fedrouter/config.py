@@ -309,7 +309,7 @@ class Config(_Section):
                 f"method {method} has no use for train.proximal; FedAvg with it is method fedprox"
             )
         if method not in ("fedrouter", "oracle", "feddpa") and self.train.schedule == "one":
-            raise ValueError(f"method {method} gives a client one subset; remove train.schedule")
+            raise ValueError(f"method {method} gives a client one subset; leave train.schedule at all")
         if method == "clustered" and (
             self.train.participation < 1 or self.cluster.warmup >= self.train.rounds
         ):

@@ -89,12 +89,13 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) ->
 )
 def test_options_that_do_not_belong_to_the_method_are_refused(overrides: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        load_config(None, ["cluster={}", *overrides])
+        load_config(None, ["cluster={}", "train.schedule=all", *overrides])
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
-def test_every_method_runs_on_the_built_in_federation_with_two_settings(method: str) -> None:
-    assert load_config(None, [f"method={method}", "cluster={}"]).method == method
+def test_every_method_runs_on_the_built_in_federation_with_a_few_settings(method: str) -> None:
+    changes = [f"method={method}", "cluster={}", "train.schedule=all"]
+    assert load_config(None, changes).method == method
 
 
 def test_a_file_that_does_not_read(tmp_path: Path) -> None:

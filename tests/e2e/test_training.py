@@ -136,7 +136,11 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_one_adapter_for_all_is_fedavg(tmp_path: Path) -> None:
-    bundle = train(load_config(None, [*SMALL, "cluster={}", "method=fedavg"]), tmp_path / "fedavg", QUIET)
+    bundle = train(
+        load_config(None, [*SMALL, "cluster={}", "train.schedule=all", "method=fedavg"]),
+        tmp_path / "fedavg",
+        QUIET,
+    )
     assert len(bundle.clusters) == 1
     assert bundle.clusters[0].num_examples == 96
     assert np.isfinite(bundle.clusters[0].radius)
