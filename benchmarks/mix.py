@@ -57,11 +57,12 @@ def wanted(random_: random.Random, prompts: list[str], adapters: list[str]) -> t
 async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: list[str]) -> dict[str, Any]:
     """Ask from ``CLIENTS`` clients at once; return statuses, hangs and memory (MiB) over the time.
 
+    "memory_mib" is of all processes, "hook_mib" of the one that the hook is in; the other is vLLM's engine.
     Some clients leave before they have their answer. Every run asks the same, if not at the same moments.
     """
     statuses: dict[str, Counter[str]] = {"wanted": Counter(), "garbage": Counter()}
     failures: list[str] = []
-    began, memory = time.monotonic(), list[float]()
+    began, memory, hook = time.monotonic(), list[float](), list[float]()
     end = began + 60 * minutes
     async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as client:
 
@@ -94,6 +95,7 @@ async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: 
         async def watch() -> None:
             while time.monotonic() < end:
                 memory.append(resident_mib(pid))
+                hook.append(resident_mib(pid, alone=True))
                 await asyncio.sleep(5)
 
         await asyncio.gather(watch(), *(ask(number) for number in range(CLIENTS)))
@@ -104,13 +106,14 @@ async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: 
         "failures": failures,
         "healthy": healthy,
         "memory_mib": memory,
+        "hook_mib": hook,
     }
 
 
-def resident_mib(leader: int) -> float:
-    """Return the memory of all processes of a group, shared pages counted once for each, MiB."""
+def resident_mib(leader: int, alone: bool = False) -> float:
+    """Return the memory of a group's processes, shared pages counted for each, or its leader alone, MiB."""
     total = 0
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for status in Path("/proc").glob(f"{leader if alone else '[0-9]*'}/stat"):
         try:
             fields = status.read_text().rsplit(")", 1)[1].split()
         except (FileNotFoundError, ProcessLookupError):

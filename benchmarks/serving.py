@@ -332,12 +332,9 @@ def main() -> None:
         rows.append((label, f"{len(mixed['failures'])} of {number}", "0", not mixed["failures"]))
         rows.append(("ready afterwards", str(mixed["healthy"]), "True", mixed["healthy"]))
         minute = min(12, len(mixed["memory_mib"]) // 2)
-        figure(
-            "memory over the minutes but the first, growth",
-            growth(mixed["memory_mib"], minute),
-            0.05,
-            digits=3,
-        )
+        for label, kind in (("all processes", "memory_mib"), ("the hook's", "hook_mib")):
+            label = f"memory over the minutes but the first, growth, {label}"
+            figure(label, growth(mixed[kind], minute), 0.05, digits=3)
         results["mix"] = mixed
     results |= {
         **measured,
