@@ -11,7 +11,7 @@ from fedrouter.serve import metrics
 from fedrouter.serve.access import CLUSTERS, DRY_RUN, OPEN, READY, RELOAD
 from fedrouter.serve.bodies import AS_BASE, ROUTED, UNROUTED
 from fedrouter.serve.launch import OURS
-from fedrouter.serve.middleware import _headers
+from fedrouter.serve.request import routing_headers
 from fedrouter.serve.routing import NO_TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -51,6 +51,6 @@ def test_every_metric() -> None:
 
 
 def test_every_header() -> None:
-    for name, _ in _headers([NO_TEXT], 0.0):
+    for name, _ in routing_headers([NO_TEXT], 0.0):
         short = name.decode().removeprefix("x-fedrouter")
         assert f"`{name.decode()}`" in TEXT or f"`{short}`" in TEXT
