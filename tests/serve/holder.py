@@ -68,8 +68,8 @@ class HolderApp:
             await self.gate.wait()
             if name != "base" and name not in self.adapters:
                 return 500, {"error": {"message": f"{name} is gone while it answers"}}
-        said, likelihood = ("base", -1.0) if name == "base" or name in self.idle else (name, -1.5)
-        choice = {"text": said, "logprobs": {"tokens": ["a"], "token_logprobs": [likelihood]}}
+        likelihood = -1.0 if name == "base" or name in self.idle else -1.5
+        choice = {"text": name, "logprobs": {"tokens": ["a"], "token_logprobs": [likelihood]}}
         prompts = payload.get("prompt")
         return 200, {"model": name, "choices": [choice] * (len(prompts) if isinstance(prompts, list) else 1)}
 
