@@ -203,6 +203,10 @@ def build_command(
     if cpu:
         argv += ["--dtype", "float32", "--enforce-eager"]
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+        if "--no-enforce-eager" not in options.vllm_args:
+            # Eager is the model alone: vLLM compiles a helper of log-likelihoods all the same, two seconds in
+            # which all requests wait, those that prove the server ready among them.
+            defaults["TORCHDYNAMO_DISABLE"] = "1"
         cores = cores or len(os.sched_getaffinity(0))
         if cores <= SMALL_MACHINE:
             # One process fewer that imports everything: ready in 25 s, not 40. vLLM's own thread binding goes

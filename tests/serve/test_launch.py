@@ -160,6 +160,9 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     gpu = build(word_bundle)
     assert "--dtype" not in gpu.argv
     assert "--enforce-eager" not in gpu.argv
+    assert command.defaults["TORCHDYNAMO_DISABLE"] == "1"
+    compiled = build(word_bundle, cpu=True, vllm_args=["--no-enforce-eager"])
+    assert "TORCHDYNAMO_DISABLE" not in compiled.defaults | gpu.defaults
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,15 @@ def test_average_is_numpys(weights: list[int], seed: int) -> None:
         assert mean[name].dtype == np.float32
 
 
+@given(weights=weighted, seed=st.integers(0, 1000))
+def test_average_is_the_dense_mean_over_all_pairs_of_clients(weights: list[int], seed: int) -> None:
+    """Every client's B meets every client's A: what the paper's way does to ΔW, cross terms and all."""
+    states = [adapter(seed + i) for i in range(len(weights))]
+    pairs = [b[B].astype(np.float64) @ a[A].astype(np.float64) for b in states for a in states]
+    want = np.average(pairs, axis=0, weights=np.outer(weights, weights).ravel())
+    np.testing.assert_allclose(product(average(states, weights)), want, rtol=1e-5, atol=1e-5)
+
+
 def test_alike_adapters_stay_what_they_are() -> None:
     state = adapter(0)
     for name, array in average([state, state, state], [1, 5, 2]).items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings
 from fedrouter.train.optimizer import ADAPTIVITY, server_step
-from fedrouter.types import AdapterState
+from fedrouter.types import AdapterState, Array
 
 
 def run(settings: AggregateSettings, targets: list[AdapterState]) -> AdapterState:
@@ -63,6 +63,24 @@ def test_adam_is_the_papers_recursion(seed: int) -> None:
             m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
             x = x + 1e-3 * m / (np.sqrt(v) + ADAPTIVITY)
         np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), rate=st.floats(1e-4, 0.1), num=st.integers(1, 4))
+def test_adam_with_the_identity_for_a_is_adam_of_the_dense_product(seed: int, rate: float, num: int) -> None:
+    settings = AggregateSettings(server="adam", server_learning_rate=rate)
+    rng = np.random.default_rng(seed)
+    a, b = sorted(adapter(0))
+    eye = np.eye(6, dtype=np.float32)  # of full rank: B is ΔW
+    current, moments = {a: eye, b: rng.normal(size=(6, 6)).astype(np.float32)}, dict[str, Array]()
+    dense, first, second = (current[b] @ eye).astype(np.float64), 0.0, 0.0
+    for _ in range(num):
+        wanted = {a: eye, b: rng.normal(size=(6, 6)).astype(np.float32)}
+        change = wanted[b] @ wanted[a] - dense
+        first, second = 0.9 * first + 0.1 * change, 0.99 * second + 0.01 * change**2
+        dense = dense + rate * first / (np.sqrt(second) + ADAPTIVITY)
+        current, moments = server_step(current, wanted, moments, settings)
+    np.testing.assert_allclose(current[b] @ current[a], dense, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(current[a], eye)
 
 
 @pytest.mark.parametrize("server", ["momentum", "adam"])
