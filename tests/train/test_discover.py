@@ -64,7 +64,7 @@ def test_the_tasks_are_found_and_so_is_their_number(scenario: str) -> None:
 
 
 def test_a_number_that_is_given_is_kept() -> None:
-    clients, _ = federation(SCENARIOS["dual"])
+    clients, _ = federation(SCENARIOS["two clients"])
     for num in (1, 2, 6):
         space = discover(clients, ClusterSettings.model_validate({"global": num}), seed=0)
         assert len(set(space.cluster_of)) == num
@@ -138,7 +138,7 @@ def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
 
 
 def test_the_same_seed_gives_the_same_space() -> None:
-    one, two = (discover(federation(SCENARIOS["all"])[0], AUTO, seed=3) for _ in range(2))
+    one, two = (discover(federation(SCENARIOS["two clients"])[0], AUTO, seed=3) for _ in range(2))
     np.testing.assert_array_equal(one.centroids, two.centroids)
     np.testing.assert_array_equal(one.transform, two.transform)
 
