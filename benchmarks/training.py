@@ -79,6 +79,7 @@ def measure(what: str, file: Path | None = None) -> dict[str, float]:
     settings += [
         f"data.num_clients={clients}",
         "data.num_per_task=400",
+        "train.schedule=all",  # a client's 16 steps are for two subsets, as a user's own configuration has it
         f"train.rounds={2 if what == '8' else 1}",
         f"train.steps={STEPS // clients}",
     ]
