@@ -203,7 +203,7 @@ def build_command(
     if cpu:
         argv += ["--dtype", "float32", "--enforce-eager"]
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-        if "--no-enforce-eager" not in options.vllm_args:
+        if "--no-enforce-eager" not in {flag.replace("_", "-") for flag in options.vllm_args}:
             # Eager is the model alone: vLLM compiles a helper of log-likelihoods all the same, two seconds in
             # which all requests wait, those that prove the server ready among them.
             defaults["TORCHDYNAMO_DISABLE"] = "1"

@@ -91,7 +91,6 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
     key = noise_key(out, config.privacy)
     with unclaimed(out):
         left_out = LeftOut(out, records, console, once=bool(config.privacy.centroid_noise))
-
         small = crowd({name: records[name] for name in left_out.others})
 
         def admit(name: str) -> Client:
