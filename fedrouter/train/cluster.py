@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import make_interp_spline
 from scipy.special import ndtri
 from sklearn.cluster import KMeans
-from sklearn.metrics import pairwise_distances_argmin
+from sklearn.metrics import euclidean_distances
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
@@ -21,7 +21,7 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments,
 Labels = NDArray[np.int64]
 
 MAX_LOCAL = 64  # local clusters of "auto"
-MIN_ROWS = 2  # a local cluster of "auto" holds at least so many rows on average, and ``least``
+MIN_ROWS = 2  # of a local cluster of "auto" on average, before small ones are united
 SET_ASIDE = 3  # every third row judges the space that the others made
 SMALL = 60  # rows; a client of fewer is small: a third of them tells too little
 CROWD = 16  # among so many small clients, a third of the clients stands for all of them
@@ -66,26 +66,25 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     ----------
     x : (n, d) float32, embedded prompts.
     num : local clusters; "auto" cuts much finer than tasks, the server joins what belongs together.
-    least : rows; a smaller local cluster's go to the nearest larger one.
+    least : rows; smaller local clusters are united, with each other or with larger ones.
 
     Raises
     ------
     TrainingError
         If more clusters are asked for than there are rows.
     """
-    given = int(np.clip(len(x) // max(least, MIN_ROWS), 1, MAX_LOCAL)) if num == "auto" else num
+    given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
         raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
     rows = x.astype(np.float64)
     if num == "auto":
         # Mended later, so one attempt is enough; in units in which no few dimensions decide alone.
-        z, attempts = rows / np.maximum(rows.std(0), 1e-12), 1
+        z, attempts = (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12), 1
     else:
         z, attempts = rows, 10
     labels = KMeans(given, n_init=attempts, random_state=seed).fit_predict(z)
-    groups = _gather(rows, _merged(z, labels, least), given)
-    full = groups.counts > 0
-    return LocalClusters(groups.counts[full], groups.centroids[full], groups.scatter)
+    labels = _united(z, labels, least)
+    return _gather(rows, labels, labels.max() + 1)
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
@@ -243,14 +242,28 @@ def _squared(x: Array, space: RoutingSpace) -> Float64s:
     return np.asarray((z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T)
 
 
-def _merged(z: Float64s, labels: Labels, least: int) -> Labels:
-    """Give the rows of groups smaller than ``least`` to the nearest larger group, if there is one."""
-    large = np.flatnonzero(np.bincount(labels) >= least)
-    small = ~np.isin(labels, large)
-    if not len(large):
-        return np.zeros_like(labels)
-    means = np.stack([z[labels == k].mean(0) for k in large])
-    return np.where(small, large[pairwise_distances_argmin(z, means)], labels)
+def _united(z: Float64s, labels: Labels, least: int) -> Labels:
+    """Unite groups smaller than ``least`` until none is left, always where it adds least scatter (Ward 1963).
+
+    Two small groups of one kind make a large one; given to the nearest large group, they would spoil it.
+    """
+    found, labels = np.unique(labels, return_inverse=True)
+    counts = np.bincount(labels)
+    means = np.stack([z[labels == k].mean(0) for k in range(len(found))])
+    squared = euclidean_distances(means, squared=True)
+    while len(counts) > 1 and counts.min() < least:
+        small = np.flatnonzero(counts < least)
+        cost = squared[small] / (1 / counts[small, None] + 1 / counts)
+        cost[np.arange(len(small)), small] = np.inf
+        i, j = np.unravel_index(cost.argmin(), cost.shape)
+        a, b = sorted((int(small[i]), int(j)))
+        means[a] = np.average(means[[a, b]], axis=0, weights=counts[[a, b]])
+        counts[a] += counts[b]
+        squared[a] = squared[:, a] = ((means - means[a]) ** 2).sum(1)
+        labels = np.where(labels == b, a, labels - (labels > b))
+        counts, means = np.delete(counts, b), np.delete(means, b, 0)
+        squared = np.delete(np.delete(squared, b, 0), b, 1)
+    return labels
 
 
 def _members(labels: Labels, num: int) -> Float64s:

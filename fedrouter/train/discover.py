@@ -3,8 +3,8 @@
 The exchanges, in order; no row leaves its client in any of them:
 
 1. Each client sets a third of its rows aside (many small clients: all or none, ``cluster.crowd``), cuts the
-   rest into many small local clusters and reveals their centroids, counts and one pooled scatter matrix
-   (``cluster.summarise``).
+   rest into many small local clusters, unites those that are too small to be told of, and reveals centroids,
+   counts and one pooled scatter matrix (``cluster.summarise``).
 2. The server joins local clusters, always the two whose union raises log det of the pooled within-cluster
    covariance least, until ``NUM_COMPONENTS`` are left (``condense``). The criterion does not depend on the
    embedder's scale or axes: large dimensions do not dominate.
@@ -45,6 +45,7 @@ PASSES = 1  # of regrouping; each sends a (d, d) matrix
 SEPARATION = 5.2  # between two task clusters: standard deviations of prompts × squared chord of completions
 MAX_SEPARATION = 8.0  # standard deviations; prompts farther apart are no more different
 MIN_CHORD = 0.1  # two tasks may have the same answers
+MIN_UNJUDGED = 10  # rows; a smaller group without a set-aside row is no task cluster
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
 PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
 PRIOR_SHARE = 10.0  # pseudo-rows that damp the shares of very small clients
@@ -182,7 +183,8 @@ def separate(
     square of the chord of their completions (``_chords``): a task is where prompts look different and, above
     all, so do the answers. "auto" stops when all stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p
     are the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
-    small, is not taken for a task, while a task that few clients hold counts in full.
+    small, is not taken for a task, while a task that few clients hold counts in full. A group of a few rows,
+    none of them set aside, cannot be judged: it joins the one whose prompts are nearest.
     """
     space = component_space(components)
     totals = [_Sum() for _ in range(5)]
@@ -191,6 +193,7 @@ def separate(
             total.add(part)
     n, s, q, answers, rows = (total.value for total in totals)
     centres = space.centroids @ basis
+    told = n.copy()
     n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
     q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
     unit = _deviations(components)  # no few dimensions decide alone
@@ -204,20 +207,26 @@ def separate(
         )
     while len(groups) > (1 if num == "auto" else num):
         share = (support / (held + PRIOR_SHARE)).max(0)
-        apart = np.minimum(_separations(n, s, q), MAX_SEPARATION) * _chords(answers, prompts) ** 2
+        separations = _separations(n, s, q)
+        apart = np.minimum(separations, MAX_SEPARATION) * _chords(answers, prompts) ** 2
+        unjudged = (told == 0) & (support.sum(0) < MIN_UNJUDGED)
+        apart[unjudged] = separations[unjudged]
         np.fill_diagonal(apart, np.inf)
         # Balance says only whether two join, never which two come first.
         closest = apart.argmin(1)
         p = share / np.maximum(share + share[closest], 1e-12)
         balanced = apart[np.arange(len(p)), closest] * 2 * np.sqrt(p * (1 - p))
+        balanced[unjudged] = 0
         if num == "auto" and balanced.min() >= SEPARATION:
             break
         joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
         a = int(np.where(joins, apart.min(1), np.inf).argmin())
         i, j = sorted((a, int(closest[a])))
-        for array in (n, s, q, answers, prompts):
+        for array in (told, n, s, q, answers, prompts):
             array[i] += array[j]
-        n, s, q, answers, prompts = (np.delete(array, j, 0) for array in (n, s, q, answers, prompts))
+        told, n, s, q, answers, prompts = (
+            np.delete(array, j, 0) for array in (told, n, s, q, answers, prompts)
+        )
         support[:, i] += support[:, j]
         support = np.delete(support, j, 1)
         groups[i] += groups.pop(j)

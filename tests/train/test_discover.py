@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
 from fedrouter.train.cluster import QUANTILES, assign, nearest, regroup, set_aside, summarise
-from fedrouter.train.discover import condense, discover, radius, whitening
+from fedrouter.train.discover import component_space, condense, discover, radius, separate, whitening
 from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
 DIM = 12
@@ -105,6 +105,25 @@ def test_tasks_with_the_same_answers_are_told_apart_only_by_a_given_number() -> 
     assert purity(space, rows, {c: np.repeat([0, 1], 90) for c in rows}) == 1.0
 
 
+def test_a_few_rows_of_which_none_was_set_aside_are_no_task() -> None:
+    """A second client's six rows, far off and answered otherwise, are a task only if they are judged."""
+    counts = np.array([200.0, 200, 6])
+    centroids = np.array([[20.0, 0], [0, 20], [-20, -20]])
+    components = LocalClusters(counts, centroids, 400 * np.eye(2))
+    z = component_space(components).centroids.astype(np.float64)
+    answers = counts[:, None] * (centroids[[1, 2, 0]] + [0, 9])
+
+    def num_tasks(told: int) -> int:
+        n = np.array([100.0, 100, told])
+        squares = n[:, None, None] * (z[:, :, None] * z[:, None, :] + np.eye(2))
+        revealed = Moments(n, n[:, None] * z, squares, answers, counts)
+        support = np.array([[200.0, 200, 0], [0, 0, 6]])
+        return len(set(separate([revealed], components, np.eye(2), support)))
+
+    assert num_tasks(told=0) == 2
+    assert num_tasks(told=3) == 3
+
+
 def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
     """At d = 384, in float32, of symmetric matrices one half."""
     dim, sent = 384, 0
@@ -158,6 +177,22 @@ def test_the_papers_way_is_kmeans_over_centroids_weighted_by_counts() -> None:
 def test_more_local_clusters_than_rows() -> None:
     with pytest.raises(TrainingError, match="6 local clusters but only 5 rows"):
         summarise(blob(0, 5, 0), 6, seed=0)
+
+
+@given(num=st.integers(5, 60), least=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_no_local_cluster_is_small(num: int, least: int, seed: int) -> None:
+    x = np.random.default_rng(seed).normal(size=(num, 3)).astype(np.float32)
+    found = summarise(x, "auto", seed, least)
+    assert found.counts.sum() == num
+    assert found.counts.min() >= min(least, num)
+    np.testing.assert_allclose(found.counts @ found.centroids, x.sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_small_local_clusters_of_one_kind_are_united() -> None:
+    """Three rows here, three there, near each other and far from six: none of them goes to the six."""
+    x = np.repeat([[0.0, 0], [0.4, 0], [9, 9]], (3, 3, 6), axis=0).astype(np.float32)
+    found = summarise(x, 3, seed=0, least=5)
+    assert sorted(map(tuple, np.c_[found.counts, found.centroids].round(3))) == [(6, 0.2, 0), (6, 9, 9)]
 
 
 def test_more_task_clusters_than_groups_of_rows() -> None:
