@@ -80,7 +80,7 @@ def child(*arguments: str) -> dict[str, float]:
 
 def measure(what: str, file: Path | None = None) -> dict[str, float]:
     """Train so many clients, or as another child is to; return seconds and peak memory."""
-    from fedrouter.config import load_config
+    from fedrouter.config_file import load_config
 
     clients = int(what) if what.isdigit() else 8
     settings = [f"base.model={BASE}"] if BASE.exists() else []

@@ -76,7 +76,7 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Train one adapter per task cluster and write a bundle."""
-    from fedrouter.config import load_config
+    from fedrouter.config_file import load_config
 
     settings = load_config(config, set_ or [])
     directory = out or Path("runs") / (config.stem if config else "four-tasks")
@@ -324,7 +324,7 @@ def demo(
     num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
 ) -> None:
     """Go the whole way on the built-in federation: train, serve, ask, score, stop."""
-    from fedrouter.config import load_config
+    from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.evaluate import load
     from fedrouter.serve.launch import running_server

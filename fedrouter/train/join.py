@@ -22,7 +22,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
-from fedrouter.config import ClusterSettings, Config, read_resolved
+from fedrouter.config import ClusterSettings, Config
+from fedrouter.config_file import read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import read_chat_template, resolve_base

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from fedrouter.builtin import base_path
 from fedrouter.bundle import Bundle, load_bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.errors import ConfigError, DataError, TrainingError
 from fedrouter.train.run import train
 

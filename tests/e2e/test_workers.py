@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.data import builtin_records
 from fedrouter.errors import TrainingError, WorkerError
 from fedrouter.models import load_base, load_tokenizer, resolve_base
