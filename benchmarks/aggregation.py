@@ -13,7 +13,7 @@ import numpy as np
 from common import report
 from rich.console import Console
 
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.train import run, server
 from fedrouter.train.aggregate import average, cut, exact
 from fedrouter.types import AdapterState, TrainReply

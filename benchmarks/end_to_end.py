@@ -15,7 +15,7 @@ from pathlib import Path
 from common import report
 from rich.console import Console
 
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.evaluate import evaluate, load, render
 from fedrouter.serve.launch import Options, free_port, running_server
 from fedrouter.train.run import train

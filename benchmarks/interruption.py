@@ -21,7 +21,7 @@ from common import report
 from rich.console import Console
 
 from fedrouter.builtin.tasks import TASKS, generate
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.train.run import train
 
 ROUNDS = 4

@@ -27,7 +27,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle, find_base, find_embedder
-from fedrouter.config import Config, LoraSettings, load_config
+from fedrouter.config import Config, LoraSettings
+from fedrouter.config_file import load_config
 from fedrouter.data import load_records
 from fedrouter.embed import routing_text
 from fedrouter.models import load_base, load_tokenizer

@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.embed import load_embedder
 from fedrouter.models import resolve_base
 from fedrouter.route import Router

@@ -7,7 +7,8 @@ one that trains a client for few steps again and again. Seconds are processor se
 busy machine hardly changes; a federation's are those of one whole round (the second: training, averaging,
 checkpoint). The plain trainer gets the very batches of that round in their order, and so pads as much: the
 difference is what federating costs. Batches mixed over tasks hold more padding; what a trainer takes for
-those is shown beside it. Memory is the peak that the operating system saw. The base is
+those is shown beside it. Seconds by the clock: the same round with all threads in one process, and with
+processes that train side by side. Memory is the peak that the operating system saw. The base is
 ``../shared/models/english-6m`` where it is, else ``builtin:tiny``.
 """
 
@@ -27,6 +28,7 @@ from rich.console import Console
 
 BASE = SHARED / "models" / "english-6m"
 STEPS = 128  # a round, over all clients
+THREADS = min(4, os.cpu_count() or 1)
 FEW, MANY = 1, 9  # steps, to tell a trainer's set-up from its steps
 
 
@@ -38,6 +40,7 @@ def main() -> None:
         batches = str(Path(scratch) / "batches.json")
         eight, plain, mixed = (child(what, batches) for what in ("8", "plain", "mixed"))
     sixty_four, setup = child("64"), child("setup")
+    together, beside = child("threads"), child("processes")
     ratio = eight["seconds"] / plain["seconds"]
     memory = eight["peak_mib"] / plain["peak_mib"]
     growth = sixty_four["peak_mib"] / eight["peak_mib"]
@@ -51,6 +54,9 @@ def main() -> None:
          eight["tokens"] == plain["tokens"]),
         ("set-up of a trainer, for each client, task and round, seconds", f"{setup['seconds']:.3f}", "≤ 0.15",
          setup["seconds"] <= 0.15),
+        (f"one round by the clock, {THREADS} threads, seconds", f"{together['seconds']:.1f}", "", None),
+        (f"the same in {THREADS} processes of a thread, seconds", f"{beside['seconds']:.1f}", "", None),
+        ("processes ÷ threads, seconds", f"{beside['seconds'] / together['seconds']:.3f}", "", None),
         ("peak MiB: plain", f"{plain['peak_mib']:.0f}", "", None),
         ("peak MiB: 8 clients", f"{eight['peak_mib']:.0f}", "", None),
         ("peak MiB: 64 clients", f"{sixty_four['peak_mib']:.0f}", "", None),
@@ -58,6 +64,7 @@ def main() -> None:
         ("64 ÷ 8 clients, memory", f"{growth:.3f}", "≤ 1.1", growth <= 1.1),
     ]  # fmt: skip
     results = {"plain": plain, "mixed": mixed, "8": eight, "64": sixty_four, "seconds_ratio": ratio}
+    results |= {"threads": together, "processes": beside}
     results |= {"setup_seconds": setup["seconds"], "memory_ratio": memory, "memory_growth": growth}
     report("training", {"base": BASE.name if BASE.exists() else "builtin:tiny", **results}, rows)
 
@@ -65,14 +72,15 @@ def main() -> None:
 def child(*arguments: str) -> dict[str, float]:
     """Measure in a process of its own."""
     command = [sys.executable, __file__, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    threads = THREADS if arguments[0] in ("threads", "processes") else 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure(what: str, file: Path | None = None) -> dict[str, float]:
-    """Train so many clients, or "plain", "mixed" or "setup"; return seconds and peak memory."""
-    from fedrouter.config import load_config
+    """Train so many clients, or as another child is to; return seconds and peak memory."""
+    from fedrouter.config_file import load_config
 
     clients = int(what) if what.isdigit() else 8
     settings = [f"base.model={BASE}"] if BASE.exists() else []
@@ -80,12 +88,14 @@ def measure(what: str, file: Path | None = None) -> dict[str, float]:
         f"data.num_clients={clients}",
         "data.num_per_task=400",
         "train.schedule=all",  # a client's 16 steps are for two subsets, as a user's own configuration has it
-        f"train.rounds={2 if what == '8' else 1}",
+        f"train.rounds={2 if what in ('8', 'threads', 'processes') else 1}",
         f"train.steps={STEPS // clients}",
     ]
     config = load_config(None, settings)
     if what.isdigit():
         found = federated(config, file)
+    elif what in ("threads", "processes"):
+        found = {"seconds": clock_seconds(config, THREADS if what == "processes" else 1)}
     elif what == "setup":
         found = {"seconds": setup_seconds(config)}
     else:
@@ -129,6 +139,17 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
     file.write_text(json.dumps(rows))
     tokens = sum(len(ids) * len(ids[0]) for ids, _, _ in batches[STEPS:])
     return {"seconds": seconds, "tokens": tokens}
+
+
+def clock_seconds(config: Any, processes: int) -> float:
+    """Return what the last round takes, with so many adapters trained at a time."""
+    from fedrouter.train.run import train
+
+    with tempfile.TemporaryDirectory() as scratch:
+        train(config, Path(scratch) / "run", Console(file=sys.stderr), processes)
+        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
+    ends = {line["round"]: line["time"] for line in map(json.loads, lines)}
+    return float(ends[1] - ends[0])
 
 
 def plainly(config: Any, rows: Any) -> dict[str, float]:

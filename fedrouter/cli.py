@@ -31,6 +31,10 @@ Out = Annotated[Path | None, typer.Option(help="Where the run goes; resumes a ru
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
 ]
+Processes = Annotated[
+    int,
+    typer.Option(min=1, help="Train so many adapters at a time: each on a GPU, or a share of the threads."),
+]
 BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory that holds one.")]
 BaseOption = Annotated[
     str | None, typer.Option(help="Where the base model is, if not where the bundle says.")
@@ -69,16 +73,17 @@ def train(
     ] = None,
     out: Out = None,
     set_: Set = None,
+    processes: Processes = 1,
 ) -> None:
     """Train one adapter per task cluster and write a bundle."""
-    from fedrouter.config import load_config
+    from fedrouter.config_file import load_config
 
     settings = load_config(config, set_ or [])
     directory = out or Path("runs") / (config.stem if config else "four-tasks")
     from fedrouter.train.run import train as run
 
     try:
-        bundle = run(settings, directory, console)
+        bundle = run(settings, directory, console, processes)
     except KeyboardInterrupt:
         stderr.print(f"interrupted; the same command goes on from the last finished round in {directory}")
         raise typer.Exit(130) from None
@@ -100,6 +105,7 @@ def join(
     out: Annotated[
         Path | None, typer.Option(help="Where to; otherwise RUN and the names, beside it.")
     ] = None,
+    processes: Processes = 1,
 ) -> None:
     """Add clients to a finished run, or let them move; train only what is new."""
     sources, changed = _sources(client, "--client"), _sources(moved, "--moved")
@@ -108,7 +114,7 @@ def join(
     from fedrouter.train.join import join as add
 
     try:
-        bundle = add(run, sources, changed, out, console)
+        bundle = add(run, sources, changed, out, console, processes)
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last finished round")
         raise typer.Exit(130) from None
@@ -318,14 +324,16 @@ def demo(
     num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
 ) -> None:
     """Go the whole way on the built-in federation: train, serve, ask, score, stop."""
-    from fedrouter.config import load_config
+    from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.evaluate import load
     from fedrouter.serve.launch import running_server
+    from fedrouter.train.machine import side_by_side
     from fedrouter.train.run import train as run_train
 
     console.rule("1 · train: 8 clients, two tasks each, no data shared")
-    bundle = run_train(load_config(None), out, console)
+    config = load_config(None)
+    bundle = run_train(config, out, console, side_by_side(config))
     console.rule("2 · serve: vLLM with one adapter per task")
     with running_server(bundle.path, log=out / "server.log") as url:
         console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)

@@ -1,18 +1,12 @@
-"""TOML to typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
+"""Typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
 
-import difflib
-import json
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrouter.errors import ConfigError
 
-BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
 EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with an embeddings endpoint's API key, if any
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -335,36 +329,6 @@ class Config(_Section):
         return self
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, or the built-in federation's; apply ``section.key=value`` overrides; validate.
-
-    Relative data and model paths in the file are resolved against the file's directory.
-
-    Raises
-    ------
-    ConfigError
-        For a missing file, TOML that does not parse, an unknown key or a value that does not fit.
-    """
-    values: dict[str, Any] = {}
-    if path is None:
-        values = tomllib.loads(BUILTIN_CONFIG.read_text(encoding="utf-8"))
-    else:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"configuration {path}: no such file") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"configuration {path}: {error}") from error
-        _resolve_paths(values, path.parent)
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        where = str(path) if path else "configuration"
-        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
-
-
 def checked_url(url: str) -> str:
     """Return the address of an embeddings endpoint without a trailing ``/v1``.
 
@@ -384,86 +348,3 @@ def checked_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"the embedder's address {url}: expected http://HOST:PORT")
     return url.rstrip("/").removesuffix("/v1")
-
-
-def read_resolved(file: Path) -> Config:
-    """Read the resolved configuration that lies beside a run.
-
-    Raises
-    ------
-    ConfigError
-        If it is missing, or this version cannot read it.
-    """
-    try:
-        # Defaults are left out: an option that was never given may not be given with others.
-        return Config.model_validate(
-            _differing(json.loads(file.read_text(encoding="utf-8")), Config().model_dump(by_alias=True))
-        )
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
-
-
-def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    pairs = {k: (v, defaults.get(k)) for k, v in values.items() if k not in defaults or v != defaults[k]}
-    return {
-        k: _differing(v, d) if d and isinstance(v, dict) and isinstance(d, dict) else v
-        for k, (v, d) in pairs.items()
-    }
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word: --set data.partition=single
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section")
-    values[last] = value
-
-
-def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
-    """Make the file's relative paths absolute where such a path exists; other names are hub ids."""
-
-    def resolve(name: Any) -> Any:
-        if isinstance(name, list):
-            return [resolve(n) for n in name]
-        if isinstance(name, str) and (name.startswith((".", "/")) or (directory / name).exists()):
-            return str((directory / name).resolve())
-        return name
-
-    for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
-        table = values.get(section)
-        if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
-            table.update({key: resolve(table[key]) for key in keys if key in table})
-    match values:
-        case {"data": {"clients": dict(clients)}}:
-            values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {key}; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return (
-        message if not key or error["type"] == "value_error" else f"{key}: {message} (got {error['input']!r})"
-    )
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        model = model.model_fields[part].annotation
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -6,6 +6,7 @@ FedRouterError
 ├── ModelError        a base model or an embedder
 │   └── EndpointError an embeddings endpoint that cannot be reached, or refuses
 ├── TrainingError     a run that cannot go on
+│   └── WorkerError   a training process that is gone
 ├── ClientError       clients that could not do their part before the rounds
 ├── BundleError       a bundle that cannot be written or must not be served
 └── ServingError      a server that cannot start, or an endpoint that cannot be reached
@@ -38,6 +39,10 @@ class EndpointError(ModelError):
 
 class TrainingError(FedRouterError):
     """A run cannot go on."""
+
+
+class WorkerError(TrainingError):
+    """A training process is gone."""
 
 
 class ClientError(FedRouterError):

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from fedrouter.config import Config, load_config
+from fedrouter.config import Config
+from fedrouter.config_file import load_config
 from fedrouter.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
-    {"types", "config", "errors"},
+    {"types", "config", "config_file", "errors"},
     {"builtin", "bundle", "data", "embed", "embed_endpoint", "models", "partition", "route"},
     {"train", "serve", "evaluate"},
     {"cli", "demo", "inspect", "push", "__main__"},

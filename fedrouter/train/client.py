@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import cluster, noise
 from fedrouter.train.noise import Noise
 from fedrouter.types import (
+    AdapterState,
     Array,
     Assignment,
     Float64s,
@@ -35,9 +36,42 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedrouter.embed import Embedder
-    from fedrouter.train.sft import AdapterTrainer
+    from fedrouter.train.sft import Trained
 
 LOG = logging.getLogger("fedrouter.client")  # on the client's machine
+
+
+class Trainer(Protocol):
+    """Trains and judges adapters on tokenised rows: in this process (sft.py) or in another (workers.py)."""
+
+    @property
+    def validation(self) -> float:
+        """Share of a subset's rows that is not trained on."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Rows an optimizer step."""
+        ...
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the tensors that training changes."""
+        ...
+
+    def tokenise(self, records: Sequence[Record]) -> "Dataset":
+        """Tokenise records for the base model."""
+        ...
+
+    def train(
+        self, adapter: AdapterState, data: "Dataset", steps: int, learning_rate: float, seed: int
+    ) -> "Trained":
+        """Train ``adapter`` on ``data``."""
+        ...
+
+    def loss(self, adapter: AdapterState, data: "Dataset") -> tuple[float, int]:
+        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
+        ...
 
 
 class Client:
@@ -145,7 +179,7 @@ class Client:
         counts = zip(*(a.tolist() for a in np.unique(labels, return_counts=True)), strict=True)
         return {k: count for k, count in counts if count >= self._least}, rest
 
-    def train(self, request: TrainRequest, trainer: "AdapterTrainer") -> TrainReply:
+    def train(self, request: TrainRequest, trainer: Trainer) -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""
         if self._privacy.update_noise and not len(self._rows.get(request.cluster, ())):
             adapter = (
@@ -168,7 +202,7 @@ class Client:
             self.name, request.cluster, adapter, trained.num_examples, trained.loss, trained.seconds
         )
 
-    def validate(self, request: ValidationRequest, trainer: "AdapterTrainer") -> ValidationReply:
+    def validate(self, request: ValidationRequest, trainer: Trainer) -> ValidationReply:
         """Judge the adapter that came with ``request`` on rows of its subset that are not trained on."""
         _, rows = self._subset(request.cluster, trainer)
         loss, num_tokens = trainer.loss(request.adapter, rows) if rows else (0.0, 0)
@@ -180,7 +214,7 @@ class Client:
                 f"client {self.name}: there is no noise for what is asked; it reveals nothing"
             )
 
-    def _subset(self, number: int, trainer: "AdapterTrainer") -> "tuple[Dataset, Dataset | None]":
+    def _subset(self, number: int, trainer: Trainer) -> "tuple[Dataset, Dataset | None]":
         """Return a task cluster's rows, tokenised: those to train on, and those to validate on, if any."""
         if not len(self._rows.get(number, ())):
             raise TrainingError(f"client {self.name}: no row of it belongs to task cluster {number}")

@@ -22,7 +22,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
-from fedrouter.config import ClusterSettings, Config, read_resolved
+from fedrouter.config import ClusterSettings, Config
+from fedrouter.config_file import read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import read_chat_template, resolve_base
@@ -35,6 +36,7 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
+from fedrouter.train.machine import share_out
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds
@@ -42,6 +44,7 @@ from fedrouter.train.run import load_model, quantised, unclaimed, versions
 from fedrouter.train.server import Federation, fresh_state
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.train.sources import load_sources
+from fedrouter.train.workers import start_workers
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
 
 MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius
@@ -50,7 +53,12 @@ CHANCE = 3.0  # standard deviations above what a radius's quantile leaves outsid
 
 @explained_out_of_memory()
 def join(
-    run: Path, sources: Mapping[str, str], moved: Mapping[str, str], out: Path | None, console: Console
+    run: Path,
+    sources: Mapping[str, str],
+    moved: Mapping[str, str],
+    out: Path | None,
+    console: Console,
+    processes: int = 1,
 ) -> Bundle:
     """Add clients to the finished ``run``; write another run, with a bundle that knows them, and return that.
 
@@ -60,6 +68,7 @@ def join(
     moved : the same of clients that ``run`` knows and whose data has changed: they leave the task clusters in
         which they have no rows any more.
     out : where to; without it ``run``'s name and the clients'. The same command goes on, or says it is done.
+    processes : train so many adapters at a time.
 
     Raises
     ------
@@ -98,6 +107,7 @@ def join(
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
+    share_out(config, processes)
     tokenizer, model, _ = load_model(config, path)
     found: Embedder
     if bundle.embedder.kind == "base":
@@ -110,7 +120,7 @@ def join(
         clients = list(each(records, lambda n: Client(n, records[n], embedder, config.seed, config.privacy)))
         model = quantised(config, path, model)
         trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-        federation = LocalFederation(clients, trainer)
+        federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
     first = len(bundle.clusters)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """Federation in one process: every client shares one base model in memory, adapters are swapped in."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from queue import SimpleQueue
+from threading import Thread
+from typing import TypeVar
 
 from fedrouter.config import Count
-from fedrouter.errors import ClientError, FedRouterError
-from fedrouter.train.client import Client, failure, reason_of
+from fedrouter.errors import ClientError, FedRouterError, WorkerError
+from fedrouter.train.client import Client, Trainer, failure, reason_of
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
@@ -20,9 +22,6 @@ from fedrouter.types import (
     ValidationReply,
     ValidationRequest,
 )
-
-if TYPE_CHECKING:
-    from fedrouter.train.sft import AdapterTrainer
 
 Request = TypeVar("Request", TrainRequest, ValidationRequest)
 Reply = TypeVar("Reply")
@@ -55,11 +54,11 @@ def each(clients: Iterable[str], what: Callable[[str], Told]) -> Iterator[Told]:
 
 
 class LocalFederation:
-    """Clients in this process, one after the other."""
+    """Clients in this process. ``workers`` train beside ``trainer``, each a request at a time."""
 
-    def __init__(self, clients: Sequence[Client], trainer: "AdapterTrainer"):
+    def __init__(self, clients: Sequence[Client], trainer: Trainer, workers: Sequence[Trainer] = ()):
         self.clients = {client.name: client for client in clients}
-        self._trainer = trainer
+        self._trainer, self._workers = trainer, workers
 
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
         """Have every client cluster its own rows, unless it has set all of them aside."""
@@ -84,21 +83,56 @@ class LocalFederation:
             del self.clients[name]
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        """Train each request in turn; a client's failure is an answer, running out of memory is not."""
-        for request in requests:
-            yield self._ask(self.clients[request.client].train, request)
+        """Train what is requested; a client's failure is an answer, running out of memory is not."""
+        return self._answers(requests, lambda r, trainer: self.clients[r.client].train(r, trainer))
 
     def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
         """Have each request's client judge an adapter."""
-        for request in requests:
-            yield self._ask(self.clients[request.client].validate, request)
+        return self._answers(requests, lambda r, trainer: self.clients[r.client].validate(r, trainer))
 
-    def _ask(
-        self, what: Callable[[Request, "AdapterTrainer"], Reply], request: Request
-    ) -> Reply | TrainFailure:
+    def _answers(
+        self, requests: Sequence[Request], ask: Callable[[Request, Trainer], Reply]
+    ) -> Iterator[Reply | TrainFailure]:
+        """Yield answers as they come; who is free takes the next request."""
+        left = iter(requests)
+        elsewhere: SimpleQueue[Reply | TrainFailure | Exception] = SimpleQueue()
+
+        def work(worker: Trainer) -> None:
+            try:
+                for request in left:
+                    elsewhere.put(_tried(request, worker, ask))
+            except Exception as error:  # raised again below
+                elsewhere.put(error)
+
+        def taken() -> Reply | TrainFailure:
+            answer = elsewhere.get()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        for worker in self._workers:
+            Thread(target=work, args=(worker,), daemon=True).start()
+        waiting = len(requests)
         try:
-            return what(request, self._trainer)
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            return failure(request, error)
+            for request in left:
+                yield _tried(request, self._trainer, ask)
+                waiting -= 1
+                while not elsewhere.empty():
+                    yield taken()
+                    waiting -= 1
+            for _ in range(waiting):
+                yield taken()
+        finally:
+            for _ in left:  # after an error nothing more is begun
+                pass
+
+
+def _tried(
+    request: Request, trainer: Trainer, ask: Callable[[Request, Trainer], Reply]
+) -> Reply | TrainFailure:
+    try:
+        return ask(request, trainer)
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, WorkerError):
+            raise
+        return failure(request, error)

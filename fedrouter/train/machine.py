@@ -1,4 +1,4 @@
-"""What this machine can train on, said before anything is loaded."""
+"""What this machine can train on, and each process's share of it; said before anything is loaded."""
 
 import importlib.util
 import os
@@ -21,8 +21,8 @@ def check_machine(config: Config) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:  # accelerate launch, torchrun
         raise TrainingError(
-            f"a federation trains in one process, and {processes} were started: run fedrouter train alone; "
-            'a base too large for one GPU takes base.device = "spread"'
+            f"{processes} processes were started from outside: run fedrouter train alone, with --processes "
+            f'{processes}; a base too large for one GPU takes base.device = "spread"'
         )
     wanted, gpus = config.base.device, torch.cuda.device_count()
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -37,6 +37,30 @@ def check_machine(config: Config) -> None:
             f'base.quantization = "{quantization}" needs bitsandbytes: pip install "fedrouter[qlora]"'
         )
     check_trackers(config.train.report_to)
+
+
+def share_out(config: Config, processes: int) -> None:
+    """Leave this process its share of the machine's threads; refuse more processes than GPUs.
+
+    Raises
+    ------
+    TrainingError
+        If each cannot have a GPU of its own.
+    """
+    if processes == 1:
+        return
+    device, _ = device_and_dtype(config)
+    if device == "spread":
+        raise TrainingError('--processes: base.device = "spread" takes all GPUs for one process')
+    if device == "cuda" and processes > (gpus := torch.cuda.device_count()):
+        raise TrainingError(f"--processes {processes}: each takes a GPU of its own, and there are {gpus}")
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def side_by_side(config: Config) -> int:
+    """Return how many small models train side by side here: one a GPU or a thread, four at most."""
+    device, _ = device_and_dtype(config)
+    return max(1, min(4, torch.cuda.device_count() if device == "cuda" else torch.get_num_threads()))
 
 
 def device_and_dtype(config: Config) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from fedrouter.train.cluster import crowd
 from fedrouter.train.files import write_atomically
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import check_machine, device_and_dtype
+from fedrouter.train.machine import check_machine, device_and_dtype, share_out
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
@@ -33,6 +33,7 @@ from fedrouter.train.rounds import train_rounds
 from fedrouter.train.sft import AdapterTrainer, check_targets
 from fedrouter.train.sources import load_clients
 from fedrouter.train.start import rereading, start
+from fedrouter.train.workers import start_workers
 from fedrouter.types import TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
@@ -51,12 +52,16 @@ def unclaimed(out: Path) -> Iterator[None]:
 
 
 @explained_out_of_memory()
-def train(config: Config, out: Path, console: Console) -> Bundle:
+def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bundle:
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
     ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
     clients failed before the rounds.
+
+    Parameters
+    ----------
+    processes : train so many adapters at a time (workers.py).
 
     Raises
     ------
@@ -74,6 +79,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
             raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
     path = resolve_base(config.base.model, config.base.revision)
+    share_out(config, processes)
     tokenizer, model, dtype = load_model(config, path)
     base = base_spec(config.base.model, config.base.revision, path)
 
@@ -103,7 +109,7 @@ def train(config: Config, out: Path, console: Console) -> Bundle:
             left_out.add(failed)
         model = quantised(config, path, model)
         trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
-        federation = LocalFederation(clients, trainer)
+        federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         anew = rereading(config, records, embedder, federation, trainer, left_out, console)
         fresh = trainer.state()
         clustering, state, digest = left_out.without(

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class AdapterTrainer:
         gc.collect()
         gc.freeze()
         atexit.register(gc.unfreeze)  # what is left frozen at exit is reported as leaked
+        self._tokenising = threading.Lock()  # a tokenizer serves one thread at a time
         self._scratch = tempfile.TemporaryDirectory(prefix="fedrouter-")
 
     @property
@@ -151,7 +153,8 @@ class AdapterTrainer:
 
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
-        return tokenise(records, self._tokenizer, self._settings.max_length)
+        with self._tokenising:
+            return tokenise(records, self._tokenizer, self._settings.max_length)
 
     def take_out(self) -> None:
         """Leave the base model as it is without an adapter, for embedding: a B of zero adds nothing."""

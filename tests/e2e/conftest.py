@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from fedrouter.bundle import Bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
 from fedrouter.route import Router

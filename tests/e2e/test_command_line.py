@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.train.run import train
 
 SMALL = [

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from fedrouter.builtin import base_path
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle, write_bundle
-from fedrouter.config import Config, load_config
+from fedrouter.config import Config
+from fedrouter.config_file import load_config
 from fedrouter.data import builtin_records
 from fedrouter.embed import embedder_spec, load_embedder, probe
 from fedrouter.errors import ConfigError, EndpointError

@@ -25,7 +25,7 @@ from transformers import (
 
 from fedrouter.builtin import base_path
 from fedrouter.bundle import Bundle, load_bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.train.run import train
 
 SHAPE = {

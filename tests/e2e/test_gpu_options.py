@@ -8,7 +8,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle, check_embedder, find_base, load_bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.embed import load_embedder
 from fedrouter.train.run import train
 

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import load_bundle
-from fedrouter.config import Config, load_config
+from fedrouter.config import Config
+from fedrouter.config_file import load_config
 from fedrouter.train.run import train
 
 SETTINGS = [

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from fedrouter.builtin import base_path
 from fedrouter.bundle import Bundle, load_bundle
-from fedrouter.config import load_config
+from fedrouter.config_file import load_config
 from fedrouter.errors import ConfigError, DataError, TrainingError
 from fedrouter.train.run import train
 
@@ -91,15 +92,20 @@ def test_another_seed_gives_another_bundle(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    """With another process training beside it, which must not outlive it; ``run`` had one alone."""
     out = tmp_path / "killed"
     overrides = [part for setting in SMALL for part in ("--set", setting)]
-    command = [sys.executable, "-m", "fedrouter", "train", "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "fedrouter", "train", "--processes", "2", "--out", str(out), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoints" / "round-00000").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert started
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
     assert not (out / "bundle").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "going on after round" in done.stdout

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from fedrouter.builtin.tasks import TASKS, generate
-from fedrouter.config import Config, load_config
+from fedrouter.config import Config
+from fedrouter.config_file import load_config
 from fedrouter.embed import HiddenStateEmbedder
 from fedrouter.train.client import Client
 from fedrouter.train.run import train

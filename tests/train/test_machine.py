@@ -5,7 +5,7 @@ import torch
 
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.train.machine import check_machine, device_and_dtype
+from fedrouter.train.machine import check_machine, device_and_dtype, share_out, side_by_side
 
 
 def config(**base: str) -> Config:
@@ -15,7 +15,7 @@ def config(**base: str) -> Config:
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_machine(config())
     monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate launch and torchrun set it
-    with pytest.raises(TrainingError, match="in one process, and 2 were started"):
+    with pytest.raises(TrainingError, match=r"2 processes were started from outside: .* --processes 2"):
         check_machine(config())
 
 
@@ -42,3 +42,24 @@ def test_what_dtype_is_taken() -> None:
     assert device_and_dtype(config(device="cpu", dtype="bfloat16")) == ("cpu", "bfloat16")
     assert device_and_dtype(config(device="cuda")) == ("cuda", "bfloat16")
     assert device_and_dtype(config(device="spread", dtype="float16")) == ("spread", "float16")
+
+
+def test_each_process_gets_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", left.append)
+    for processes in (1, 2, 3, 9):
+        share_out(config(device="cpu"), processes)
+    assert left == [3, 2, 1], "a single process keeps them all"
+    assert side_by_side(config(device="cpu")) == 4
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    share_out(config(device="cuda"), 2)
+    assert side_by_side(config(device="cuda")) == 2
+    with pytest.raises(TrainingError, match=r"--processes 3: each takes a GPU of its own, and there are 2"):
+        share_out(config(device="cuda"), 3)
+    with pytest.raises(TrainingError, match=r'--processes: base\.device = "spread" takes all GPUs'):
+        share_out(config(device="spread"), 2)
