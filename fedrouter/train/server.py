@@ -291,12 +291,16 @@ def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list
 
 
 def first_turns(assignments: Sequence[Assignment]) -> dict[str, int]:
-    """Choose the subset each client begins with, so that a round's clients spread over the task clusters."""
+    """Choose the subset each client begins with, so that a round's clients spread over the task clusters.
+
+    Who has the fewest to choose from chooses first.
+    """
     taken: Counter[int] = Counter()
     first = {}
-    for client, subsets in ((one.client, one.subsets) for one in assignments):
-        first[client] = min(range(len(subsets)), key=lambda i: taken[subsets[i].cluster])
-        taken[subsets[first[client]].cluster] += 1
+    for one in sorted(assignments, key=lambda one: len(one.subsets)):
+        turn = min(range(len(one.subsets)), key=lambda i: taken[one.subsets[i].cluster])
+        first[one.client] = turn
+        taken[one.subsets[turn].cluster] += 1
     return first
 
 

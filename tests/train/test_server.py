@@ -238,6 +238,12 @@ def test_in_turn_a_round_s_clients_spread_over_the_task_clusters() -> None:
         assert Counter(cluster for _, cluster, _ in planned) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
+def test_in_turn_a_client_with_a_choice_leaves_to_the_others_what_they_alone_have() -> None:
+    assignments = [Assignment("a", (subset(0, 10), subset(1, 10))), Assignment("b", (subset(0, 10),))]
+    planned = plan(assignments, config(steps=4, schedule="one"), 0)
+    assert {client: cluster for client, cluster, _ in planned} == {"a": 1, "b": 0}
+
+
 def test_epochs_count_whole_passes_over_the_rows_trained_on() -> None:
     assert plans(1, epochs=2, batch_size=8) == [[("a", 0, 8), ("a", 1, 4), ("b", 1, 4)]]
     assert plans(1, epochs=1, batch_size=8, validation=0.2) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 1)]]
