@@ -41,8 +41,11 @@ METHODS = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "or
 VARIANTS = {"fedrouter-exact": ["aggregate.method=exact"], "fedrouter-one": ["train.schedule=one"]}
 OWN = {"fedprox": ["train.proximal=0.1"], **VARIANTS}
 SETTINGS = [
-    *("train.rounds=3", "train.steps=12", "train.batch_size=4"),
-    *("train.schedule=all", "routing.fallback=nearest"),
+    "train.rounds=3",
+    "train.steps=12",
+    "train.batch_size=4",
+    "train.schedule=all",
+    "routing.fallback=nearest",
 ]
 PER_TASK = 60  # test rows
 MODES = ("global", "local")

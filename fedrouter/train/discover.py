@@ -193,7 +193,6 @@ def separate(
             total.add(part)
     n, s, q, answers, rows = (total.value for total in totals)
     centres = space.centroids @ basis
-    told = n.copy()
     n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
     q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
     unit = _deviations(components)  # no few dimensions decide alone
@@ -209,7 +208,8 @@ def separate(
         share = (support / (held + PRIOR_SHARE)).max(0)
         separations = _separations(n, s, q)
         apart = np.minimum(separations, MAX_SEPARATION) * _chords(answers, prompts) ** 2
-        unjudged = (told == 0) & (support.sum(0) < MIN_UNJUDGED)
+        pseudo = PRIOR_MEAN * np.array([len(group) for group in groups])
+        unjudged = (n == pseudo) & (support.sum(0) < MIN_UNJUDGED)
         apart[unjudged] = separations[unjudged]
         np.fill_diagonal(apart, np.inf)
         # Balance says only whether two join, never which two come first.
@@ -222,11 +222,9 @@ def separate(
         joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
         a = int(np.where(joins, apart.min(1), np.inf).argmin())
         i, j = sorted((a, int(closest[a])))
-        for array in (told, n, s, q, answers, prompts):
+        for array in (n, s, q, answers, prompts):
             array[i] += array[j]
-        told, n, s, q, answers, prompts = (
-            np.delete(array, j, 0) for array in (told, n, s, q, answers, prompts)
-        )
+        n, s, q, answers, prompts = (np.delete(array, j, 0) for array in (n, s, q, answers, prompts))
         support[:, i] += support[:, j]
         support = np.delete(support, j, 1)
         groups[i] += groups.pop(j)

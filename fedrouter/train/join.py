@@ -36,7 +36,6 @@ from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_components
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import share_out
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds
@@ -107,8 +106,7 @@ def join(
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
-    share_out(config, processes)
-    tokenizer, model, _ = load_model(config, path)
+    tokenizer, model, _ = load_model(config, path, processes)
     found: Embedder
     if bundle.embedder.kind == "base":
         found = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)

@@ -1,4 +1,4 @@
-"""Federation in one process: every client shares one base model in memory, adapters are swapped in."""
+"""Federation on one machine: clients share the base models in memory, adapters are swapped in."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from queue import SimpleQueue

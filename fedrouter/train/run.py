@@ -79,8 +79,7 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
             raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
     path = resolve_base(config.base.model, config.base.revision)
-    share_out(config, processes)
-    tokenizer, model, dtype = load_model(config, path)
+    tokenizer, model, dtype = load_model(config, path, processes)
     base = base_spec(config.base.model, config.base.revision, path)
 
     wanted = config.embedder
@@ -152,8 +151,10 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     )
 
 
-def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
+def load_model(config: Config, path: Path, processes: int) -> tuple[Any, Any, str]:
     """Return tokenizer, base model and dtype as the configuration says; not quantised yet.
+
+    ``processes`` share the machine.
 
     Raises
     ------
@@ -161,6 +162,7 @@ def load_model(config: Config, path: Path) -> tuple[Any, Any, str]:
         If there is no such device or package, the model does not load, or has no such modules.
     """
     check_machine(config)
+    share_out(config, processes)
     tokenizer = load_tokenizer(path, config.base.chat_template)
     device, dtype = device_and_dtype(config)
     model = load_base(path, dtype, device)

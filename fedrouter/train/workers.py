@@ -49,7 +49,7 @@ class Worker:
         self._here = here
         spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
         self._connection, there = spawning.Pipe()
-        arguments = there, config, path, torch.get_num_threads()
+        arguments = there, config, path, *device_and_dtype(config), torch.get_num_threads()
         self._process = spawning.Process(target=_work, args=arguments, daemon=True)
         with _only_gpu(number):
             self._process.start()
@@ -121,12 +121,11 @@ def _only_gpu(number: int) -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _work(connection: Connection, config: Config, path: Path, threads: int) -> None:
+def _work(connection: Connection, config: Config, path: Path, device: str, dtype: str, threads: int) -> None:
     """Answer until the connection ends; what a started process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    device, dtype = device_and_dtype(config)
     model = load_base(path, dtype, device, config.base.quantization)
     tokenizer = load_tokenizer(path, config.base.chat_template)
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
@@ -144,7 +143,8 @@ def _answer(trainer: AdapterTrainer, what: str, arguments: Sequence[Any]) -> Any
     except Exception as error:
         gpu = isinstance(error, torch.OutOfMemoryError)
         memory = (torch.OutOfMemoryError if gpu else MemoryError) if out_of_memory(error) else None
-        return Failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", memory)
+        line = str(error).partition("\n")[0]
+        return Failed(f"{type(error).__name__}: {line}", memory)
 
 
 def _end_with_parent() -> None:
