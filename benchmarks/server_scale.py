@@ -44,19 +44,27 @@ class Crowd:
         self.prompts = centre.normal(size=(TASKS, DIM)) * 1.5
         self.answers = centre.normal(size=(TASKS, DIM))
 
-    def summarise(self, _num: object) -> Iterator[LocalClusters]:
+    def summarise(self, _num: object, completions: bool = False) -> Iterator[LocalClusters]:
         """Local clusters as k-means would find them: two halves of either task."""
         quarters = {k: np.arange(k, ROWS, LOCAL) for k in range(LOCAL)}
-        return self._each(lambda _name, x, _answers: cluster.gather(x, quarters, LOCAL))
+        return self._each(
+            lambda _name, x, answers: cluster.gather(
+                cluster.beside(x, answers) if completions else x, quarters, LOCAL
+            )
+        )
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
         """Rows by nearest component."""
-        return self._each(lambda _name, x, _answers: cluster.regroup(x, space))
+        return self._each(lambda _name, x, answers: cluster.regroup(cluster.beside(x, answers), space))
 
-    def moments(self, space: RoutingSpace, basis: Float64s) -> Iterator[Moments]:
+    def moments(self, space: RoutingSpace, directions: Float64s) -> Iterator[Moments]:
         """Moments of rows set aside."""
         held = np.arange(0, ROWS, 3)
-        return self._each(lambda _name, x, answers: cluster.moments(x, answers, held, space, basis))
+        return self._each(
+            lambda _name, x, answers: cluster.moments(
+                cluster.beside(x, answers), answers, held, space, directions
+            )
+        )
 
     def assign(self, space: RoutingSpace) -> Iterator[Assignment]:
         """Rows by task cluster."""

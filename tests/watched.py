@@ -90,12 +90,12 @@ class Watched:
         self.seen: list[tuple[str, tuple[Any, ...], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def ask(*arguments: Any) -> Iterator[Any]:
-            for message in getattr(self.inner, name)(*arguments):
+        def ask(*arguments: Any, **named: Any) -> Iterator[Any]:
+            for message in getattr(self.inner, name)(*arguments, **named):
                 self.seen.append((name, arguments, message))
                 yield message
 
-        return lambda *arguments: list(ask(*arguments)) if name == "assign" else ask(*arguments)
+        return lambda *args, **named: list(ask(*args, **named)) if name == "assign" else ask(*args, **named)
 
     def names(self) -> list[str]:
         return [name for name, _, _ in self.seen]

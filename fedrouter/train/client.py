@@ -121,15 +121,18 @@ class Client:
         """Whether there are rows enough to reveal a local cluster."""
         return len(self._fit) >= self._least
 
-    def summarise(self, num: Count) -> LocalClusters:
+    def summarise(self, num: Count, completions: bool = False) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
         seed = derive_seed(self._seed, self.name)
+        if completions:
+            self._refuse_without_noise()
+        answers = self._answers[self._fit] if completions else None
         if self._privacy.centroid_noise:
             assert num != "auto", "the configuration refuses this"
             fit = self._vectors[self._fit]
             return noise.summarise(fit, self._centre, num, seed, self._privacy, self._noise)
         try:
-            return cluster.summarise(self._vectors[self._fit], num, seed, self._least)
+            return cluster.summarise(self._vectors[self._fit], num, seed, self._least, answers)
         except TrainingError as error:
             raise TrainingError(f"client {self.name}: {error}") from error
 
@@ -137,14 +140,15 @@ class Client:
         """Give each row to the nearest centroid, or where it is told; reveal what came together."""
         self._refuse_without_noise()
         if told is None:
-            return cluster.regroup(self._vectors[self._fit], space, self._least)
+            return cluster.regroup(self._seen(space)[self._fit], space, self._least)
         rows = cluster.told_rows(self.name, self._tasks, told)
         return cluster.gather(self._vectors, rows, told.num, self._least)
 
-    def moments(self, space: RoutingSpace, basis: Float64s) -> Moments:
+    def moments(self, space: RoutingSpace, directions: Float64s) -> Moments:
         """Reveal moments of the rows set aside, and the mean answers."""
         self._refuse_without_noise()
-        return cluster.moments(self._vectors, self._answers, self._held, space, basis, self._least)
+        rows = self._seen(space)
+        return cluster.moments(rows, self._answers, self._held, space, directions, self._least)
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
@@ -207,6 +211,11 @@ class Client:
         _, rows = self._subset(request.cluster, trainer)
         loss, num_tokens = trainer.loss(request.adapter, rows) if rows else (0.0, 0)
         return ValidationReply(self.name, request.cluster, loss, num_tokens)
+
+    def _seen(self, space: RoutingSpace) -> Array:
+        """Return the rows as ``space`` sees them: prompts, or prompts beside completions."""
+        wider = len(space.mean) > self._vectors.shape[1]
+        return cluster.beside(self._vectors, self._answers) if wider else self._vectors
 
     def _refuse_without_noise(self) -> None:
         if self._privacy.centroid_noise:

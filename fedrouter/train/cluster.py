@@ -21,6 +21,7 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments,
 Labels = NDArray[np.int64]
 
 MAX_LOCAL = 64  # local clusters of "auto"
+BRIEF = 32  # numbers that stand for a completion, beside its prompt
 MIN_ROWS = 2  # of a local cluster of "auto" on average, before small ones are united
 SET_ASIDE = 3  # every third row judges the space that the others made
 SMALL = 60  # rows; a client of fewer is small: a third of them tells too little
@@ -59,13 +60,28 @@ def num_validation(num_rows: int, share: float) -> int:
     return min(int(share * num_rows), num_rows - 1)
 
 
-def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
+def beside(x: Array, answers: Array) -> Array:
+    """Return prompts, and beside each its completion in brief: (n, d + BRIEF) float32.
+
+    In brief: a random projection, the same everywhere. Lengths and angles stay as they are but for some
+    1/√BRIEF (Johnson and Lindenstrauss 1984), and a scatter matrix of both stays small.
+    """
+    d = x.shape[1]
+    projection = np.random.default_rng(0).normal(size=(d, BRIEF)) / np.sqrt(BRIEF)
+    return np.c_[x, answers @ projection].astype(np.float32)
+
+
+def summarise(
+    x: Array, num: Count, seed: int, least: int = 1, answers: Array | None = None
+) -> LocalClusters:
     """Cut a client's rows into local clusters by k-means.
 
     Parameters
     ----------
     x : (n, d) float32, embedded prompts.
     num : local clusters; "auto" cuts much finer than tasks, the server joins what belongs together.
+    answers : (n, d) float32, embedded completions. With them rows are cut by both, and both are revealed;
+        without, it is the paper's way: plain k-means of prompts.
     least : rows; smaller local clusters are united, with each other or with larger ones.
 
     Raises
@@ -76,15 +92,12 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
         raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
-    rows = x.astype(np.float64)
-    if num == "auto":
-        # Mended later, so one attempt is enough; in units in which no few dimensions decide alone.
-        z, attempts = (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12), 1
-    else:
-        z, attempts = rows, 10
+    z = (x if answers is None else _standard(np.c_[x, answers])).astype(np.float64)
+    attempts = 1 if num == "auto" else 10  # the fine cut is mended later
     labels = KMeans(given, n_init=attempts, random_state=seed).fit_predict(z)
     labels = _united(z, labels, least)
-    return _gather(rows, labels, labels.max() + 1)
+    rows = x if answers is None else beside(x, answers)
+    return _gather(rows.astype(np.float64), labels, labels.max() + 1)
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
@@ -94,19 +107,21 @@ def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
 
 
 def moments(
-    x: Array, answers: Array, held: Labels, space: RoutingSpace, basis: Float64s, least: int = 1
+    x: Array, answers: Array, held: Labels, space: RoutingSpace, directions: Float64s, least: int = 1
 ) -> Moments:
-    """Reveal moments by nearest centroid: of rows set aside in coordinates ``basis``, and of all answers.
+    """Reveal moments by nearest centroid: of rows set aside along ``directions``, and of all answers.
 
     Parameters
     ----------
-    x, answers : (n, d) float32, embedded prompts and completions.
+    x : (n, D) float32, rows as the space sees them.
+    answers : (n, d) float32, embedded completions.
     held : numbers of the rows set aside.
+    directions : (D, r) in which rows set aside are looked at.
     least : rows; of fewer that came together nothing is revealed.
     """
     member = _members(grouped(x, space, least), len(space.centroids))  # (n, m)
     aside = _members(grouped(x[held], space, least), len(space.centroids))
-    z = (x[held].astype(np.float64) - space.mean) @ space.transform @ basis  # (n, r)
+    z = (x[held].astype(np.float64) - space.mean) @ directions  # (n, r)
     squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
     return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers, member.sum(0))
 
@@ -167,19 +182,20 @@ def assign(
 def quantiles(distances: Float64s, least: int) -> Array:
     """Return (101,) float32 quantiles, each of them made of ``least`` rows or more.
 
-    The sorted distances are cut into blocks; a line through the blocks' means is carried on to both ends. A
-    single block is taken for normally distributed.
+    The sorted distances are cut into blocks; a line through the blocks' means, over what a normal
+    distribution has there, is carried on to both ends. A single block is taken for normally distributed.
     """
     if least == 1:
         return np.quantile(distances, QUANTILES).astype(np.float32)
     blocks = np.array_split(np.sort(distances), max(len(distances) // least, 1))
     means = np.array([block.mean() for block in blocks])
+    wanted = ndtri(np.clip(QUANTILES, 0.01, 0.99))
     if len(blocks) == 1:
-        found = means[0] + distances.std() * ndtri(np.clip(QUANTILES, 0.01, 0.99))
+        found = means[0] + distances.std() * wanted
     else:
-        sizes = np.array([len(block) for block in blocks])
-        middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
-        found = make_interp_spline(middles, means, k=1)(QUANTILES)
+        ends = np.cumsum([0, *map(len, blocks)]) / len(distances)
+        density = np.exp(-(ndtri(ends) ** 2) / 2) / np.sqrt(2 * np.pi)
+        found = make_interp_spline(-np.diff(density) / np.diff(ends), means, k=1)(wanted)
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 
@@ -233,6 +249,12 @@ def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Ma
     told = {task: count for task, count in sorted(counts.items()) if count >= least}
     few = counts.total() - sum(told.values())
     return {**told, FEW: few} if few else told
+
+
+def _standard(x: Array) -> Float64s:
+    """Return columns in units of their own standard deviation: no few dimensions decide alone."""
+    rows = x.astype(np.float64)
+    return np.asarray((rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12))
 
 
 def _squared(x: Array, space: RoutingSpace) -> Float64s:

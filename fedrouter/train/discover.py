@@ -32,7 +32,7 @@ from sklearn.cluster import KMeans
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.cluster import QUANTILES, Labels
+from fedrouter.train.cluster import BRIEF, QUANTILES, Labels
 from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
@@ -42,10 +42,8 @@ NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are loo
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
 PASSES = 1  # of regrouping; each sends a (d, d) matrix
-SEPARATION = 5.2  # between two task clusters: standard deviations of prompts × squared chord of completions
-MAX_SEPARATION = 8.0  # standard deviations; prompts farther apart are no more different
-MIN_CHORD = 0.1  # two tasks may have the same answers
-MIN_UNJUDGED = 10  # rows; a smaller group without a set-aside row is no task cluster
+SEPARATION = 4.7  # between two task clusters: standard deviations of prompts × sixth power of a chord
+MIN_UNJUDGED = 30  # rows; a smaller group without a set-aside row is no task cluster
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
 PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
 PRIOR_SHARE = 10.0  # pseudo-rows that damp the shares of very small clients
@@ -66,16 +64,17 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
 
 
 def find_components(federation: Federation, settings: ClusterSettings) -> tuple[LocalClusters, Labels]:
-    """Return the components, and the task cluster of each: exchanges 1 to 4."""
-    clients = federation.summarise(settings.local)
+    """Return the components' prompts, and the task cluster of each: exchanges 1 to 4."""
+    clients = federation.summarise(settings.local, completions=True)
     components = condense(clients, max(NUM_COMPONENTS, 0 if settings.global_ == "auto" else settings.global_))
     for _ in range(PASSES):
         components, support = pool(federation.regroup(component_space(components)))
-    space = component_space(components)
-    basis = span(space)
-    return components, separate(
-        federation.moments(space, basis), components, basis, support, settings.global_
-    )
+    prompts = prompts_of(components)
+    basis = span(component_space(prompts))
+    directions = np.zeros((components.centroids.shape[1], basis.shape[1]))
+    directions[:-BRIEF] = component_space(prompts).transform @ basis
+    told = federation.moments(component_space(components), directions)
+    return prompts, separate(told, prompts, basis, support, settings.global_)
 
 
 def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
@@ -153,6 +152,12 @@ def pool(clients: Iterable[LocalClusters], least: int = MIN_COMPONENT) -> tuple[
     return LocalClusters(counts[kept], centroids[kept], scatter.value), support[:, kept]
 
 
+def prompts_of(components: LocalClusters) -> LocalClusters:
+    """Leave the completions' part out."""
+    scatter = components.scatter[:-BRIEF, :-BRIEF]
+    return LocalClusters(components.counts, components.centroids[:, :-BRIEF], scatter)
+
+
 def component_space(components: LocalClusters) -> RoutingSpace:
     """Whiten by the covariance within components; every component is its own cluster."""
     mean = np.average(components.centroids, axis=0, weights=components.counts)
@@ -207,7 +212,7 @@ def separate(
     while len(groups) > (1 if num == "auto" else num):
         share = (support / (held + PRIOR_SHARE)).max(0)
         separations = _separations(n, s, q)
-        apart = np.minimum(separations, MAX_SEPARATION) * _chords(answers, prompts) ** 2
+        apart = separations * _chords(answers - prompts) ** 6
         pseudo = PRIOR_MEAN * np.array([len(group) for group in groups])
         unjudged = (n == pseudo) & (support.sum(0) < MIN_UNJUDGED)
         apart[unjudged] = separations[unjudged]
@@ -215,7 +220,7 @@ def separate(
         # Balance says only whether two join, never which two come first.
         closest = apart.argmin(1)
         p = share / np.maximum(share + share[closest], 1e-12)
-        balanced = apart[np.arange(len(p)), closest] * 2 * np.sqrt(p * (1 - p))
+        balanced = apart[np.arange(len(p)), closest] * 4 * p * (1 - p)
         balanced[unjudged] = 0
         if num == "auto" and balanced.min() >= SEPARATION:
             break
@@ -364,16 +369,7 @@ def _separations(n: Float64s, s: Float64s, q: Float64s) -> Float64s:
     return np.asarray(2 * gap / np.maximum(deviation + deviation.T, 1e-12))
 
 
-def _chords(answers: Float64s, prompts: Float64s) -> Float64s:
-    """(m, m) how different the completions are: lengths of chords between directions, ``MIN_CHORD`` … 2.
-
-    Both are seen from the mean prompt. The lesser of two chords: between mean completions, and between the
-    ways from mean prompt to mean completion. A topic inside a task moves prompt and completion alike.
-    """
-    found = np.minimum(_chord(answers), _chord(answers - prompts))
-    return np.asarray(np.maximum(found, MIN_CHORD))
-
-
-def _chord(x: Float64s) -> Float64s:
+def _chords(x: Float64s) -> Float64s:
+    """(m, m) how different the directions of rows of ``x`` are: lengths of chords, 0 … 2."""
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return np.asarray(np.sqrt(np.maximum(2 - 2 * unit @ unit.T, 0)))

@@ -36,16 +36,16 @@ class Federation(Protocol):
     comes before the rounds raises ``ClientError`` once all were asked and some could not answer.
     """
 
-    def summarise(self, num: Count) -> Iterable[LocalClusters]:
-        """Have every client cluster its own rows."""
+    def summarise(self, num: Count, completions: bool = False) -> Iterable[LocalClusters]:
+        """Have every client cluster its own rows: its prompts, or prompts beside completions."""
         ...
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterable[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""
         ...
 
-    def moments(self, space: RoutingSpace, basis: Float64s) -> Iterable[Moments]:
-        """Have every client reveal moments of its set-aside rows, in coordinates ``basis``."""
+    def moments(self, space: RoutingSpace, directions: Float64s) -> Iterable[Moments]:
+        """Have every client reveal moments of its set-aside rows, along ``directions``."""
         ...
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:

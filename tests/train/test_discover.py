@@ -138,16 +138,16 @@ def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
                 )
 
     class Counting(PullFederation):
-        def summarise(self, num: Count) -> list[LocalClusters]:
-            count(*(revealed := super().summarise(num)))
+        def summarise(self, num: Count, completions: bool = False) -> list[LocalClusters]:
+            count(*(revealed := super().summarise(num, completions)))
             return revealed
 
         def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
             count(*(revealed := super().regroup(space)))
             return revealed
 
-        def moments(self, space: RoutingSpace, basis: Float64s) -> list[Moments]:
-            count(*(revealed := super().moments(space, basis)))
+        def moments(self, space: RoutingSpace, directions: Float64s) -> list[Moments]:
+            count(*(revealed := super().moments(space, directions)))
             return revealed
 
     x = np.random.default_rng(0).normal(size=(600, dim)).astype(np.float32)

@@ -38,8 +38,8 @@ class Federation(PullFederation):
             for name, tasks in TASKS.items()
         }
 
-    def summarise(self, num: cluster.Count) -> list[LocalClusters]:
-        return [client.summarise(num) for client in self.clients.values()]
+    def summarise(self, num: cluster.Count, completions: bool = False) -> list[LocalClusters]:
+        return [client.summarise(num, completions) for client in self.clients.values()]
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
         return [client.regroup(space, told) for client in self.clients.values()]
