@@ -38,8 +38,8 @@ class LocalClusters:
     """What a client reveals of its rows in groups: its local clusters (paper: μ_{c,j}, n_{c,j})."""
 
     counts: Float64s  # (m,) rows in each
-    centroids: Float64s  # (m, d); zeros where the count is 0
-    scatter: Float64s  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
+    centroids: Float64s  # (m, D), D = d, or d + 32 with completions in brief; zeros where the count is 0
+    scatter: Float64s  # (D, D), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import make_interp_spline
-from scipy.special import ndtri
+from scipy.stats import norm
 from sklearn.cluster import KMeans
 from sklearn.metrics import euclidean_distances
 
@@ -71,9 +71,7 @@ def beside(x: Array, answers: Array) -> Array:
     return np.c_[x, answers @ projection].astype(np.float32)
 
 
-def summarise(
-    x: Array, num: Count, seed: int, least: int = 1, answers: Array | None = None
-) -> LocalClusters:
+def summarise(x: Array, num: Count, seed: int, least: int = 1, answers: Array | None = None) -> LocalClusters:
     """Cut a client's rows into local clusters by k-means.
 
     Parameters
@@ -189,13 +187,13 @@ def quantiles(distances: Float64s, least: int) -> Array:
         return np.quantile(distances, QUANTILES).astype(np.float32)
     blocks = np.array_split(np.sort(distances), max(len(distances) // least, 1))
     means = np.array([block.mean() for block in blocks])
-    wanted = ndtri(np.clip(QUANTILES, 0.01, 0.99))
+    wanted = norm.ppf(np.clip(QUANTILES, 0.01, 0.99))
     if len(blocks) == 1:
-        found = means[0] + distances.std() * wanted
+        found = means[0] + distances.std(ddof=min(1, len(distances) - 1)) * wanted
     else:
         ends = np.cumsum([0, *map(len, blocks)]) / len(distances)
-        density = np.exp(-(ndtri(ends) ** 2) / 2) / np.sqrt(2 * np.pi)
-        found = make_interp_spline(-np.diff(density) / np.diff(ends), means, k=1)(wanted)
+        normal = -np.diff(norm.pdf(norm.ppf(ends))) / np.diff(ends)  # means of its blocks
+        found = make_interp_spline(normal, means, k=1)(wanted)
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 

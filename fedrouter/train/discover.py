@@ -3,8 +3,9 @@
 The exchanges, in order; no row leaves its client in any of them:
 
 1. Each client sets a third of its rows aside (many small clients: all or none, ``cluster.crowd``), cuts the
-   rest into many small local clusters, unites those that are too small to be told of, and reveals centroids,
-   counts and one pooled scatter matrix (``cluster.summarise``).
+   rest into many small local clusters by prompts and completions, unites those that are too small to be told
+   of, and reveals centroids, counts and one pooled scatter matrix (``cluster.summarise``): of prompts, each
+   beside its completion in brief (``cluster.beside``).
 2. The server joins local clusters, always the two whose union raises log det of the pooled within-cluster
    covariance least, until ``NUM_COMPONENTS`` are left (``condense``). The criterion does not depend on the
    embedder's scale or axes: large dimensions do not dominate.
@@ -13,9 +14,10 @@ The exchanges, in order; no row leaves its client in any of them:
 4. Each client reveals moments of the prompts set aside, within the few dimensions that the components span,
    and the sum of each component's embedded completions (``cluster.moments``). The server joins components
    until every two task clusters differ by ``SEPARATION`` in prompts and completions (``separate``): that is
-   their number. Prompts are judged on rows that nothing was fitted to. Completions serve no other purpose.
-5. The routing space: whitened by the covariance within task clusters, the directions between them stretched
-   so that abstention sees them, all components kept as centroids of their task cluster (``routing_space``).
+   their number. Prompts are judged on rows that nothing was fitted to.
+5. The routing space knows prompts only: whitened by their covariance within task clusters, the directions
+   between these stretched so that abstention sees them, all components kept as centroids of their task
+   cluster (``routing_space``).
 6. Each client reveals quantiles of its set-aside rows' distances (``cluster.assign``); their pooled quantile
    is a task cluster's ``radius``.
 
@@ -41,8 +43,9 @@ MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn
 NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are looked for
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
-PASSES = 1  # of regrouping; each sends a (d, d) matrix
-SEPARATION = 4.7  # between two task clusters: standard deviations of prompts × sixth power of a chord
+PASSES = 1  # of regrouping; each sends a scatter matrix
+SEPARATION = 4.7  # between two task clusters, as ``separate`` measures it
+POWER = 6  # of the chord between ways from prompt to completion
 MIN_UNJUDGED = 30  # rows; a smaller group without a set-aside row is no task cluster
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
 PRIOR_ROWS = 5.0  # pseudo-rows that pull a component's variance to the pooled one
@@ -70,9 +73,9 @@ def find_components(federation: Federation, settings: ClusterSettings) -> tuple[
     for _ in range(PASSES):
         components, support = pool(federation.regroup(component_space(components)))
     prompts = prompts_of(components)
-    basis = span(component_space(prompts))
-    directions = np.zeros((components.centroids.shape[1], basis.shape[1]))
-    directions[:-BRIEF] = component_space(prompts).transform @ basis
+    space = component_space(prompts)
+    basis = span(space)
+    directions = np.concatenate([space.transform @ basis, np.zeros((BRIEF, basis.shape[1]))])
     told = federation.moments(component_space(components), directions)
     return prompts, separate(told, prompts, basis, support, settings.global_)
 
@@ -184,12 +187,14 @@ def separate(
 ) -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
-    Two components are as far apart as their prompts (``_separations``, at most ``MAX_SEPARATION``) times the
-    square of the chord of their completions (``_chords``): a task is where prompts look different and, above
-    all, so do the answers. "auto" stops when all stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p
-    are the shares that the two hold of the client which is richest in them. So a topic inside a task, far but
-    small, is not taken for a task, while a task that few clients hold counts in full. A group of a few rows,
-    none of them set aside, cannot be judged: it joins the one whose prompts are nearest.
+    Two components are as far apart as their prompts (``_separations``) times a ``POWER`` of the chord between
+    the ways from mean prompt to mean completion (``_chords``): a task is where prompts look different and,
+    above all, the answers go another way. A topic inside a task moves both ends alike; answers that prompts
+    do not foretell, Yes and No, come from the same prompts. "auto" stops when all stand ``SEPARATION`` apart
+    times 4p(1-p), where p : 1-p are the shares that the two hold of the client which is richest in them. So a
+    topic inside a task, far but small, is not taken for a task, while a task that few clients hold counts in
+    full. A group of a few rows, none of them set aside, or whose completions nobody told, cannot be judged:
+    it joins the one whose prompts are nearest.
     """
     space = component_space(components)
     totals = [_Sum() for _ in range(5)]
@@ -201,8 +206,7 @@ def separate(
     n, s = PRIOR_MEAN + n, PRIOR_MEAN * centres + s
     q = PRIOR_MEAN * centres[:, :, None] * centres[:, None, :] + q
     unit = _deviations(components)  # no few dimensions decide alone
-    answers = (answers - rows[:, None] * space.mean) / unit
-    prompts = rows[:, None] * (components.centroids - space.mean) / unit
+    ways = (answers - rows[:, None] * components.centroids) / unit  # sums over rows
     held = support.sum(1, keepdims=True)
     groups = [[i] for i in range(len(n))]
     if num != "auto" and num > len(groups):
@@ -212,9 +216,9 @@ def separate(
     while len(groups) > (1 if num == "auto" else num):
         share = (support / (held + PRIOR_SHARE)).max(0)
         separations = _separations(n, s, q)
-        apart = separations * _chords(answers - prompts) ** 6
+        apart = separations * _chords(ways) ** POWER
         pseudo = PRIOR_MEAN * np.array([len(group) for group in groups])
-        unjudged = (n == pseudo) & (support.sum(0) < MIN_UNJUDGED)
+        unjudged = (n == pseudo) & (support.sum(0) < MIN_UNJUDGED) | (rows == 0)
         apart[unjudged] = separations[unjudged]
         np.fill_diagonal(apart, np.inf)
         # Balance says only whether two join, never which two come first.
@@ -227,9 +231,9 @@ def separate(
         joins = balanced < SEPARATION if balanced.min() < SEPARATION else balanced <= balanced.min()
         a = int(np.where(joins, apart.min(1), np.inf).argmin())
         i, j = sorted((a, int(closest[a])))
-        for array in (n, s, q, answers, prompts):
+        for array in (n, s, q, ways, rows):
             array[i] += array[j]
-        n, s, q, answers, prompts = (np.delete(array, j, 0) for array in (n, s, q, answers, prompts))
+        n, s, q, ways, rows = (np.delete(array, j, 0) for array in (n, s, q, ways, rows))
         support[:, i] += support[:, j]
         support = np.delete(support, j, 1)
         groups[i] += groups.pop(j)

@@ -5,10 +5,21 @@ import pytest
 from fakes import PullFederation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.cluster import QUANTILES, assign, nearest, regroup, set_aside, summarise
+from fedrouter.train.cluster import (
+    BRIEF,
+    QUANTILES,
+    assign,
+    beside,
+    nearest,
+    quantiles,
+    regroup,
+    set_aside,
+    summarise,
+)
 from fedrouter.train.discover import component_space, condense, discover, radius, separate, whitening
 from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
 
@@ -97,6 +108,37 @@ def test_a_topic_moves_prompts_and_completions_alike() -> None:
         assert len(set(discover(PullFederation(rows, {}, told), AUTO, seed=0).cluster_of)) == num
 
 
+def test_answers_that_prompts_do_not_foretell_are_one_tasks() -> None:
+    """Yes and No to the same questions lie far apart; which it is, no prompt says."""
+    rows = {f"c{c}": blob(0, 180, c) for c in range(4)}
+    drawn = {c: np.random.default_rng(i).integers(0, 2, 180) for i, c in enumerate(rows)}
+    clients = PullFederation(rows, {}, {c: answers(own) for c, own in drawn.items()})
+    assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == 1
+
+
+def test_rows_are_cut_by_their_completions_too() -> None:
+    """Four tasks, eighteen rows of each, prompts that are alike: completions keep local clusters pure."""
+    tasks, rng = np.repeat(np.arange(4), 18), np.random.default_rng(0)
+    x = (rng.normal(size=(72, 2)) @ rng.normal(size=(2, DIM))).astype(np.float32)
+    y = rng.normal(size=(4, DIM)).astype(np.float32)[tasks]
+    assert summarise(x, "auto", 0).centroids.shape[1] == DIM
+    told = summarise(x, "auto", 0, answers=y).centroids
+    assert told.shape[1] == DIM + BRIEF
+    pure = beside(x, y)[::18, DIM:]
+    assert np.linalg.norm(told[:, None, DIM:] - pure, axis=-1).min(1).max() < 1e-3
+
+
+@given(seed=st.integers(0, 1000))
+def test_completions_in_brief_keep_lengths_and_angles(seed: int) -> None:
+    x, y = np.random.default_rng(seed).normal(size=(2, 20, 256)).astype(np.float32)
+    both = beside(x, y)
+    np.testing.assert_array_equal(both[:, :256], x)
+    np.testing.assert_array_equal(beside(x[:3], y[:3]), both[:3])
+    gram, brief = y @ y.T / 256, both[:, 256:] @ both[:, 256:].T / 256
+    assert abs(np.diag(brief) / np.diag(gram) - 1).mean() < 0.4
+    assert abs(brief - gram)[~np.eye(20, dtype=bool)].mean() < 0.3
+
+
 def test_tasks_with_the_same_answers_are_told_apart_only_by_a_given_number() -> None:
     rows = {f"c{c}": np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
     clients = PullFederation(rows, {}, {c: answers(np.zeros(180, int)) for c in rows})
@@ -113,15 +155,17 @@ def test_a_few_rows_of_which_none_was_set_aside_are_no_task() -> None:
     z = component_space(components).centroids.astype(np.float64)
     answers = counts[:, None] * (centroids[[1, 2, 0]] + [0, 9])
 
-    def num_tasks(told: int) -> int:
+    def num_tasks(told: int, rows: int = 6) -> int:
         n = np.array([100.0, 100, told])
         squares = n[:, None, None] * (z[:, :, None] * z[:, None, :] + np.eye(2))
-        revealed = Moments(n, n[:, None] * z, squares, answers, counts)
+        told_of = np.array([200, 200, rows])
+        revealed = Moments(n, n[:, None] * z, squares, answers * (told_of / counts)[:, None], told_of)
         support = np.array([[200.0, 200, 0], [0, 0, 6]])
         return len(set(separate([revealed], components, np.eye(2), support)))
 
     assert num_tasks(told=0) == 2
     assert num_tasks(told=3) == 3
+    assert num_tasks(told=3, rows=0) == 2, "nothing is known of their completions"
 
 
 def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
@@ -246,6 +290,15 @@ def test_radius_is_the_quantile_of_all_clients_rows_together(sizes: list[int], q
     subsets = [Subset(0, len(d), len(d), np.quantile(d, QUANTILES).astype(np.float32), {}) for d in distances]
     within = np.mean(np.concatenate(distances) <= radius(subsets, quantile))
     assert within == pytest.approx(quantile, abs=0.02)
+
+
+@pytest.mark.parametrize("num", [6, 12, 25, 60])
+def test_quantiles_of_blocks_are_those_of_the_distribution(num: int) -> None:
+    """Of blocks of five rows, over many draws: what 97 % stand for holds 97 % within two points."""
+    rng = np.random.default_rng(0)
+    found = [quantiles(rng.normal(20, 2, size=num), 5) for _ in range(400)]
+    within = norm.cdf(np.mean(found, axis=0), 20, 2)
+    np.testing.assert_allclose(within[[3, 10, 50, 90, 97]], [0.03, 0.1, 0.5, 0.9, 0.97], atol=0.02)
 
 
 def test_distances_are_those_of_rows_set_aside() -> None:
