@@ -68,7 +68,7 @@ def beside(x: Array, answers: Array) -> Array:
     """
     d = x.shape[1]
     projection = np.random.default_rng(0).normal(size=(d, BRIEF)) / np.sqrt(BRIEF)
-    return np.c_[x, answers @ projection].astype(np.float32)
+    return np.asarray(np.c_[x, answers @ projection], dtype=np.float32)
 
 
 def summarise(x: Array, num: Count, seed: int, least: int = 1, answers: Array | None = None) -> LocalClusters:
@@ -184,7 +184,7 @@ def quantiles(distances: Float64s, least: int) -> Array:
     distribution has there, is carried on to both ends. A single block is taken for normally distributed.
     """
     if least == 1:
-        return np.quantile(distances, QUANTILES).astype(np.float32)
+        return np.quantile(distances, QUANTILES, method="hazen").astype(np.float32)
     blocks = np.array_split(np.sort(distances), max(len(distances) // least, 1))
     means = np.array([block.mean() for block in blocks])
     wanted = norm.ppf(np.clip(QUANTILES, 0.01, 0.99))
