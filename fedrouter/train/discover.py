@@ -44,7 +44,8 @@ NUM_COMPONENTS = 32  # what local clusters are condensed to before tasks are loo
 MIN_COMPONENT = 5  # rows; a smaller component is dropped, its rows go to the next nearest
 SHRINKAGE = 0.1  # weight of the isotropic part in the pooled covariance
 PASSES = 1  # of regrouping; each sends a scatter matrix
-SEPARATION = 4.7  # between two task clusters, as ``separate`` measures it
+SEPARATION = 5.5  # between two task clusters, as ``separate`` measures it
+MAX_SEPARATION = 14.0  # standard deviations; prompts farther apart are no more different
 POWER = 6  # of the chord between ways from prompt to completion
 MIN_UNJUDGED = 30  # rows; a smaller group without a set-aside row is no task cluster
 PRIOR_MEAN = 2.0  # pseudo-rows at a component's own centroid: it may have no row set aside
@@ -187,14 +188,14 @@ def separate(
 ) -> Labels:
     """Join each component with its nearest, the closest two first; return (m,) the task cluster of each.
 
-    Two components are as far apart as their prompts (``_separations``) times a ``POWER`` of the chord between
-    the ways from mean prompt to mean completion (``_chords``): a task is where prompts look different and,
-    above all, the answers go another way. A topic inside a task moves both ends alike; answers that prompts
-    do not foretell, Yes and No, come from the same prompts. "auto" stops when all stand ``SEPARATION`` apart
-    times 4p(1-p), where p : 1-p are the shares that the two hold of the client which is richest in them. So a
-    topic inside a task, far but small, is not taken for a task, while a task that few clients hold counts in
-    full. A group of a few rows, none of them set aside, or whose completions nobody told, cannot be judged:
-    it joins the one whose prompts are nearest.
+    Two components are as far apart as their prompts (``_separations``, at most ``MAX_SEPARATION``) times a
+    ``POWER`` of the chord between the ways from mean prompt to mean completion (``_chords``): a task is where
+    prompts look different and, above all, the answers go another way. A topic inside a task moves both ends
+    alike; answers that prompts do not foretell, Yes and No, come from the same prompts. "auto" stops when all
+    stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are the shares that the two hold of the client
+    which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
+    that few clients hold counts in full. A group of a few rows, none of them set aside, or one whose completions
+    nobody told, cannot be judged: it joins the nearest, by prompts alone where completions are not known.
     """
     space = component_space(components)
     totals = [_Sum() for _ in range(5)]
@@ -216,15 +217,15 @@ def separate(
     while len(groups) > (1 if num == "auto" else num):
         share = (support / (held + PRIOR_SHARE)).max(0)
         separations = _separations(n, s, q)
-        apart = separations * _chords(ways) ** POWER
+        apart = np.minimum(separations, MAX_SEPARATION) * _chords(ways) ** POWER
         pseudo = PRIOR_MEAN * np.array([len(group) for group in groups])
         unjudged = (n == pseudo) & (support.sum(0) < MIN_UNJUDGED) | (rows == 0)
-        apart[unjudged] = separations[unjudged]
+        apart[rows == 0] = separations[rows == 0]
         np.fill_diagonal(apart, np.inf)
         # Balance says only whether two join, never which two come first.
         closest = apart.argmin(1)
         p = share / np.maximum(share + share[closest], 1e-12)
-        balanced = apart[np.arange(len(p)), closest] * 4 * p * (1 - p)
+        balanced = apart[np.arange(len(p)), closest] * 2 * np.sqrt(p * (1 - p))
         balanced[unjudged] = 0
         if num == "auto" and balanced.min() >= SEPARATION:
             break

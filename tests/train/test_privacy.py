@@ -75,7 +75,7 @@ def test_a_crowd_of_small_clients_tells_its_tasks_apart_and_no_client_tells_of_f
 def test_few_small_clients_are_no_crowd() -> None:
     own = rows(0, 8)
     assert not crowd(dict.fromkeys("abcdefghijklmno", own))
-    assert crowd(dict.fromkeys("abcdefghijklmnop", own) | {"large": rows(0, 60)}) == set("abcdefghijklmnop")
+    assert crowd(dict.fromkeys("abcdefghijklmnop", own) | {"large": rows(0, 100)}) == set("abcdefghijklmnop")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
