@@ -194,8 +194,8 @@ def separate(
     alike; answers that prompts do not foretell, Yes and No, come from the same prompts. "auto" stops when all
     stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are the shares that the two hold of the client
     which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
-    that few clients hold counts in full. A group of a few rows, none of them set aside, or one whose completions
-    nobody told, cannot be judged: it joins the nearest, by prompts alone where completions are not known.
+    that few clients hold counts in full. A group of a few rows, none of them set aside, or one whose
+    completions nobody told, cannot be judged: it joins the nearest, by prompts alone where that is all there is.
     """
     space = component_space(components)
     totals = [_Sum() for _ in range(5)]
