@@ -195,7 +195,7 @@ def separate(
     stand ``SEPARATION`` apart times 2√(p(1-p)), where p : 1-p are the shares that the two hold of the client
     which is richest in them. So a topic inside a task, far but small, is not taken for a task, while a task
     that few clients hold counts in full. A group of a few rows, none of them set aside, or one whose
-    completions nobody told, cannot be judged: it joins the nearest, by prompts alone where that is all there is.
+    completions nobody told, cannot be judged: it joins the nearest, by prompts alone if need be.
     """
     space = component_space(components)
     totals = [_Sum() for _ in range(5)]
