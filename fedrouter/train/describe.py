@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 
 from fedrouter.bundle import GENERALIST
-from fedrouter.config import RoutingSettings
+from fedrouter.config import Config, RoutingSettings
 from fedrouter.train.cluster import FEW
 from fedrouter.train.discover import radius
 from fedrouter.types import Assignment, Subset, TaskCluster
+
+FEW_GROUPS = 8  # groups that may be told of; clients of fewer rows than that say little of several tasks
 
 
 def describe(
@@ -50,6 +52,24 @@ def describe(
             )
         )
     return clusters
+
+
+def doubt(config: Config, rows: Sequence[int], num_clusters: int) -> str | None:
+    """Say that several tasks may have been taken for one, if most clients hold too few rows to tell.
+
+    Parameters
+    ----------
+    rows : of each client.
+    """
+    least, asked = config.privacy.min_cluster_size, config.cluster.global_
+    few = sum(num < FEW_GROUPS * least for num in rows)
+    if config.method != "fedrouter" or asked != "auto" or num_clusters > 1 or 2 * few <= len(rows):
+        return None
+    return (
+        f"one task cluster was found; if there are several tasks, {few} of {len(rows)} clients hold too few "
+        f"rows to tell them apart (under {FEW_GROUPS * least}): give them more, or lower "
+        f"privacy.min_cluster_size ({least})"
+    )
 
 
 def _slug(text: str) -> str:

@@ -22,6 +22,7 @@ from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_tem
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import crowd
+from fedrouter.train.describe import doubt
 from fedrouter.train.files import write_atomically
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
@@ -120,6 +121,9 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         console.print(
             f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
         )
+    doubtful = doubt(config, [client.num_rows for client in clients], len(clustering.clusters))
+    if doubtful:
+        console.print(doubtful, highlight=False, soft_wrap=True)
     promised = guarantees(config, clustering.assignments)
     if promised:
         keep_promises(out, config.privacy, promised, key)
