@@ -133,7 +133,7 @@ def test_completions_in_brief_keep_lengths_and_angles(seed: int) -> None:
     x, y = np.random.default_rng(seed).normal(size=(2, 20, 256)).astype(np.float32)
     both = beside(x, y)
     np.testing.assert_array_equal(both[:, :256], x)
-    np.testing.assert_array_equal(beside(x[:3], y[:3]), both[:3])
+    np.testing.assert_allclose(beside(x[:3], y[:3]), both[:3], rtol=1e-4, atol=1e-5)
     gram, brief = y @ y.T / 256, both[:, 256:] @ both[:, 256:].T / 256
     assert abs(np.diag(brief) / np.diag(gram) - 1).mean() < 0.4
     assert abs(brief - gram)[~np.eye(20, dtype=bool)].mean() < 0.3
@@ -299,6 +299,14 @@ def test_quantiles_of_blocks_are_those_of_the_distribution(num: int) -> None:
     found = [quantiles(rng.normal(20, 2, size=num), 5) for _ in range(400)]
     within = norm.cdf(np.mean(found, axis=0), 20, 2)
     np.testing.assert_allclose(within[[3, 10, 50, 90, 97]], [0.03, 0.1, 0.5, 0.9, 0.97], atol=0.02)
+
+
+@pytest.mark.parametrize(("num", "least"), [(4, 1), (16, 1), (6, 5), (12, 5), (25, 5)])
+def test_radius_of_many_clients_with_few_rows_holds_what_is_stated(num: int, least: int) -> None:
+    rng = np.random.default_rng(0)
+    drawn = [quantiles(rng.normal(20, 2, size=num), least) for _ in range(400)]
+    found = radius([Subset(0, num, num, q, {}) for q in drawn], 0.97)
+    assert norm.cdf(found, 20, 2) == pytest.approx(0.97, abs=0.02)
 
 
 def test_distances_are_those_of_rows_set_aside() -> None:
