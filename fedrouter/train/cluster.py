@@ -90,12 +90,14 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1, answers: Array | 
     given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
         raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
-    z = (x if answers is None else _standard(np.c_[x, answers])).astype(np.float64)
+    if answers is None:
+        rows = z = x.astype(np.float64)
+    else:
+        rows, z = beside(x, answers).astype(np.float64), _standard(np.c_[x, answers])
     attempts = 1 if num == "auto" else 10  # the fine cut is mended later
     labels = KMeans(given, n_init=attempts, random_state=seed).fit_predict(z)
     labels = _united(z, labels, least)
-    rows = x if answers is None else beside(x, answers)
-    return _gather(rows.astype(np.float64), labels, labels.max() + 1)
+    return _gather(rows, labels, labels.max() + 1)
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:

@@ -1,4 +1,4 @@
-"""Task clusters as a bundle records them: names, rows, members, radii."""
+"""Task clusters as a bundle records them: names, rows, members, radii; and when to doubt their number."""
 
 import re
 from collections.abc import Sequence
