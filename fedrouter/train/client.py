@@ -19,10 +19,8 @@ from fedrouter.types import (
     AdapterState,
     Array,
     Assignment,
-    Float64s,
     LocalClusters,
     Membership,
-    Moments,
     Record,
     RoutingSpace,
     TrainFailure,
@@ -85,12 +83,11 @@ class Client:
         seed: int,
         privacy: PrivacySettings | None = None,
         noise_key: bytes = b"",
-        whole: bool = False,
     ):
         self._privacy = privacy or PrivacySettings()
         self._least = self._privacy.min_cluster_size
         self._noise = Noise(noise_key, name)
-        if len(records) < (needed := cluster.rows_needed(self._least)):
+        if len(records) < (needed := max(2, self._least)):
             raise DataError(
                 f"client {name}: {len(records)} rows; with privacy.min_cluster_size = {self._least} "
                 f"it needs at least {needed}"
@@ -100,14 +97,11 @@ class Client:
         self._tasks = [record.task for record in records]
         self._seed = seed
         self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
-        self._answers: Array = embedder.embed([record.completion for record in records])
-        if not (np.isfinite(self._vectors).all() and np.isfinite(self._answers).all()):
+        if not np.isfinite(self._vectors).all():
             raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
-        self.whole = whole  # sets all of its rows aside or none, see ``cluster.crowd``
-        drawn = derive_seed(seed, name, "set aside")
-        self._fit, self._held = cluster.set_aside(len(records), drawn, whole)
+        self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
         self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
 
@@ -121,18 +115,15 @@ class Client:
         """Whether there are rows enough to reveal a local cluster."""
         return len(self._fit) >= self._least
 
-    def summarise(self, num: Count, completions: bool = False) -> LocalClusters:
+    def summarise(self, num: Count) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
         seed = derive_seed(self._seed, self.name)
-        if completions:
-            self._refuse_without_noise()
-        answers = self._answers[self._fit] if completions else None
         if self._privacy.centroid_noise:
             assert num != "auto", "the configuration refuses this"
             fit = self._vectors[self._fit]
             return noise.summarise(fit, self._centre, num, seed, self._privacy, self._noise)
         try:
-            return cluster.summarise(self._vectors[self._fit], num, seed, self._least, answers)
+            return cluster.summarise(self._vectors[self._fit], num, seed, self._least)
         except TrainingError as error:
             raise TrainingError(f"client {self.name}: {error}") from error
 
@@ -140,15 +131,9 @@ class Client:
         """Give each row to the nearest centroid, or where it is told; reveal what came together."""
         self._refuse_without_noise()
         if told is None:
-            return cluster.regroup(self._seen(space)[self._fit], space, self._least)
+            return cluster.regroup(self._vectors[self._fit], space, self._least)
         rows = cluster.told_rows(self.name, self._tasks, told)
-        return cluster.gather(self._vectors, rows, told.num, self._least)
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> Moments:
-        """Reveal moments of the rows set aside, and the mean answers."""
-        self._refuse_without_noise()
-        rows = self._seen(space)
-        return cluster.moments(rows, self._answers, self._held, space, directions, self._least)
+        return cluster.gather_told(self._vectors, rows, told.num, self._least)
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
@@ -173,10 +158,7 @@ class Client:
         labels, outside = cluster.compare(self._vectors, space, radii)
         rest = copy.copy(self)
         rest._fit, rest._held = (np.flatnonzero(np.isin(outside, own)) for own in (self._fit, self._held))
-        rest._vectors, rest._answers = (
-            ((x[outside] - space.mean) @ space.transform).astype(np.float32)
-            for x in (self._vectors, self._answers)  # completions are seen from the mean prompt
-        )
+        rest._vectors = ((self._vectors[outside] - space.mean) @ space.transform).astype(np.float32)
         rest._records = [self._records[i] for i in outside]
         rest._tasks = [self._tasks[i] for i in outside]
         rest._rows, rest._subsets = {}, {}
@@ -211,11 +193,6 @@ class Client:
         _, rows = self._subset(request.cluster, trainer)
         loss, num_tokens = trainer.loss(request.adapter, rows) if rows else (0.0, 0)
         return ValidationReply(self.name, request.cluster, loss, num_tokens)
-
-    def _seen(self, space: RoutingSpace) -> Array:
-        """Return the rows as ``space`` sees them: prompts, or prompts beside completions."""
-        wider = len(space.mean) > self._vectors.shape[1]
-        return cluster.beside(self._vectors, self._answers) if wider else self._vectors
 
     def _refuse_without_noise(self) -> None:
         if self._privacy.centroid_noise:

@@ -4,7 +4,7 @@ The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,43 +16,24 @@ from sklearn.metrics import euclidean_distances
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
-from fedrouter.types import Array, Float64s, LocalClusters, Membership, Moments, RoutingSpace, Subset
+from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingSpace, Subset
 
 Labels = NDArray[np.int64]
 
-MAX_LOCAL = 64  # local clusters of "auto"
-BRIEF = 32  # numbers that stand for a completion, beside its prompt
-MIN_ROWS = 2  # of a local cluster of "auto" on average, before small ones are united
-SET_ASIDE = 3  # every third row judges the space that the others made
-SMALL = 100  # rows; a client of fewer is small: a third of them tells too little
-CROWD = 16  # among so many small clients, a third of the clients stands for all of them
-UNTOLD = 0.5  # share of its rows that a client may leave out rather than join small groups
+MAX_LOCAL = 128  # local clusters of "auto": 200 KB of float32 at d = 384
+LOCAL_ROWS = 2  # rows in a local cluster of "auto" on average, before small ones are united
+TRIM = 0.25  # share of the rows that the scatter leaves out: those farthest from their centroid
+SET_ASIDE = 3  # every third row makes the radii, not the space
+SMALL = 100  # rows; a client of fewer sets none aside: all of them are needed to tell its tasks apart
 FEW = "few rows"  # stands for all labels that too few rows of a client carry
 QUANTILES = np.linspace(0, 1, 101)
 
 
-def crowd(rows: Mapping[str, Sized]) -> set[str]:
-    """Return the small clients' names if they are many: each is set aside whole, or not at all."""
-    small = {name for name, own in rows.items() if len(own) < SMALL}
-    return small if len(small) >= CROWD else set()
-
-
-def set_aside(num_rows: int, seed: int, whole: bool = False) -> tuple[Labels, Labels]:
-    """Return (fit, held): row numbers that the space is fitted to, and those that it is judged on.
-
-    Every third row is set aside; with ``whole`` all rows in one of three draws, else none.
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(num_rows)
-    cut = num_rows // SET_ASIDE
-    if whole:
-        cut = num_rows if rng.integers(SET_ASIDE) == 0 else 0
+def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
+    """Return (fit, held): row numbers that the space is fitted to, and those that make the radii."""
+    order = np.random.default_rng(seed).permutation(num_rows)
+    cut = num_rows // SET_ASIDE if num_rows >= SMALL else 0
     return np.sort(order[cut:]), np.sort(order[:cut])
-
-
-def rows_needed(least: int) -> int:
-    """Return how many rows a client must have for ``least`` of them not to be set aside; two at the least."""
-    return max(2, (SET_ASIDE * least - 1) // (SET_ASIDE - 1))
 
 
 def num_validation(num_rows: int, share: float) -> int:
@@ -60,26 +41,17 @@ def num_validation(num_rows: int, share: float) -> int:
     return min(int(share * num_rows), num_rows - 1)
 
 
-def beside(x: Array, answers: Array) -> Array:
-    """Return prompts, and beside each its completion in brief: (n, d + BRIEF) float32.
-
-    In brief: a random projection, the same everywhere. Lengths and angles stay as they are but for some
-    1/√BRIEF (Johnson and Lindenstrauss 1984), and a scatter matrix of both stays small.
-    """
-    d = x.shape[1]
-    projection = np.random.default_rng(0).normal(size=(d, BRIEF)) / np.sqrt(BRIEF)
-    return np.asarray(np.c_[x, answers @ projection], dtype=np.float32)
-
-
-def summarise(x: Array, num: Count, seed: int, least: int = 1, answers: Array | None = None) -> LocalClusters:
+def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     """Cut a client's rows into local clusters by k-means.
+
+    A row in the wrong local cluster stretches the scatter just where two tasks differ; so the farthest rows
+    are left out of it.
 
     Parameters
     ----------
     x : (n, d) float32, embedded prompts.
-    num : local clusters; "auto" cuts much finer than tasks, the server joins what belongs together.
-    answers : (n, d) float32, embedded completions. With them rows are cut by both, and both are revealed;
-        without, it is the paper's way: plain k-means of prompts.
+    num : local clusters, cut by plain Euclid (the paper's way); "auto" cuts much finer than tasks, every
+        dimension in units of its own standard deviation, and the server joins what belongs together.
     least : rows; smaller local clusters are united, with each other or with larger ones.
 
     Raises
@@ -87,43 +59,26 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1, answers: Array | 
     TrainingError
         If more clusters are asked for than there are rows.
     """
-    given = int(np.clip(len(x) // MIN_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
+    given = int(np.clip(len(x) // LOCAL_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
     if given > len(x):
         raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
-    if answers is None:
-        rows = z = x.astype(np.float64)
-    else:
-        rows, z = beside(x, answers).astype(np.float64), _standard(np.c_[x, answers])
-    attempts = 1 if num == "auto" else 10  # the fine cut is mended later
-    labels = KMeans(given, n_init=attempts, random_state=seed).fit_predict(z)
-    labels = _united(z, labels, least)
-    return _gather(rows, labels, labels.max() + 1)
+    rows = x.astype(np.float64)
+    z, attempts = (rows / np.maximum(rows.std(0), 1e-12), 1) if num == "auto" else (rows, 10)
+    labels = _united(z, KMeans(given, n_init=attempts, random_state=seed).fit_predict(z), least)
+    found = gather(rows, labels, labels.max() + 1)
+    far = (((rows - found.centroids[labels]) / np.maximum(rows.std(0), 1e-12)) ** 2).sum(1)
+    near = far <= np.quantile(far, 1 - TRIM)
+    return replace(
+        found, scatter=_scatter(rows[near], found.centroids[labels[near]]) * len(rows) / near.sum()
+    )
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
     """Give each row to the nearest centroid; reveal what came together, ``least`` rows or more."""
-    labels = grouped(x, space, least)
-    return _gather(x.astype(np.float64)[labels >= 0], labels[labels >= 0], len(space.centroids))
-
-
-def moments(
-    x: Array, answers: Array, held: Labels, space: RoutingSpace, directions: Float64s, least: int = 1
-) -> Moments:
-    """Reveal moments by nearest centroid: of rows set aside along ``directions``, and of all answers.
-
-    Parameters
-    ----------
-    x : (n, D) float32, rows as the space sees them.
-    answers : (n, d) float32, embedded completions.
-    held : numbers of the rows set aside.
-    directions : (D, r) in which rows set aside are looked at.
-    least : rows; of fewer that came together nothing is revealed.
-    """
-    member = _members(grouped(x, space, least), len(space.centroids))  # (n, m)
-    aside = _members(grouped(x[held], space, least), len(space.centroids))
-    z = (x[held].astype(np.float64) - space.mean) @ directions  # (n, r)
-    squares = np.einsum("nm,nr,ns->mrs", aside, z, z, optimize=True)
-    return Moments(aside.sum(0), aside.T @ z, squares, member.T @ answers, member.sum(0))
+    labels = nearest(x, space)[0]
+    counts = np.bincount(labels, minlength=len(space.centroids))
+    told = counts[labels] >= min(least, counts.max())
+    return gather(x.astype(np.float64)[told], labels[told], len(space.centroids))
 
 
 def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:
@@ -135,13 +90,22 @@ def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dic
     return found
 
 
-def gather(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
+def gather_told(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
     """Reveal what the first ``num`` task clusters' rows come to, where they are ``least`` or more."""
     labels = np.full(len(x), -1)
     for k, own in rows.items():
         if k < num and len(own) >= least:
             labels[own] = k
-    return _gather(x[labels >= 0].astype(np.float64), labels[labels >= 0], num)
+    return gather(x[labels >= 0].astype(np.float64), labels[labels >= 0], num)
+
+
+def gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
+    """Return counts, centroids and scatter of rows in ``num`` groups."""
+    counts = np.bincount(labels, minlength=num).astype(np.float64)
+    sums = np.zeros((num, x.shape[1]))
+    np.add.at(sums, labels, x)
+    centroids = sums / np.maximum(counts, 1)[:, None]
+    return LocalClusters(counts, centroids, _scatter(x, centroids[labels]))
 
 
 def assign(
@@ -199,28 +163,6 @@ def quantiles(distances: Float64s, least: int) -> Array:
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 
-def grouped(x: Array, space: RoutingSpace, least: int) -> Labels:
-    """Return each row's nearest centroid, -1 where fewer than ``least`` rows would be told of together.
-
-    Where that were most rows, small groups give theirs to the next nearest centroids, those first whose rows
-    have the shortest way, until no more than ``UNTOLD`` of all go untold. Joined without end, a client of few
-    rows would mix its tasks; not joined at all, it would say nothing.
-    """
-    squared = _squared(x, space)
-    squared[:, np.bincount(squared.argmin(1), minlength=len(space.centroids)) == 0] = np.inf
-    while True:
-        labels: Labels = squared.argmin(1)
-        counts = np.bincount(labels, minlength=squared.shape[1])
-        few = np.flatnonzero((counts > 0) & (counts < least))
-        if counts[few].sum() <= UNTOLD * len(x) or (counts > 0).sum() == 1:
-            return np.where(np.isin(labels, few), -1, labels)
-        ways = []
-        for k in few:
-            own = squared[labels == k]
-            ways.append((np.delete(own, k, 1).min(1) - own[:, k]).mean())
-        squared[:, few[int(np.argmin(ways))]] = np.inf
-
-
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
     """Return each row's nearest centroid and the distance to it."""
     squared = _squared(x, space)
@@ -249,12 +191,6 @@ def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Ma
     told = {task: count for task, count in sorted(counts.items()) if count >= least}
     few = counts.total() - sum(told.values())
     return {**told, FEW: few} if few else told
-
-
-def _standard(x: Array) -> Float64s:
-    """Return columns in units of their own standard deviation: no few dimensions decide alone."""
-    rows = x.astype(np.float64)
-    return np.asarray((rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12))
 
 
 def _squared(x: Array, space: RoutingSpace) -> Float64s:
@@ -288,15 +224,5 @@ def _united(z: Float64s, labels: Labels, least: int) -> Labels:
     return labels
 
 
-def _members(labels: Labels, num: int) -> Float64s:
-    """Return (n, num) ones and zeros; a row labelled -1 has zeros only."""
-    return np.asarray(labels[:, None] == np.arange(num), dtype=np.float64)
-
-
-def _gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
-    counts = np.bincount(labels, minlength=num).astype(np.float64)
-    sums = np.zeros((num, x.shape[1]))
-    np.add.at(sums, labels, x)
-    centroids = sums / np.maximum(counts, 1)[:, None]
-    centred = x - centroids[labels]
-    return LocalClusters(counts, centroids, centred.T @ centred)
+def _scatter(x: Float64s, centres: Float64s) -> Float64s:
+    return (x - centres).T @ (x - centres)

@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from fedrouter.bundle import GENERALIST
 from fedrouter.config import Config, RoutingSettings
@@ -9,6 +12,7 @@ from fedrouter.train.cluster import FEW
 from fedrouter.train.discover import radius
 from fedrouter.types import Assignment, Subset, TaskCluster
 
+MIN_RADIUS = 1.0  # rows that are all alike still lie within it, whatever the rounding
 FEW_GROUPS = 8  # groups that may be told of; clients of fewer rows than that say little of several tasks
 
 
@@ -48,10 +52,16 @@ def describe(
                 num_examples=sum(s.num_examples for _, s in members),
                 clients=tuple(client for client, _ in members),
                 task_counts=dict(sorted(counts.items())),
-                radius=routing.slack * radius([s for _, s in members], routing.quantile) if members else 0.0,
+                radius=radius([s for _, s in members], routing.quantile) if members else 0.0,
             )
         )
-    return clusters
+    # A task whose rows are much alike would reject its own prompts as soon as these differ a little from
+    # the rows: how far prompts of one task lie apart, the other tasks tell as well.
+    usual = float(np.median([c.radius for c in [*standing, *clusters] if c.radius] or [0.0]))
+    return [
+        replace(c, radius=routing.slack * max(c.radius, usual, MIN_RADIUS)) if c.radius or c.clients else c
+        for c in clusters
+    ]
 
 
 def doubt(config: Config, rows: Sequence[int], num_clusters: int) -> str | None:

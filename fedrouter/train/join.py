@@ -5,7 +5,7 @@
    A client that was there before is no longer listed where it has no rows now: it has moved.
 2. Rows beyond every radius are looked for new tasks as discover.py does, among the clients that join. A new
    task cluster needs ``MIN_TASK_ROWS`` rows, and more than the radius's quantile leaves outside by chance.
-3. Its components become centroids in the same space; rows set aside give its radius; its adapter starts from
+3. Its mean becomes a centroid in the same space; rows set aside give its radius; its adapter starts from
    the generalist and is trained for the configured rounds by the clients that hold such rows.
 4. The bundle of before stays where it is. The new one, old adapters byte for byte, is a run of its own.
 """
@@ -31,9 +31,8 @@ from fedrouter.train.aggregate import mean
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.client import Client
-from fedrouter.train.cluster import Labels
 from fedrouter.train.describe import describe
-from fedrouter.train.discover import find_components
+from fedrouter.train.discover import find_tasks
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.memory import explained_out_of_memory
@@ -208,11 +207,11 @@ def placed(
     # Of few rows discovery makes too many tasks: join until all are large enough.
     while able and num_outside >= least:
         among = LocalFederation(able, trainer)
-        components, labels = find_components(among, settings)
-        space = widened(bundle.space, components.centroids.astype(np.float32), labels)
+        tasks = find_tasks(among, settings)
+        space = widened(bundle.space, tasks.centroids.astype(np.float32))
         assignments = list(federation.assign(space))
         rows = _rows(assignments)
-        num_new = int(labels.max()) + 1
+        num_new = len(tasks.centroids)
         if num_new == 1 or all(rows.get(first + k, 0) >= least for k in range(num_new)):
             break
         settings = ClusterSettings.model_validate({"global": num_new - 1})
@@ -236,13 +235,13 @@ def placed(
     return space, assignments, members
 
 
-def widened(space: RoutingSpace, centroids: Array, labels: Labels) -> RoutingSpace:
-    """Return the space with new task clusters' centroids (n, m); ``labels`` number these from 0."""
+def widened(space: RoutingSpace, centroids: Array) -> RoutingSpace:
+    """Return the space with new task clusters, a centroid each: (n, m)."""
     first = max(space.cluster_of) + 1
     return replace(
         space,
         centroids=np.concatenate([space.centroids, centroids]),
-        cluster_of=(*space.cluster_of, *(int(first + k) for k in labels)),
+        cluster_of=(*space.cluster_of, *range(first, first + len(centroids))),
     )
 
 

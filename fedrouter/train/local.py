@@ -11,10 +11,8 @@ from fedrouter.train.client import Client, Trainer, failure, reason_of
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
-    Float64s,
     LocalClusters,
     Membership,
-    Moments,
     RoutingSpace,
     TrainFailure,
     TrainReply,
@@ -60,18 +58,13 @@ class LocalFederation:
         self.clients = {client.name: client for client in clients}
         self._trainer, self._workers = trainer, workers
 
-    def summarise(self, num: Count, completions: bool = False) -> Iterator[LocalClusters]:
-        """Have every client cluster its own rows, unless it has set all of them aside."""
-        telling = [name for name, client in self.clients.items() if client.may_summarise]
-        return each(telling, lambda name: self.clients[name].summarise(num, completions))
+    def summarise(self, num: Count) -> Iterator[LocalClusters]:
+        """Have every client cluster its own rows."""
+        return each(self.clients, lambda name: self.clients[name].summarise(num))
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""
         return each(self.clients, lambda name: self.clients[name].regroup(space, told))
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> Iterator[Moments]:
-        """Have every client reveal moments of its set-aside rows."""
-        return each(self.clients, lambda name: self.clients[name].moments(space, directions))
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         """Tell every client the task clusters."""

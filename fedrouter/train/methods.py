@@ -184,8 +184,7 @@ def _point(federation: Federation) -> RoutingSpace:
 
 def _told_space(federation: Federation, point: RoutingSpace, told: Membership) -> RoutingSpace:
     """Return a space with one centroid a task cluster: the mean of the rows that were told."""
-    groups, _ = pool(federation.regroup(point, told), least=0)
-    return routing_space(groups, np.arange(told.num))
+    return routing_space(pool(federation.regroup(point, told), told.num))
 
 
 def _labels(known: Sequence[Assignment]) -> list[str]:

@@ -46,7 +46,7 @@ def recluster(
     """
     try:
         space = discover(federation, config.cluster, config.seed)
-        components, _ = pool(federation.regroup(space), least=0)
+        components = pool(federation.regroup(space), len(space.centroids))
         shared = overlap(components, space, old)
         of, start = matched(shared, rows_by_cluster(components, space))
     except TrainingError:

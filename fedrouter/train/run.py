@@ -16,12 +16,11 @@ from rich.console import Console
 from fedrouter import __version__
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
-from fedrouter.embed import Embedder, HiddenStateEmbedder, embedder_spec, load_embedder
+from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
 from fedrouter.errors import ClientError, ConfigError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.client import Client
-from fedrouter.train.cluster import crowd
 from fedrouter.train.describe import doubt
 from fedrouter.train.files import write_atomically
 from fedrouter.train.left_out import LeftOut
@@ -83,24 +82,33 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     tokenizer, model, dtype = load_model(config, path, processes)
     base = base_spec(config.base.model, config.base.revision, path)
 
-    wanted = config.embedder
+    wanted, why = chosen(config.embedder, path)
+    if why:
+        console.print(why, highlight=False, soft_wrap=True, markup=False)
     found: Embedder
     if wanted.model is None:
-        spec = embedder_spec("base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision)
+        spec = embedder_spec(
+            "base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision, pooling=wanted.pooling
+        )
         found = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
     else:
         spec = embedder_spec(
-            wanted.kind, wanted.model, wanted.max_tokens, "float32", wanted.layer, url=wanted.url
+            wanted.kind,
+            wanted.model,
+            wanted.max_tokens,
+            "float32",
+            wanted.layer,
+            url=wanted.url,
+            pooling=wanted.pooling,
         )
         found = load_embedder(spec, base, url=wanted.url)
     embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
     key = noise_key(out, config.privacy)
     with unclaimed(out):
         left_out = LeftOut(out, records, console, once=bool(config.privacy.centroid_noise))
-        small = crowd({name: records[name] for name in left_out.others})
 
         def admit(name: str) -> Client:
-            return Client(name, records[name], embedder, config.seed, config.privacy, key, name in small)
+            return Client(name, records[name], embedder, config.seed, config.privacy, key)
 
         clients: list[Client] = []
         try:

@@ -16,10 +16,8 @@ from fedrouter.train.screen import refusals
 from fedrouter.types import (
     AdapterState,
     Assignment,
-    Float64s,
     LocalClusters,
     Membership,
-    Moments,
     RoutingSpace,
     TrainFailure,
     TrainReply,
@@ -36,16 +34,12 @@ class Federation(Protocol):
     comes before the rounds raises ``ClientError`` once all were asked and some could not answer.
     """
 
-    def summarise(self, num: Count, completions: bool = False) -> Iterable[LocalClusters]:
-        """Have every client cluster its own rows: its prompts, or prompts beside completions."""
+    def summarise(self, num: Count) -> Iterable[LocalClusters]:
+        """Have every client cluster its own rows."""
         ...
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterable[LocalClusters]:
         """Have every client give its rows to the nearest centroid, or where it is told."""
-        ...
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> Iterable[Moments]:
-        """Have every client reveal moments of its set-aside rows, along ``directions``."""
         ...
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:

@@ -12,7 +12,6 @@ from fedrouter.embed import Embedder
 from fedrouter.errors import FedRouterError
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.client import Client
-from fedrouter.train.cluster import crowd
 from fedrouter.train.describe import describe
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
@@ -82,13 +81,12 @@ def rereading(
             return told
 
         rows = {name: tried(name, read, records[name]) for name in federation.clients}
-        small = crowd(rows)
 
         def admit(name: str) -> Client:
-            return Client(name, rows[name], embedder, config.seed, config.privacy, whole=name in small)
+            return Client(name, rows[name], embedder, config.seed, config.privacy)
 
         for name, client in list(federation.clients.items()):
-            if rows[name] != records[name] or client.whole != (name in small):
+            if rows[name] != records[name]:
                 federation.clients[name] = tried(name, admit, client)
             if federation.clients[name] is not client:
                 records[name] = rows[name]

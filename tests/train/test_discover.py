@@ -5,25 +5,17 @@ import pytest
 from fakes import PullFederation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.stats import norm
+from sklearn.metrics import adjusted_rand_score
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.cluster import (
-    BRIEF,
-    QUANTILES,
-    assign,
-    beside,
-    nearest,
-    quantiles,
-    regroup,
-    set_aside,
-    summarise,
-)
-from fedrouter.train.discover import component_space, condense, discover, radius, separate, whitening
-from fedrouter.types import Array, Float64s, LocalClusters, Moments, RoutingSpace, Subset
+from fedrouter.train.cluster import QUANTILES, assign, nearest, quantiles, regroup, set_aside, summarise
+from fedrouter.train.discover import Tree, discover, metric, radius, united
+from fedrouter.types import Array, LocalClusters, RoutingSpace, Subset
 
-DIM = 12
+DIM = 64
 SCALE = np.where(np.arange(DIM) == 0, 50.0, 1.0)
 AUTO = ClusterSettings()
 
@@ -38,16 +30,10 @@ def blob(task: int, num: int, seed: int) -> Array:
     return ((centre + noise) * SCALE).astype(np.float32)
 
 
-def answers(tasks: np.ndarray) -> Array:
-    """Embedded completions: a direction of its own for each task, far from all prompts, and noise."""
-    noise = np.random.default_rng(8).normal(size=(len(tasks), DIM))
-    return ((40 * np.eye(DIM)[1 + tasks] + noise) * SCALE).astype(np.float32)
-
-
 def federation(tasks: list[list[int]], num: int = 90) -> tuple[PullFederation, dict[str, np.ndarray]]:
     rows = {f"c{c}": np.concatenate([blob(t, num, c) for t in own]) for c, own in enumerate(tasks)}
     truth = {f"c{c}": np.repeat(own, num) for c, own in enumerate(tasks)}
-    return PullFederation(rows, {}, {c: answers(t) for c, t in truth.items()}), truth
+    return PullFederation(rows, {}), truth
 
 
 SCENARIOS = {
@@ -83,96 +69,59 @@ def test_a_number_that_is_given_is_kept() -> None:
 
 def test_a_small_client_beside_a_large_one() -> None:
     rows = {"large": np.concatenate([blob(t, 1500, 0) for t in (0, 1)]), "small": blob(2, 20, 1)}
-    truth = {"large": np.repeat([0, 1], 1500), "small": np.repeat(2, 20)}
-    clients = PullFederation(rows, {}, {c: answers(t) for c, t in truth.items()})
-    space = discover(clients, AUTO, seed=0)
+    space = discover(PullFederation(rows, {}), AUTO, seed=0)
     assert len(set(space.cluster_of)) == 3
 
 
-def test_phrasings_of_one_task_share_their_answers() -> None:
-    """Two groups of prompts, some ten standard deviations apart: one task or two, as the answers say."""
-    shift = np.where(np.arange(DIM) == 0, 100, 2).astype(np.float32)
-    rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
-    for tasks, num in ((np.zeros(180, int), 1), (np.repeat([0, 1], 90), 2)):
-        clients = PullFederation(rows, {}, {c: answers(tasks) for c in rows})
-        assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == num
+def test_many_tasks_are_found() -> None:
+    clients, truth = federation([list(range(c, c + 10)) for c in range(0, 60, 5)], 30)
+    space = discover(clients, AUTO, seed=0)
+    assert 65 <= len(space.centroids) <= 75
+    assert purity(space, clients.vectors, truth) == 1.0
 
 
-def test_a_topic_moves_prompts_and_completions_alike() -> None:
-    """Completions that follow their prompts' topic are one task's; those that go the other way are not."""
-    shift = np.where(np.arange(DIM) == 0, 100, 60).astype(np.float32)
-    rows = {f"c{c}": np.concatenate([blob(0, 90, c), shift + blob(0, 90, c + 50)]) for c in range(4)}
-    topic = np.repeat([-0.5, 0.5], 90)[:, None] * shift
-    for sign, num in ((1, 1), (-1, 2)):
-        told = {c: answers(np.zeros(180, int)) + shift / 2 + sign * topic for c in rows}
-        assert len(set(discover(PullFederation(rows, {}, told), AUTO, seed=0).cluster_of)) == num
+def test_the_unit_of_a_dimension_does_not_matter() -> None:
+    clients, _ = federation(SCENARIOS["dual"])
+    unit = np.geomspace(0.01, 100, DIM).astype(np.float32)
+    other = PullFederation({c: x * unit for c, x in clients.vectors.items()}, {})
+    one, two = (discover(f, AUTO, seed=0) for f in (clients, other))
+    for client, x in clients.vectors.items():
+        np.testing.assert_array_equal(nearest(x, one)[0], nearest(other.vectors[client], two)[0])
 
 
-def test_answers_that_prompts_do_not_foretell_are_one_tasks() -> None:
-    """Yes and No to the same questions lie far apart; which it is, no prompt says."""
-    rows = {f"c{c}": blob(0, 180, c) for c in range(4)}
-    drawn = {c: np.random.default_rng(i).integers(0, 2, 180) for i, c in enumerate(rows)}
-    clients = PullFederation(rows, {}, {c: answers(own) for c, own in drawn.items()})
-    assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == 1
+def test_rows_that_are_all_the_same_have_a_space() -> None:
+    space = discover(PullFederation({"a": np.repeat(blob(0, 1, 0), 40, axis=0)}, {}), AUTO, seed=0)
+    assert nearest(blob(0, 1, 0) * np.float32(1 + 1e-6), space)[1][0] < 1
 
 
-def test_rows_are_cut_by_their_completions_too() -> None:
-    """Four tasks, eighteen rows of each, prompts that are alike: completions keep local clusters pure."""
-    tasks, rng = np.repeat(np.arange(4), 18), np.random.default_rng(0)
-    x = (rng.normal(size=(72, 2)) @ rng.normal(size=(2, DIM))).astype(np.float32)
-    y = rng.normal(size=(4, DIM)).astype(np.float32)[tasks]
-    assert summarise(x, "auto", 0).centroids.shape[1] == DIM
-    told = summarise(x, "auto", 0, answers=y).centroids
-    assert told.shape[1] == DIM + BRIEF
-    pure = beside(x, y)[::18, DIM:]
-    assert np.linalg.norm(told[:, None, DIM:] - pure, axis=-1).min(1).max() < 1e-3
+@given(num=st.integers(2, 30), seed=st.integers(0, 1000))
+def test_the_tree_is_wards(num: int, seed: int) -> None:
+    """Groups of one row each: the same unions at the same costs as scipy's."""
+    x = np.random.default_rng(seed).normal(size=(num, 3))
+    groups = LocalClusters(np.ones(num), x, num * np.eye(3))
+    z = x @ metric(groups)
+    tree, oracle = Tree(groups), linkage(z, "ward")
+    np.testing.assert_allclose(tree.costs, oracle[:, 2] ** 2 / 2, rtol=1e-6)
+    for count in range(1, num + 1):
+        assert adjusted_rand_score(tree.cut(count), fcluster(oracle, count, "maxclust")) == 1.0
 
 
 @given(seed=st.integers(0, 1000))
-def test_completions_in_brief_keep_lengths_and_angles(seed: int) -> None:
-    x, y = np.random.default_rng(seed).normal(size=(2, 20, 256)).astype(np.float32)
-    both = beside(x, y)
-    np.testing.assert_array_equal(both[:, :256], x)
-    np.testing.assert_allclose(beside(x[:3], y[:3]), both[:3], rtol=1e-4, atol=1e-5)
-    gram, brief = y @ y.T / 256, both[:, 256:] @ both[:, 256:].T / 256
-    assert abs(np.diag(brief) / np.diag(gram) - 1).mean() < 0.4
-    assert abs(brief - gram)[~np.eye(20, dtype=bool)].mean() < 0.3
-
-
-def test_tasks_with_the_same_answers_are_told_apart_only_by_a_given_number() -> None:
-    rows = {f"c{c}": np.concatenate([blob(0, 90, c), blob(1, 90, c)]) for c in range(4)}
-    clients = PullFederation(rows, {}, {c: answers(np.zeros(180, int)) for c in rows})
-    assert len(set(discover(clients, AUTO, seed=0).cluster_of)) == 1
-    space = discover(clients, ClusterSettings.model_validate({"global": 2}), seed=0)
-    assert purity(space, rows, {c: np.repeat([0, 1], 90) for c in rows}) == 1.0
-
-
-def test_a_few_rows_of_which_none_was_set_aside_are_no_task() -> None:
-    """A second client's six rows, far off and answered otherwise, are a task only if they are judged."""
-    counts = np.array([200.0, 200, 6])
-    centroids = np.array([[20.0, 0], [0, 20], [-20, -20]])
-    components = LocalClusters(counts, centroids, 400 * np.eye(2))
-    z = component_space(components).centroids.astype(np.float64)
-    answers = counts[:, None] * (centroids[[1, 2, 0]] + [0, 9])
-
-    def num_tasks(told: int, rows: int = 6) -> int:
-        n = np.array([100.0, 100, told])
-        squares = n[:, None, None] * (z[:, :, None] * z[:, None, :] + np.eye(2))
-        told_of = np.array([200, 200, rows])
-        revealed = Moments(n, n[:, None] * z, squares, answers * (told_of / counts)[:, None], told_of)
-        support = np.array([[200.0, 200, 0], [0, 0, 6]])
-        return len(set(separate([revealed], components, np.eye(2), support)))
-
-    assert num_tasks(told=0) == 2
-    assert num_tasks(told=3) == 3
-    assert num_tasks(told=3, rows=0) == 2, "nothing is known of their completions"
+def test_the_tree_of_groups_is_that_of_their_rows(seed: int) -> None:
+    """A group of three counts like three groups in one place."""
+    x = np.random.default_rng(seed).normal(size=(8, 3))
+    sizes = np.random.default_rng(seed + 1).integers(1, 4, size=8)
+    whole = Tree(LocalClusters(sizes.astype(float), x, sizes.sum() * np.eye(3)))
+    parts = Tree(LocalClusters(np.ones(sizes.sum()), np.repeat(x, sizes, axis=0), sizes.sum() * np.eye(3)))
+    np.testing.assert_allclose(whole.costs, parts.costs[-7:], rtol=1e-6)
+    assert whole.between == pytest.approx(parts.between)
 
 
 def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
     """At d = 384, in float32, of symmetric matrices one half."""
     dim, sent = 384, 0
 
-    def count(*revealed: LocalClusters | Moments) -> None:
+    def count(*revealed: LocalClusters) -> None:
         nonlocal sent
         for r in revealed:
             for array in (getattr(r, f) for f in r.__dataclass_fields__):
@@ -182,22 +131,14 @@ def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
                 )
 
     class Counting(PullFederation):
-        def summarise(self, num: Count, completions: bool = False) -> list[LocalClusters]:
-            count(*(revealed := super().summarise(num, completions)))
-            return revealed
-
-        def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
-            count(*(revealed := super().regroup(space)))
-            return revealed
-
-        def moments(self, space: RoutingSpace, directions: Float64s) -> list[Moments]:
-            count(*(revealed := super().moments(space, directions)))
+        def summarise(self, num: Count) -> list[LocalClusters]:
+            count(*(revealed := super().summarise(num)))
             return revealed
 
     x = np.random.default_rng(0).normal(size=(600, dim)).astype(np.float32)
     x[:, :40] += 4 * np.random.default_rng(1).integers(0, 2, size=(600, 40))
     discover(Counting({"a": x}, {}), AUTO, seed=0)
-    assert 600_000 < sent + 101 * 4 * 32 < 1_000_000
+    assert 400_000 < sent + 101 * 4 * 256 < 1_000_000
 
 
 def test_the_same_seed_gives_the_same_space() -> None:
@@ -244,14 +185,15 @@ def test_more_task_clusters_than_groups_of_rows() -> None:
         discover(federation([[0], [1]], 30)[0], ClusterSettings.model_validate({"global": 40}), seed=0)
 
 
-def test_joining_keeps_the_total_scatter() -> None:
-    """Fine clusters, joined: within + between must stay what the rows have, or distances lose their unit."""
-    x = np.concatenate([blob(t, 60, 0) for t in range(3)])
-    joined = condense([summarise(x[:90], "auto", 0), summarise(x[90:], "auto", 1)], 3)
-    offset = joined.centroids - x.mean(axis=0, dtype=float)
+def test_uniting_keeps_the_total_scatter() -> None:
+    """Within + between must stay what the rows have, or distances lose their unit."""
+    x = np.concatenate([blob(t, 60, 0) for t in range(3)]).astype(float)
+    rows = LocalClusters(np.ones(180), x, np.zeros((DIM, DIM)))
+    joined = united(rows, np.repeat([0, 1, 2], 60))
+    offset = joined.centroids - x.mean(axis=0)
     between = (offset * joined.counts[:, None]).T @ offset
-    centred = x - x.mean(axis=0, dtype=float)
-    np.testing.assert_allclose(joined.scatter + between, centred.T @ centred, rtol=1e-3, atol=1.0)
+    centred = x - x.mean(axis=0)
+    np.testing.assert_allclose(joined.scatter + between, centred.T @ centred, rtol=1e-6, atol=1e-3)
 
 
 @settings(max_examples=10)
@@ -277,11 +219,13 @@ def test_what_a_client_reveals_does_not_grow_with_its_rows() -> None:
 
 
 @given(seed=st.integers(0, 1000))
-def test_whitening_makes_the_covariance_round(seed: int) -> None:
+def test_the_metric_halves_what_rows_of_a_group_differ_in(seed: int) -> None:
     mix = np.random.default_rng(seed).normal(size=(4, 4)) + 3 * np.eye(4)
     x = np.random.default_rng(seed + 1).normal(size=(500, 4)) @ mix
-    before, after = (np.linalg.cond(np.cov(z.T)) for z in (x, x @ whitening(x.T @ x / len(x))))
-    assert after < max(2.0, 0.5 * before)
+    x -= x.mean(0)
+    w = metric(LocalClusters(np.array([500.0]), np.zeros((1, 4)), x.T @ x))
+    before, after = (np.linalg.cond(np.cov(z.T)) for z in (x / x.std(0), x @ w))
+    assert after < max(2.0, before)
 
 
 @given(sizes=st.lists(st.integers(50, 400), min_size=1, max_size=4), quantile=st.floats(0.6, 0.99))
@@ -310,11 +254,12 @@ def test_radius_of_many_clients_with_few_rows_holds_what_is_stated(num: int, lea
 
 
 def test_distances_are_those_of_rows_set_aside() -> None:
-    x = blob(0, 90, 0)
+    assert not len(set_aside(99, 0)[1]), "a client of few rows needs all of them"
+    x = blob(0, 120, 0)
     space = discover(PullFederation({"a": x}, {}), AUTO, seed=0)
     fit, held = set_aside(len(x), 0)
-    assert sorted([*fit, *held]) == list(range(90))
-    assert len(held) == 30
-    _, (subset,) = assign(x, held, space, ["t"] * 90)
-    assert (subset.num_examples, subset.num_set_aside, subset.task_counts) == (90, 30, {"t": 90})
+    assert sorted([*fit, *held]) == list(range(120))
+    assert len(held) == 40
+    _, (subset,) = assign(x, held, space, ["t"] * 120)
+    assert (subset.num_examples, subset.num_set_aside, subset.task_counts) == (120, 40, {"t": 120})
     assert subset.distances[-1] == pytest.approx(nearest(x[held], space)[1].max(), rel=1e-6)

@@ -39,7 +39,7 @@ class Federation(PullFederation):
         }
 
     def summarise(self, num: cluster.Count, completions: bool = False) -> list[LocalClusters]:
-        return [client.summarise(num, completions) for client in self.clients.values()]
+        return [client.summarise(num) for client in self.clients.values()]
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
         return [client.regroup(space, told) for client in self.clients.values()]
