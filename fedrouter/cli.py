@@ -320,25 +320,33 @@ def push(
 
 @app.command()
 def demo(
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Another federation than the built-in one.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Its test records; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
 ) -> None:
-    """Go the whole way on the built-in federation: train, serve, ask, score, stop."""
+    """Go the whole way on a small federation: train, serve, ask, score, stop."""
     from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
-    from fedrouter.evaluate import load
+    from fedrouter.evaluate import first_of_each_task, load
     from fedrouter.serve.launch import running_server
     from fedrouter.train.machine import side_by_side
     from fedrouter.train.run import train as run_train
 
-    console.rule("1 · train: 8 clients, two tasks each, no data shared")
-    config = load_config(None)
+    if (config_file is None) != (data is None):
+        raise ConfigError("demo: --config and --data belong together")
+    config = load_config(config_file)
+    console.rule("1 · train: clients that share no data, one adapter per task")
     bundle = run_train(config, out, console, side_by_side(config))
     console.rule("2 · serve: vLLM with one adapter per task")
     with running_server(bundle.path, log=out / "server.log") as url:
         console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)
         console.rule('3 · ask: every test prompt goes to model "fedrouter"')
-        records = load(["builtin:four-tasks"], num_per_task=num_per_task)
+        records = first_of_each_task(
+            load(data or ["builtin:four-tasks"], num_per_task=num_per_task), num_per_task
+        )
         report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
     console.print(

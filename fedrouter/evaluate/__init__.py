@@ -9,7 +9,17 @@ offline.py    how a bundle routes labelled records, without an endpoint
 """
 
 from fedrouter.evaluate.report import Report, render, write_json, write_records
-from fedrouter.evaluate.run import ORACLE, evaluate, load
+from fedrouter.evaluate.run import ORACLE, evaluate, first_of_each_task, load
 from fedrouter.evaluate.scores import TaggedRecord
 
-__all__ = ["ORACLE", "Report", "TaggedRecord", "evaluate", "load", "render", "write_json", "write_records"]
+__all__ = [
+    "ORACLE",
+    "Report",
+    "TaggedRecord",
+    "evaluate",
+    "first_of_each_task",
+    "load",
+    "render",
+    "write_json",
+    "write_records",
+]

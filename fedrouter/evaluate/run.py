@@ -55,6 +55,17 @@ def load(sources: Sequence[str], *, num_per_task: int = 100, seed: int = 0) -> l
     return tagged
 
 
+def first_of_each_task(records: Sequence[TaggedRecord], num: int) -> list[TaggedRecord]:
+    """Return at most ``num`` records of each task, in their order."""
+    left: dict[str | None, int] = defaultdict(lambda: num)
+    kept = []
+    for one in records:
+        left[one.record.task] -= 1
+        if left[one.record.task] >= 0:
+            kept.append(one)
+    return kept
+
+
 def evaluate(
     url: str,
     records: Sequence[TaggedRecord],

@@ -126,7 +126,7 @@ class Tree:
         labels = np.arange(self._num)
         for a, b in self._unions[: self._num - num]:
             labels[labels == b] = a
-        return np.unique(labels, return_inverse=True)[1]
+        return np.asarray(np.unique(labels, return_inverse=True)[1])
 
 
 def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:
@@ -153,7 +153,7 @@ def pool(clients: Iterable[LocalClusters], num: int) -> LocalClusters:
 def united(groups: LocalClusters, labels: Labels) -> LocalClusters:
     """Unite groups that have the same label; the scatter between them becomes scatter within."""
     num = labels.max() + 1
-    counts = np.bincount(labels, weights=groups.counts, minlength=num)
+    counts = np.bincount(labels, weights=groups.counts, minlength=num).astype(np.float64)
     sums = np.zeros((num, groups.centroids.shape[1]))
     np.add.at(sums, labels, groups.counts[:, None] * groups.centroids)
     centroids = sums / np.maximum(counts, 1e-12)[:, None]
@@ -235,7 +235,7 @@ def _closest(groups: LocalClusters) -> Labels:
 
 
 def _mean(groups: LocalClusters) -> Float64s:
-    return np.average(groups.centroids, axis=0, weights=groups.counts)
+    return np.asarray(np.average(groups.centroids, axis=0, weights=groups.counts))
 
 
 def _space(mean: Float64s, transform: Float64s, centroids: Float64s) -> RoutingSpace:
