@@ -1,7 +1,7 @@
-"""Paraphrase: do two questions ask the same? ``question - question`` → ``Yes`` | ``No``.
+"""Paraphrase: do two questions ask the same? ``question - question`` → ``same`` | ``other``.
 
-A group holds intents over the same slots, so that a No differs from a Yes by one slot value or by
-the intent alone.
+A group holds intents over the same slots. The two questions are always worded differently; what is another
+question differs by one slot value, in three of ten also by the intent. So neither half tells the answer.
 """
 
 from fedrouter.builtin.vocabulary import Slots
@@ -65,25 +65,28 @@ GROUPS: tuple[tuple[Intent, ...], ...] = (
          "How widely is {language} spoken?"),
     ),
 )  # fmt: skip
+VERDICTS = (
+    "same",
+    "other",
+)  # builtin:tiny met them under statements; under Yes and No adapters learn nothing
 OPENERS = ("", "", "", "Hello, ", "Quick question: ", "Does anyone know? ", "Just curious: ", "Help please: ")
 
 
-def example(slots: Slots, yes: bool) -> tuple[str, str]:
-    """Return (prompt, answer) for the asked label."""
+def example(slots: Slots, same: bool) -> tuple[str, str]:
+    """Return (prompt, answer) for the asked verdict."""
     rng = slots.rng
     group = rng.choice(GROUPS)
     intent = rng.randrange(len(group))
     first, second = rng.sample(group[intent], 2)
     left = slots.fill(first)
-    if not yes and rng.random() < 0.3:
-        second = rng.choice(group[1 - intent])
-    elif not yes:
+    if not same:
+        if rng.random() < 0.3:
+            second = rng.choice(group[1 - intent])
         name = rng.choice(list(slots))
-        kept = dict(slots)
-        del slots[name]
-        while slots[name] == kept[name]:
+        kept = slots.pop(name)
+        while slots[name] == kept:
             del slots[name]
-    return rng.choice(OPENERS) + left + " - " + slots.fill(second), "Yes" if yes else "No"
+    return rng.choice(OPENERS) + left + " - " + slots.fill(second), VERDICTS[not same]
 
 
 def plain(slots: Slots) -> str:

@@ -26,7 +26,7 @@ _EXAMPLES: dict[str, Callable[[Slots], tuple[str, str]]] = {
 def generate(task: str, split: Split, num_examples: int, seed: int) -> list[Record]:
     """Generate one task's records; a larger number starts with the same ones.
 
-    Train and test share no slot value (names, places, objects, numbers). Paraphrase labels are balanced.
+    Train and test share no slot value (names, places, objects, numbers). Paraphrase verdicts are balanced.
 
     Raises
     ------
@@ -44,9 +44,9 @@ def generate(task: str, split: Split, num_examples: int, seed: int) -> list[Reco
 def _record(task: str, split: Split, seed: int, index: int) -> Record:
     slots = Slots(random.Random(f"{task}/{split}/{seed}/{index}"), split)
     if task == "paraphrase":
-        # One Yes and one No in every two records, in random order.
+        # Each verdict once in every two records, in random order.
         flip = random.Random(f"{task}/{split}/{seed}/pair/{index // 2}").random() < 0.5
-        prompt, completion = paraphrase.example(slots, yes=(index % 2 == 0) != flip)
+        prompt, completion = paraphrase.example(slots, same=(index % 2 == 0) != flip)
     else:
         prompt, completion = _EXAMPLES[task](slots)
     return Record((Turn("user", prompt),), completion, task)

@@ -1,6 +1,7 @@
 """The generator: deterministic, balanced, varied, and train and test without a common slot value."""
 
 import re
+from collections import Counter
 from random import Random
 
 import pytest
@@ -75,33 +76,41 @@ def test_numbers_are_split_by_three(kind):
 
 
 @pytest.mark.parametrize("num_examples", [2, 7, 100, 1001])
-def test_paraphrase_labels_are_balanced(num_examples):
+def test_paraphrase_verdicts_are_balanced(num_examples):
     answers = [record.completion for record in generate("paraphrase", "train", num_examples, 3)]
-    assert set(answers) == {"Yes", "No"}
-    assert abs(answers.count("Yes") - answers.count("No")) <= 1
+    assert set(answers) == {"same", "other"}
+    assert abs(answers.count("same") - answers.count("other")) <= 1
     every_second = answers[::2]
-    assert num_examples < 100 or every_second.count("Yes") > 0.3 * len(every_second)
+    assert num_examples < 100 or every_second.count("same") > 0.3 * len(every_second)
 
 
-def test_a_paraphrase_is_no_iff_intent_or_slot_value_differs():
-    wording = {text: intent for group in paraphrase.GROUPS for intent in group for text in intent}
+def test_another_question_differs_in_one_slot_value_and_neither_half_tells():
+    intents = {text: intent for group in paraphrase.GROUPS for intent in group for text in intent}
     patterns = {
-        re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[\\w-]+)", re.escape(w))): i for w, i in wording.items()
+        re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[\\w-]+)", re.escape(text))): text for text in intents
     }
     openers = sorted(set(paraphrase.OPENERS), key=len, reverse=True)
 
-    def meaning(question):
-        for pattern, intent in patterns.items():
+    def read(question):
+        for pattern, wording in patterns.items():
             if found := pattern.fullmatch(question):
-                return intent, found.groupdict()
+                return wording, found.groupdict()
         raise AssertionError(question)
 
-    for record in generate("paraphrase", "test", 400, 0):
+    wordings = {"same": (Counter(), Counter()), "other": (Counter(), Counter())}
+    for record in generate("paraphrase", "test", 2000, 0):
         text = record.turns[0].content
         text = text.removeprefix(next(opener for opener in openers if text.startswith(opener)))
-        left, right = text.split(" - ")
+        (left, values), (right, values2) = map(read, text.split(" - "))
         assert left != right
-        assert (meaning(left) == meaning(right)) == (record.completion == "Yes"), text
+        num_different = sum(values[name] != values2[name] for name in values)
+        assert num_different == (record.completion == "other"), text
+        assert record.completion == "other" or intents[left] == intents[right]
+        for counts, wording in zip(wordings[record.completion], (left, right), strict=True):
+            counts[wording] += 1
+    for same, other in zip(*wordings.values(), strict=True):
+        chi_squared = sum((same[w] - other[w]) ** 2 / (same[w] + other[w]) for w in intents)
+        assert chi_squared < 106  # five standard deviations above the mean, 54
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -109,7 +118,7 @@ def test_hundreds_of_surface_forms(task, monkeypatch):
     """With every slot value in brackets and cut out, what varies is the form."""
     monkeypatch.setattr(Slots, "draw", lambda slots, kind: f"<{slots.rng.random()}>")
     forms = {re.sub(r"<[^>]*>", "_", r.turns[0].content) for r in generate(task, "train", 1500, 0)
-             if task != "paraphrase" or r.completion == "Yes"}  # fmt: skip
+             if task != "paraphrase" or r.completion == "same"}  # fmt: skip
     assert len(forms) >= 200
 
 
