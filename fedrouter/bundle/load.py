@@ -180,7 +180,7 @@ def _read_router(root: Path, manifest: Manifest) -> tuple[RoutingSpace, Array]:
     for name, array in tensors.items():
         if np.abs(array).max() > LARGEST:
             raise BundleError(f"{path}: {name} holds values above {LARGEST:g}, which no embedder computes")
-    if not tensors["probe"].any():
+    if not np.linalg.norm(tensors["probe"]):  # nor what float32 takes for it
         raise BundleError(f"{path}: probe is zero, which no embedder computes")
     probe_vectors = tensors.pop("probe")
     space = RoutingSpace(**tensors, cluster_of=cluster_of)

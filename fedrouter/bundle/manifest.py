@@ -24,7 +24,7 @@ GENERALIST = "generalist"
 MAX_MANIFEST = 64 * MIB  # thousands of clients in every task cluster
 ANEW = (
     "remove the bundle from its run and give the run's command again: nothing is trained anew, the bundle is "
-    "written again from the last checkpoint"
+    "written again from its last checkpoint; ask for one from elsewhere to be made anew by its owner"
 )
 
 

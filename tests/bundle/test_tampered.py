@@ -301,6 +301,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "router: fewer probes": (router(lambda t: {**t, "probe": t["probe"][:2]}), "do not fit"),
     "router: no probe": (router(lambda t: {**t, "probe": 0 * t["probe"]}), "probe is zero"),
+    "router: probe too small to square": (
+        router(lambda t: {**t, "probe": np.full_like(t["probe"], 3.4e-31)}),
+        "probe is zero",
+    ),
     "router: one centroid too few": (router(lambda t: {**t, "centroids": t["centroids"][:1]}), "do not fit"),
     "router: a task cluster without": (
         router(lambda t: {**t, "cluster_of": np.zeros(2, np.int64)}),
