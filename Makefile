@@ -4,7 +4,7 @@ SETUP := $(VENV)/.ready
 SOURCES := fedrouter tests benchmarks scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 test check lint types clean
+.PHONY: help setup demo smollm2 test fuzz check lint types clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -32,6 +32,11 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(SETUP)  ## Run the whole test suite, real vLLM last
 	$(PYTHON_IN_VENV) -m pytest
+
+fuzz: export FUZZ_EXAMPLES = 100000
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: $(SETUP)  ## Load 100,000 bundles that were changed on purpose; half an hour
+	$(PYTHON_IN_VENV) -m pytest tests/bundle/test_fuzz.py
 
 lint: $(SETUP)  ## Check format and lint
 	$(PYTHON_IN_VENV) -m ruff format --check $(wildcard $(SOURCES))

@@ -145,6 +145,10 @@ def serve(
         str | None,
         typer.Option(metavar="POLICY", help="Beyond the radius: base, generalist, nearest or reject."),
     ] = None,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="Serve bundles alone that the owner of this public key has signed."),
+    ] = None,
     keys_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Clients' API keys: JSON, SHA-256 of a key to client name."),
@@ -176,6 +180,7 @@ def serve(
         keys_file=keys_file,
         watch=watch,
         fallback=fallback,
+        signed_by=require_signature,
         limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
         adapters={
             name: Path(path)
@@ -304,17 +309,35 @@ def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")]) ->
 
 
 @app.command()
+def sign(
+    bundle: BundleDir,
+    key: Annotated[Path, typer.Argument(help="A private Ed25519 key, PEM.")],
+) -> None:
+    """Sign a bundle, for servers with --require-signature."""
+    from fedrouter.bundle import load_bundle, sign_bundle
+
+    loaded = load_bundle(bundle_directory(bundle))
+    console.print(f"signed: {sign_bundle(loaded.path, key)}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
 def push(
     bundle: BundleDir,
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository has to be made.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Sign it before: a private Ed25519 key, PEM.")
+    ] = None,
 ) -> None:
     """Upload a bundle to the Hugging Face hub, with a model card for each adapter."""
-    from fedrouter.bundle import load_bundle
+    from fedrouter.bundle import load_bundle, sign_bundle
     from fedrouter.push import push as run
 
-    url = run(load_bundle(bundle_directory(bundle)), repo, private=private, revision=revision)
+    loaded = load_bundle(bundle_directory(bundle))
+    if sign is not None:
+        sign_bundle(loaded.path, sign)
+    url = run(loaded, repo, private=private, revision=revision)
     console.print(url, highlight=False, soft_wrap=True)
 
 

@@ -18,10 +18,12 @@ from fedrouter.errors import ConfigError, DataError
 from fedrouter.partition import partition
 from fedrouter.types import Record, Turn
 
-__all__ = ["builtin_records", "load_records", "partition"]
+__all__ = ["builtin_records", "is_label", "load_records", "partition"]
 
 BUILTIN_RECORDS = {"builtin:four-tasks": TASKS}
 FORMS = "messages, prompt + completion, or instruction + response (or output), optionally with input"
+
+MAX_LABEL = 200  # characters
 
 _READERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _ROLES = ("system", "user", "assistant")
@@ -51,6 +53,11 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
     if not records:
         raise DataError(f"{source}: has no rows; give a data set with at least one")
     return records
+
+
+def is_label(text: str) -> bool:
+    """Return whether a text can name a task or a client: printable, on one line, not too long."""
+    return text.isprintable() and 0 < len(text) <= MAX_LABEL
 
 
 def builtin_records(name: str, split: str, num_per_task: int, seed: int) -> list[Record]:
@@ -148,6 +155,10 @@ def _record(where: str, row: Any) -> Record:
         )
     given = {key: value for key, value in row.items() if value is not None}
     task = _text(where, given, "task") if "task" in given else None
+    if task is not None and not is_label(task):
+        raise DataError(
+            f"{where}: field task must be printable text on one line, of up to {MAX_LABEL} characters"
+        )
     if "messages" in given:
         turns = _turns(where, given["messages"])
         return Record(turns[:-1], turns[-1].content, task)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedrouter.bundle import Bundle, load_bundle
@@ -69,22 +70,22 @@ def _show_run(path: Path, console: Console) -> None:
 
 
 def _show_bundle(bundle: Bundle, console: Console) -> None:
-    console.print(f"bundle {bundle.path}", soft_wrap=True)
-    console.print(f"base {bundle.base.model}, rank {bundle.rank}, fallback {bundle.fallback}")
+    console.print(f"bundle {escape(str(bundle.path))}", soft_wrap=True)
+    console.print(f"base {escape(bundle.base.model)}, rank {bundle.rank}, fallback {bundle.fallback}")
     console.print(
-        f"embedder {bundle.embedder.kind} {bundle.embedder.model}, {bundle.embedder.dim} dimensions"
+        f"embedder {bundle.embedder.kind} {escape(bundle.embedder.model)}, {bundle.embedder.dim} dimensions"
     )
     table = Table(
         "task cluster", "adapter", "rows", "clients", "radius", "tasks of its rows", title="task clusters"
     )
     for c in bundle.clusters:
-        tasks = ", ".join(f"{task} {count}" for task, count in c.task_counts.items()) or "no labels"
+        tasks = ", ".join(f"{escape(task)} {count}" for task, count in c.task_counts.items()) or "no labels"
         table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)
     console.print(table)
     if bundle.generalist:
         console.print(f"generalist {bundle.generalist}: for prompts of no task cluster", soft_wrap=True)
     for guarantee in bundle.guarantees:
-        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True)
+        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True, markup=False)
 
 
 def spark(values: list[float]) -> str:

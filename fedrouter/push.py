@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub import errors as hub_errors
 
-from fedrouter.bundle import Bundle
+from fedrouter.bundle import MANIFEST, SIGNATURE, Bundle
 from fedrouter.errors import ConfigError, ServingError
 from fedrouter.types import TaskCluster
 
@@ -47,8 +47,8 @@ def push(bundle: Bundle, repo: str, *, private: bool = False, revision: str | No
 
 
 def _operations(bundle: Bundle, repo: str) -> list[CommitOperationAdd]:
-    files = sorted(path for path in bundle.path.rglob("*") if path.is_file())
-    added = [CommitOperationAdd(path.relative_to(bundle.path).as_posix(), path) for path in files]
+    around = [name for name in (MANIFEST, SIGNATURE, "README.md") if (bundle.path / name).is_file()]
+    added = [CommitOperationAdd(name, bundle.path / name) for name in sorted([*around, *bundle.files])]
     for cluster in bundle.clusters:
         card = Path("adapters") / cluster.adapter / "README.md"
         added.append(CommitOperationAdd(card.as_posix(), model_card(bundle, cluster, repo).encode()))

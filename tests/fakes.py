@@ -65,7 +65,7 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
         "embedder": replace(LetterEmbedder.spec, dim=routing.transform.shape[0]),
         "clusters": clusters,
         "adapters": [adapter(k) for k in range(len(radii))],
-        "adapter_config": {"r": 2, "lora_alpha": 4, "peft_type": "LORA"},
+        "adapter_config": {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "target_modules": ["q_proj"]},
         "space": routing,
         "probe_vectors": np.ones((3, routing.transform.shape[0]), dtype=np.float32),
         "fallback": "base",

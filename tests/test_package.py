@@ -22,6 +22,7 @@ APART = LAYERS[2]  # these never import each other: the bundle on disk is their 
 
 # Where a library may be imported; everywhere else it is out of place.
 HOMES = {
+    "cryptography": "bundle.sign",
     "dp_accounting": "train.privacy",
     "faiss": "route",
     "trl": "train.sft",
@@ -104,6 +105,11 @@ def test_the_dependency_rule(path):
         ),
         ("train.run", "import flwr", ["train.run imports flwr, whose place is train.flower"]),
         ("bundle", "from vllm.lora import x", ["bundle imports vllm, whose place is serve"]),
+        (
+            "push",
+            "from cryptography import x",
+            ["push imports cryptography, whose place is bundle.sign"],
+        ),
         ("cli", "import fedrouter.train\nfrom fedrouter import serve", []),
         (
             "serve.launch",

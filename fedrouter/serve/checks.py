@@ -4,13 +4,8 @@ import socket
 from importlib import metadata, util
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
-from fedrouter.bundle import Bundle
-from fedrouter.errors import ModelError, ServingError
-from fedrouter.models import read_json
+from fedrouter.bundle import Bundle, check_modules, read_adapter
+from fedrouter.errors import BundleError, ServingError
 from fedrouter.route import BASE_NAME, REJECT
 from fedrouter.serve.bodies import VIRTUAL_NAME
 
@@ -57,29 +52,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def check_adapter(name: str, path: Path, bundle: Bundle) -> int:
-    """Check an adapter that is not of the bundle, for what vLLM would accept silently; return its rank.
+def check_adapter(name: str, path: Path, bundle: Bundle, base_path: Path) -> int:
+    """Check an adapter that is not of the bundle as the bundle's own were; return its rank.
 
     Raises
     ------
     ServingError
-        If its name is taken, a file is missing or damaged, it is no plain LoRA, or a weight is not finite.
+        If its name is taken, or it is no adapter that vLLM can serve on this base.
     """
     if name in {BASE_NAME, VIRTUAL_NAME, REJECT, *bundle.adapter_paths}:
         raise ServingError(f"adapter {name}: that name is taken; choose another")
     try:
-        config = read_json(path / "adapter_config.json")
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ModelError, SafetensorError) as error:
-        raise ServingError(f"adapter {name}: {path} is no PEFT adapter that can be read: {error}") from error
-    rank = config.get("r")
-    plain = (
-        config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("modules_to_save")
-    )
-    if not isinstance(rank, int) or not plain or config.get("bias", "none") != "none":
-        raise ServingError(f"adapter {name}: {path} is not plain LoRA: no DoRA, no bias, no modules_to_save")
-    for tensor, array in tensors.items():
-        side = 0 if ".lora_A." in tensor else 1
-        if array.ndim != 2 or array.shape[side] != rank or not np.isfinite(array).all():
-            raise ServingError(f"adapter {name}: {path}: tensor {tensor} is not finite or not of rank {rank}")
-    return rank
+        adapter = read_adapter(path)
+        check_modules(adapter, base_path)
+    except BundleError as error:
+        raise ServingError(f"adapter {name}: {error}") from error
+    return adapter.rank

@@ -54,6 +54,8 @@ class Options:
     # how much is taken on before requests are turned away
     adapters: Mapping[str, Path] = field(default_factory=dict)
     # more PEFT adapters to serve, by name; they are never routed to
+    signed_by: Path | None = None
+    # the public key of whose bundles are served; None: anybody's
     watch: bool = False
     # the bundle's path is a link: serve what it points to, whenever that changes
     vllm_args: Sequence[str] = ()
@@ -102,11 +104,11 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     key = server_key(options)
     if options.watch and not bundle_path.is_symlink():
         raise ServingError(f"--watch: {bundle_path} is no link that could point elsewhere; leave it out")
-    bundle = load_bundle(bundle_path)
+    bundle = load_bundle(bundle_path, options.signed_by)
     if options.fallback is not None:
         Router(bundle, options.fallback)  # refuses one that the bundle cannot have
     base_path = find_base(bundle, options.base)
-    ranks = [check_adapter(name, path, bundle) for name, path in options.adapters.items()]
+    ranks = [check_adapter(name, path, bundle, base_path) for name, path in options.adapters.items()]
     command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
     if options.embedder_url is not None:
         find_embedder(bundle, base_path, options.embedder_url)
@@ -191,6 +193,8 @@ def build_command(
     env |= options.limits.to_env()
     if options.watch:
         env[watch.VARIABLE] = str(bundle.path.absolute())
+    if options.signed_by is not None:
+        env["FEDROUTER_SIGNED_BY"] = str(options.signed_by.resolve())
     if options.fallback is not None:
         env["FEDROUTER_FALLBACK"] = options.fallback
     if options.embedder_url is not None:

@@ -41,6 +41,7 @@ class Routing:
     fallback : instead of the bundle's, and of those that replace it.
     limits : how many texts may wait for how long, and what happens to the others.
     base_path : where the base model is; None where it is not checked against.
+    signed_by : the public key of whose bundles may replace this one; None: anybody's.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Routing:
         fallback: str | None = None,
         limits: Limits | None = None,
         base_path: Path | None = None,
+        signed_by: Path | None = None,
     ):
         self.bundle, self.embedder, self.base_path = bundle, embedder, base_path
+        self.signed_by = signed_by
         self.decode = decode
         self.limits = limits or Limits()
         self._given_fallback = fallback
@@ -81,7 +84,15 @@ class Routing:
         ConfigError
             If the bundle cannot have that fallback.
         """
-        return Routing(bundle, self.embedder, self.decode, self._given_fallback, self.limits, self.base_path)
+        return Routing(
+            bundle,
+            self.embedder,
+            self.decode,
+            self._given_fallback,
+            self.limits,
+            self.base_path,
+            self.signed_by,
+        )
 
     @contextmanager
     def in_use(self) -> Iterator["Routing"]:
@@ -152,7 +163,7 @@ def load_routing() -> Routing:
 
     FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
     FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on;
-    FEDROUTER_EMBEDDER_URL where an embeddings endpoint is.
+    FEDROUTER_EMBEDDER_URL where an embeddings endpoint is; FEDROUTER_SIGNED_BY whose bundles are served.
 
     Raises
     ------
@@ -167,6 +178,7 @@ def load_routing() -> Routing:
         os.environ.get("FEDROUTER_FALLBACK"),
         Limits.from_env(),
         os.environ.get("FEDROUTER_EMBEDDER_URL"),
+        Path(os.environ["FEDROUTER_SIGNED_BY"]) if os.environ.get("FEDROUTER_SIGNED_BY") else None,
     )
 
 
@@ -176,6 +188,7 @@ def make_routing(
     fallback: str | None,
     limits: Limits,
     embedder_url: str | None = None,
+    signed_by: Path | None = None,
 ) -> Routing:
     """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
 
@@ -184,13 +197,14 @@ def make_routing(
     base : the base model's directory or hub id, when not what the bundle says.
     fallback : instead of the bundle's.
     embedder_url : where the embedder is, if it is an endpoint.
+    signed_by : the public key of whose bundles are served; None: anybody's.
 
     Raises
     ------
     FedRouterError
         If the bundle, the base model or the embedder must not be served.
     """
-    bundle = load_bundle(bundle_path)
+    bundle = load_bundle(bundle_path, signed_by)
     base_path = find_base(bundle, base)
     embedder = find_embedder(bundle, base_path, embedder_url)
     if isinstance(embedder, EndpointEmbedder):  # half, so that it fails before those who wait give up
@@ -205,6 +219,7 @@ def make_routing(
         fallback,
         limits,
         base_path,
+        signed_by,
     )
 
 

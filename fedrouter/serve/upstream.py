@@ -57,7 +57,13 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
 
     access = Access(key, load_keys(options.keys_file) if options.keys_file else None)
     routing = await asyncio.to_thread(
-        make_routing, bundle_path, options.base, options.fallback, options.limits, options.embedder_url
+        make_routing,
+        bundle_path,
+        options.base,
+        options.fallback,
+        options.limits,
+        options.embedder_url,
+        options.signed_by,
     )
     models = [BASE_NAME, *routing.bundle.adapter_paths]
     proxy = Proxy(urls, models, key, options.limits)

@@ -83,4 +83,4 @@ def doubt(config: Config, rows: Sequence[int], num_clusters: int) -> str | None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "task"

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from safetensors.numpy import load_file
 
-from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, write_bundle
+from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, read_weights, write_bundle
 from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
@@ -139,10 +138,10 @@ def join(
         console.print(f"new task cluster {c.name}: {c.num_examples} rows of {', '.join(c.clients)}",
                       highlight=False)  # fmt: skip
 
-    adapters: list[AdapterState] = [_weights(bundle.adapter_path(c)) for c in bundle.clusters]
+    adapters: list[AdapterState] = [read_weights(bundle.adapter_path(c)) for c in bundle.clusters]
     sizes = [c.num_examples for c in [*clusters, *added]]
     general = (
-        _weights(bundle.adapter_paths[bundle.generalist])
+        read_weights(bundle.adapter_paths[bundle.generalist])
         if bundle.generalist
         else mean(adapters, sizes[:first], config.aggregate.method)[0]
     )
@@ -291,10 +290,6 @@ def _rows(assignments: Sequence[Assignment]) -> dict[int, int]:
 
 def _only(assignment: Assignment, clusters: range) -> Assignment:
     return replace(assignment, subsets=tuple(s for s in assignment.subsets if s.cluster in clusters))
-
-
-def _weights(directory: Path) -> AdapterState:
-    return load_file(directory / "adapter_model.safetensors")
 
 
 def _adapter_config(bundle: Bundle) -> dict[str, Any]:

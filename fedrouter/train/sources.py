@@ -40,8 +40,13 @@ def load_sources(
     Raises
     ------
     DataError
-        If a client has too few for ``privacy.min_cluster_size``.
+        If a client has too few for ``privacy.min_cluster_size``, or a name that no bundle can hold.
     """
+    for name in sources:
+        if not data.is_label(name):
+            raise DataError(
+                f"client {name!r}: expected a printable name on one line, up to {data.MAX_LABEL} characters"
+            )
     split, least = config.data.split, config.privacy.min_cluster_size
     records = {n: data.load_records(source, split, limit) for n, source in sorted(sources.items())}
     for name, rows in records.items():

@@ -38,7 +38,7 @@ def write_word_bundle(
             TaskCluster(name, "", 10, of.get(name, ("a", "b")), {name: 10}, radius=3.0) for name in TASKS
         ],
         "adapters": adapters,
-        "adapter_config": {"peft_type": "LORA", "r": rank, "target_modules": ["q_proj"]},
+        "adapter_config": {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]},
         "space": RoutingSpace(
             np.zeros(DIM, np.float32),
             np.eye(DIM, dtype=np.float32),

@@ -1,6 +1,8 @@
 """From a bundle to vLLM's command line, and what is refused before vLLM starts."""
 
 import json
+import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +253,31 @@ def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         prepare(tmp_path, Options(port=free_port(), api_key_env="NO_SUCH_KEY"))
 
 
+@pytest.fixture
+def own(word_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of one of the bundle's adapters, as somebody's own."""
+    return Path(shutil.copytree(word_bundle.adapter_path(word_bundle.clusters[0]), tmp_path / "own"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """What a base model's weights say of the one module that adapters are for."""
+    (tmp_path / "base").mkdir()
+    weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((16, 16), np.float32)}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base"
+
+
+def fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def leave(file: Path) -> None:
+    file.rename(file.parent.with_name("outside"))
+    file.symlink_to(file.parent.with_name("outside"))
+
+
 def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:
     def apply(path: Path) -> None:
         if config:
@@ -273,25 +300,51 @@ def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:
         (damage({"modules_to_save": ["lm_head"]}), "plain LoRA"),
         (damage({"r": None}), "plain LoRA"),
         (damage({"r": 4}), "rank 4"),
+        (damage({"lora_alpha": "16"}), "plain LoRA"),
         (damage(tensor=lambda array: array * np.nan), "not finite"),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x10"), "can be read"),
-        (lambda path: (path / "adapter_config.json").unlink(), "can be read"),
-        (lambda path: (path / "adapter_config.json").write_text("[]"), "can be read"),
+        (damage(tensor=lambda array: array.astype(np.int8)), "damaged"),
+        (damage(tensor=lambda array: array[:, :8].copy()), "does not fit the base model"),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x10"), "damaged"),
+        (lambda path: (path / "adapter_config.json").unlink(), "no such file"),
+        (lambda path: (path / "adapter_config.json").write_text("[]"), "plain LoRA"),
+        (lambda path: fifo(path / "adapter_config.json"), "no plain file"),
+        (lambda path: leave(path / "adapter_model.safetensors"), "leads out of"),
     ],
 )
 def test_an_adapter_that_would_harm_is_refused(
-    word_bundle: Bundle, tmp_path: Path, apply: Any, says: str
+    word_bundle: Bundle, own: Path, base: Path, apply: Any, says: str
 ) -> None:
-    for file in word_bundle.adapter_path(word_bundle.clusters[0]).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert check_adapter("own", tmp_path, word_bundle) == word_bundle.rank
-    apply(tmp_path)
-    with pytest.raises(ServingError, match=says):
-        check_adapter("own", tmp_path, word_bundle)
+    assert check_adapter("own", own, word_bundle, base) == word_bundle.rank
+    apply(own)
+    with pytest.raises(ServingError, match=f"adapter own: .*{says}") as caught:
+        check_adapter("own", own, word_bundle, base)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_adapter_in_half_precision_is_served(
+    word_bundle: Bundle, own: Path, base: Path, dtype: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    file = own / "adapter_model.safetensors"
+    kind = getattr(torch, dtype)
+    save_torch({name: torch.from_numpy(array).to(kind) for name, array in load_file(file).items()}, file)
+    assert check_adapter("own", own, word_bundle, base) == word_bundle.rank
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(word_bundle: Bundle, own: Path, base: Path) -> None:
+    file = own / "adapter_model.safetensors"
+    save_file({name.replace("layers.0", "layers.7"): array for name, array in load_file(file).items()}, file)
+    with pytest.raises(
+        ServingError, match=r"adapter own: .*has no module model\.layers\.7\.self_attn\.q_proj"
+    ):
+        check_adapter("own", own, word_bundle, base)
 
 
 def test_an_adapters_name_must_be_free(word_bundle: Bundle) -> None:
     path = word_bundle.adapter_path(word_bundle.clusters[0])
     for name in ("base", "fedrouter", "reject", word_bundle.generalist, word_bundle.clusters[0].adapter):
         with pytest.raises(ServingError, match="taken"):
-            check_adapter(name, path, word_bundle)
+            check_adapter(name, path, word_bundle, path)

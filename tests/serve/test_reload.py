@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,18 @@ def broken(setup: Setup, name: str) -> str:
     if name == "damaged":
         file = bundle.adapter_path(bundle.clusters[1]) / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-4])
-        return "damaged"
+        return "content differs"
+    if name == "leaky":
+        (path / "README.md").unlink()
+        (path / "README.md").symlink_to(setup.first.path / "README.md")
+        return "leads out of"
+    if name in ("radius", "name"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["clusters"][0][name] = {"radius": "12", "name": 7}[name]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BundleError) as caught:  # what `serve` says
+            load_bundle(path)
+        return f"{caught.value}; the bundle served"
     if name == "refused-by-vllm":
         setup.app.broken.add(bundle.clusters[2].adapter)
         return "no room for"
@@ -183,6 +195,9 @@ def broken(setup: Setup, name: str) -> str:
         "other-vectors",
         "other-template",
         "damaged",
+        "leaky",
+        "radius",
+        "name",
         "refused-by-vllm",
         "without-effect",
     ],
@@ -223,6 +238,21 @@ def test_the_slot_that_stays_empty_on_cpu_is_no_room(device: str, max_loras: int
     assert engine.lora_limits({"app": app}) == (8, held)
 
 
+def test_another_adapter_does_not_pass_for_one_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight hex digits in a name can be made to agree; the whole hash in the manifest cannot."""
+    for module in ("manifest", "write"):
+        monkeypatch.setattr(f"fedrouter.bundle.{module}.adapter_name", lambda head, *_: f"{head}-00000000")
+    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    setup = setup_of(tmp_path, write_word_bundle(tmp_path / "one"))
+    write_word_bundle(tmp_path / "two", seeds=(20, 21, 22))
+    refused = within(setup, lambda: setup.reload("two"))
+    assert refused.status == 400
+    assert "another than the one served under that name" in refused.json["error"]["message"]
+
+
 def test_a_link_that_is_pointed_elsewhere_is_followed(setup: Setup) -> None:
     write_word_bundle(setup.root / "two", seeds=(20, 21, 22))
     current = setup.root / "current"
@@ -247,7 +277,6 @@ def test_a_link_that_is_pointed_elsewhere_is_followed(setup: Setup) -> None:
         "/etc",
         "link",
         "link/inner",
-        "leaky",
         "missing",
         ".",
         "",
@@ -262,9 +291,6 @@ def test_bundles_are_loaded_from_one_directory_only(setup: Setup, name: Any) -> 
     outside = write_word_bundle(setup.root.parent / "outside").path
     (outside / "inner").mkdir()
     (setup.root / "link").symlink_to(outside)
-    leaky = write_word_bundle(setup.root / "leaky").path
-    (leaky / "README.md").unlink()
-    (leaky / "README.md").symlink_to(outside / "README.md")
     (setup.root / "manifest").write_text("no directory")
     with pytest.raises(BundleError):
         find_bundle(setup.root, name)

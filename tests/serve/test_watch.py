@@ -100,7 +100,7 @@ def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCap
     assert found == ["one"] * 4
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3, said
-    assert "router.safetensors: damaged" in said[0]
+    assert "router.safetensors: content differs" in said[0]
     assert "so far stays" in said[0]
     assert "no such directory" in said[1]
     assert "only place that bundles are loaded from" in said[2]

@@ -1,0 +1,138 @@
+"""Writing a bundle: whole or not at all, and only what loads."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from fedrouter.bundle.load import Bundle, load_bundle
+from fedrouter.bundle.manifest import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERALIST,
+    MANIFEST,
+    ROUTER,
+    WEIGHTS,
+    adapter_name,
+    json_bytes,
+    manifest_bytes,
+)
+from fedrouter.errors import BundleError
+from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, Guarantee, RoutingSpace, TaskCluster
+
+
+def write_bundle(
+    path: Path,
+    *,
+    base: BaseSpec,
+    embedder: EmbedderSpec,
+    clusters: Sequence[TaskCluster],
+    adapters: Sequence[AdapterState],
+    adapter_config: Mapping[str, Any],
+    space: RoutingSpace,
+    probe_vectors: Array,
+    fallback: str,
+    versions: Mapping[str, str],
+    chat_template: str | None = None,
+    generalist: AdapterState | None = None,
+    guarantees: Sequence[Guarantee] = (),
+) -> Bundle:
+    """Write a bundle atomically: under a temporary name, validated, then renamed.
+
+    Parameters
+    ----------
+    clusters : their ``adapter`` is filled in here: name and content hash.
+    adapters : one state a cluster, in the same order.
+    adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
+    generalist : an adapter for prompts of no task cluster: as a rule the mean of ``adapters``.
+
+    Raises
+    ------
+    BundleError
+        If ``path`` exists already, or what was written does not validate (a non-finite weight, say).
+    """
+    if path.exists():
+        raise BundleError(f"{path} exists already; a bundle is never overwritten, choose another directory")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files: dict[str, str] = {}
+    config = json_bytes(adapter_config)
+    named = [
+        replace(cluster, adapter=_write_adapter(partial, cluster.name, config, state, files))
+        for cluster, state in zip(clusters, adapters, strict=True)
+    ]
+    general = _write_adapter(partial, GENERALIST, config, generalist, files) if generalist else None
+    router = save(
+        {
+            "mean": space.mean,
+            "transform": space.transform,
+            "centroids": space.centroids,
+            "cluster_of": np.asarray(space.cluster_of, dtype=np.int64),
+            "probe": probe_vectors,
+        }
+    )
+    files[ROUTER] = _write(partial / ROUTER, router)
+    if chat_template is not None:
+        files[CHAT_TEMPLATE] = _write(partial / CHAT_TEMPLATE, chat_template.encode())
+    manifest = manifest_bytes(
+        base,
+        embedder,
+        named,
+        guarantees,
+        rank=int(adapter_config["r"]),
+        fallback=fallback,
+        generalist=general,
+        files=files,
+        versions=dict(versions),
+    )
+    _write(partial / MANIFEST, manifest)
+    _write(partial / "README.md", _model_card(base, embedder, named, general, guarantees).encode())
+    bundle = load_bundle(partial)
+    partial.rename(path)
+    return replace(bundle, path=path)
+
+
+def _write(file: Path, content: bytes) -> str:
+    """Write a file; return the SHA-256 of its content."""
+    file.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_adapter(root: Path, head: str, config: bytes, state: AdapterState, files: dict[str, str]) -> str:
+    """Write one PEFT directory, put its hashes into ``files``, and return its name."""
+    weights = save({tensor: state[tensor] for tensor in sorted(state)}, metadata={"format": "pt"})
+    held = {CONFIG: config, WEIGHTS: weights}
+    name = adapter_name(head, *(hashlib.sha256(content).hexdigest() for content in held.values()))
+    directory = Path("adapters") / name
+    (root / directory).mkdir(parents=True)
+    files |= {
+        f"{directory}/{file}": _write(root / directory / file, content) for file, content in held.items()
+    }
+    return name
+
+
+def _model_card(
+    base: BaseSpec,
+    embedder: EmbedderSpec,
+    clusters: Sequence[TaskCluster],
+    generalist: str | None,
+    guarantees: Sequence[Guarantee],
+) -> str:
+    rows = "\n".join(f"| {c.name} | `{c.adapter}` | {c.num_examples} | {len(c.clients)} |" for c in clusters)
+    if generalist:
+        rows += f"\n| (generalist) | `{generalist}` | | |"
+    promises = "".join(f"Differential privacy: {guarantee}.\n\n" for guarantee in guarantees)
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {base.model}\ntags: [lora, federated-learning]\n---\n"
+        f"# FedRouter bundle\n\nOne LoRA adapter per task cluster on `{base.model}`, trained across clients "
+        f"that shared no data; prompts are routed by `{embedder.model}` ({embedder.kind}).\n\n"
+        "| task cluster | adapter | training rows | clients |\n|---|---|---|---|\n"
+        f"{rows}\n\n{promises}Serve: `fedrouter serve .` One adapter alone: "
+        f'`PeftModel.from_pretrained(base, "adapters/NAME")`.\n'
+    )

@@ -1,0 +1,82 @@
+"""One function decides for every command: the same line, and exit code 1."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tamper
+from fakes import space, write
+
+from fedrouter import cli
+from fedrouter.bundle import load_bundle
+from fedrouter.config import Config
+from fedrouter.errors import BundleError
+from fedrouter.serve import checks
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run, as far as ``join`` looks before it looks at the bundle."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "bundle", space(np.eye(8)[:2]), [0.5, 0.5])
+    (tmp_path / "run" / "config.json").write_text(json.dumps(Config().model_dump(by_alias=True)))
+    return tmp_path / "run"
+
+
+def fifo(bundle: Path) -> None:
+    (bundle / "router.safetensors").unlink()
+    os.mkfifo(bundle / "router.safetensors")
+
+
+def before(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"schema_version": 1}')
+
+
+KINDS = {
+    "radius": lambda bundle: tamper.edit(bundle, "clusters", 0, "radius", to="12"),
+    "name": lambda bundle: tamper.edit(bundle, "clusters", 0, "name", to=7),
+    "deep": lambda bundle: (bundle / "manifest.json").write_text("[" * 100_000),
+    "FIFO": fifo,
+    "of before": before,
+}
+COMMANDS = [
+    "inspect RUN",
+    "inspect RUN/bundle",
+    "route RUN hello",
+    "eval-routing RUN --data builtin:four-tasks --limit 1",
+    "serve RUN/bundle --port PORT",
+    "serve RUN/bundle --port PORT --upstream http://127.0.0.1:1",
+    "push RUN team/tasks",
+    "push RUN team/tasks --sign key.pem",
+    "sign RUN key.pem",
+    "join RUN --client late=late.jsonl",
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_in_the_same_line(
+    run: Path,
+    command: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    KINDS[kind](run / "bundle")
+    with pytest.raises(BundleError) as wanted:
+        load_bundle(run / "bundle")
+    if command.startswith("serve"):  # whether vLLM is installed is not the question
+        monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    argv = command.replace("RUN", str(run)).replace("PORT", str(checks.free_port())).split()
+    monkeypatch.setattr(sys, "argv", ["fedrouter", *argv])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr()
+    assert left.value.code == 1
+    assert said.err == f"error: {wanted.value}\n"
+    assert not said.out or command.startswith("inspect RUN"), "a run is shown before its bundle"
