@@ -23,8 +23,8 @@ FALLBACKS = ("base", "nearest", "generalist", "reject")
 GENERALIST = "generalist"
 MAX_MANIFEST = 64 * MIB  # thousands of clients in every task cluster
 ANEW = (
-    "prompts are embedded otherwise since: train again into another directory; ask for one from elsewhere to be "
-    "made anew by its owner"
+    "prompts are embedded otherwise since: train again into another directory; ask the owner of one from "
+    "elsewhere to do so"
 )
 
 

@@ -44,6 +44,7 @@ BAD: dict[tuple[str | int, ...], tuple[Any, ...]] = {
     ("embedder", "layer"): COUNTS,
     ("embedder", "max_tokens"): (*COUNTS, 0),
     ("embedder", "dtype"): (*TEXTS, "int8", "Module"),
+    ("embedder", "pooling"): (*TEXTS, "max"),
     ("embedder", "dim"): (*COUNTS, 0, 1 << 40),
     ("embedder", "more"): (1,),
     ("rank",): (*COUNTS, 0),
@@ -116,7 +117,7 @@ RAW = {
     "nothing": ("", "not readable as JSON"),
     "no UTF-8": (b'{"a": "\xff"}', "not readable as JSON"),
     "a constant": ('{"schema_version": NaN}', "not readable as JSON"),
-    "of before": ('{"schema_version": 1}', "schema version 1.*give the run's command again"),
+    "of before": ('{"schema_version": 1}', "schema version 1.*train again"),
     "of later": ('{"schema_version": 99}', "schema version 99 is unknown"),
     "a strange version": ('{"schema_version": "a\\nb"}', "schema version"),
 }
