@@ -12,7 +12,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.errors import ModelError, ServingError
 from fedrouter.models import read_json
 from fedrouter.route import BASE_NAME, REJECT
-from fedrouter.serve.bodies import VIRTUAL_NAME
+from fedrouter.serve.paths import VIRTUAL_NAME
 
 
 def find_vllm() -> bool:

@@ -12,8 +12,19 @@ from echo import KEY, TASKS, EchoApp, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
-from fedrouter.serve.access import MODELS, OPEN, READY, RELOAD, Access, load_access, load_keys
-from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, ROUTED, UNROUTED
+from fedrouter.serve.access import Access, load_access, load_keys
+from fedrouter.serve.paths import (
+    AS_BASE,
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    MODELS,
+    OPEN,
+    READY,
+    RELOAD,
+    ROUTED,
+    UNROUTED,
+)
 
 Serve = Callable[..., Server]
 KEYS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob", "carl")}  # key = name

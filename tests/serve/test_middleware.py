@@ -13,8 +13,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.embed import routing_text
 from fedrouter.errors import BundleError
 from fedrouter.route import Router
-from fedrouter.serve.access import DRY_RUN
-from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED, UNROUTED
+from fedrouter.serve.paths import AS_BASE, CHAT, COMPLETIONS, DRY_RUN, MESSAGES, RESPONSES, ROUTED, UNROUTED
 from fedrouter.serve.routing import LOCAL_BATCH
 from fedrouter.types import Turn
 

@@ -18,9 +18,9 @@ from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import BundleError
 from fedrouter.serve import canary, engine, reload
 from fedrouter.serve.access import Access
-from fedrouter.serve.bodies import ROUTED
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.reload import find_bundle, is_admin
+from fedrouter.serve.paths import ROUTED, is_admin
+from fedrouter.serve.reload import find_bundle
 from fedrouter.serve.routing import Routing
 from fedrouter.types import BaseSpec
 
