@@ -129,9 +129,8 @@ def _check_structure(text: str) -> None:
     if not _too_many(text):  # most texts, braces and commas in their strings counted
         return
     if _too_many(STRINGS.sub("", text)):
-        raise Refusal(
-            413, f"the body holds more than {MAX_CONTAINERS} lists and objects, or {MAX_VALUES} values"
-        )
+        most = f"more than {MAX_CONTAINERS} lists and objects, or {MAX_VALUES} values"
+        raise Refusal(400, f"the body is nested too deep, or holds {most}")
 
 
 def _too_many(text: str) -> bool:

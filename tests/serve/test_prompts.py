@@ -79,8 +79,10 @@ def test_what_vllm_would_fail_on_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [[1.0, 2.0], [True], [[True]], [[1.0]], ["1", 2], [["1"]], [[["a"]]], [-1], [[1], "a"], [None], [], {}, 5]
-    + [None, [[1], [2.5]], [{}], {"a": 1}, True, [2**70]],
+    [
+        *([1.0, 2.0], [True], [[True]], [[1.0]], ["1", 2], [["1"]], [[["a"]]], [-1], [[1], "a"], [None], []),
+        *({}, 5, None, [[1], [2.5]], [{}], {"a": 1}, True, [2**70]),
+    ],
 )
 def test_a_prompt_that_vllm_might_read_otherwise_is_refused(prompt: Any) -> None:
     def decode(ids: Any) -> str:
