@@ -29,7 +29,7 @@ class Replies:
             return app
         from starlette.middleware.cors import CORSMiddleware  # vLLM brings it; a proxy has no such options
 
-        return CORSMiddleware(app, **self._options)  # type: ignore[arg-type]
+        return CORSMiddleware(app, **self._options)
 
 
 async def _nothing_more() -> dict[str, Any]:
