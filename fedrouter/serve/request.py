@@ -115,9 +115,9 @@ class RoutedRequest:
             )
         adapters = tuple(dict.fromkeys(models))
         if len(adapters) > 1 and payload.get("stream"):
-            found = ", ".join(adapters)
+            names = ", ".join(adapters)
             raise Refusal(
-                400, f"these prompts go to different adapters ({found}): stream them one by one", "stream"
+                400, f"these prompts go to different adapters ({names}): stream them one by one", "stream"
             )
         self._adapters = adapters
         if len(adapters) > 1:
