@@ -1,7 +1,7 @@
 """Hostile requests to a real server: nothing of the hook's own fails, hangs, or has the base answer unasked.
 
 ``make hostile`` trains a small bundle, serves it and asks ten thousand requests, the same for the same seed.
-Then normal traffic is timed alone and beside slow bodies and broken streams. Ends with 1 if a bound is missed.
+Then normal traffic is timed alone and beside slow bodies and broken streams. Ends with 1 beyond a bound.
 """
 
 import argparse
@@ -130,7 +130,7 @@ async def connected(host: str, port: int) -> AsyncIterator[tuple[asyncio.StreamR
 
 
 async def traffic(host: str, port: int) -> tuple[list[float], list[float]]:
-    """Time normal requests alone and beside slow bodies and broken streams, in turn so that noise meets both."""
+    """Time normal requests alone and beside slow bodies and broken streams, in turn: noise meets both."""
     alone: list[float] = []
     beside: list[float] = []
     await normal(host, port, 20)
@@ -208,13 +208,14 @@ def small_bundle(directory: Path) -> Bundle:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, help="served instead of a small one of the built-in data")
+    parser.add_argument("--log", type=Path, help="where the output of vLLM goes")
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=8)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         bundle = arguments.bundle or small_bundle(Path(directory)).path
-        log = Path(directory) / "server.log"
+        log = arguments.log or Path(directory) / "server.log"
         options = Options(port=free_port(), vllm_args=["--disable-uvicorn-access-log"])
         _, command = prepare(bundle, options)
         with running(command, log, timeout_s=900) as process:

@@ -14,7 +14,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.tasks import POOLING_TASKS
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--middleware"])
+args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
 app = build_app(args, ("generate", "render", "transcription", "realtime", *POOLING_TASKS))
 
 def walk(routes, prefix=""):
