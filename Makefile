@@ -4,7 +4,7 @@ SETUP := $(VENV)/.ready
 SOURCES := fedrouter tests benchmarks scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 test fuzz check lint types clean
+.PHONY: help setup demo smollm2 test fuzz check hostile lint types clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -44,6 +44,11 @@ lint: $(SETUP)  ## Check format and lint
 
 types: $(SETUP)  ## Check types, strictly
 	$(PYTHON_IN_VENV) -m mypy
+
+hostile: export HF_HUB_OFFLINE = 1
+hostile: export OMP_NUM_THREADS = 1
+hostile: $(SETUP)  ## Ask a real server 10,000 hostile requests; slow bodies and broken streams beside normal ones
+	$(PYTHON_IN_VENV) scripts/hostile.py
 
 check: lint types test  ## What CI runs: format, lint, types, tests
 

@@ -1,5 +1,6 @@
 """The commands, thin: options in, one call, domain errors as one red line. Heavy imports happen inside."""
 
+import errno
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console()
 stderr = Console(stderr=True)
 
@@ -153,6 +155,10 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Clients' API keys: JSON, SHA-256 of a key to client name."),
     ] = None,
+    metrics_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable with the key of /metrics, open without."),
+    ] = None,
     upstream: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="Start no vLLM: route to this server, which holds the adapters."),
@@ -162,33 +168,38 @@ def serve(
     ] = "base",
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait to be routed.")] = 256,
     routing_timeout_s: Annotated[float, typer.Option(help="The longest wait to be routed.")] = 5.0,
-    max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 32.0,
+    max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 8.0,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
-    from fedrouter.serve.launch import Options
-    from fedrouter.serve.launch import serve as run
-    from fedrouter.serve.limits import Limits
-    from fedrouter.serve.upstream import serve_upstream
+    try:
+        from fedrouter.serve.launch import Options
+        from fedrouter.serve.launch import serve as run
+        from fedrouter.serve.limits import Limits
+        from fedrouter.serve.upstream import serve_upstream
 
-    directory = bundle_directory(bundle)
-    options = Options(
-        base=base,
-        embedder_url=embedder_url,
-        host=host,
-        port=port,
-        api_key_env=api_key_env,
-        keys_file=keys_file,
-        watch=watch,
-        fallback=fallback,
-        signed_by=require_signature,
-        limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
-        adapters={
-            name: Path(path)
-            for name, path in (_named(text, "--adapter", "NAME=DIR") for text in adapter or [])
-        },
-        vllm_args=context.args,
-    )
-    raise typer.Exit(serve_upstream(directory, upstream, options) if upstream else run(directory, options))
+        directory = bundle_directory(bundle)
+        options = Options(
+            base=base,
+            embedder_url=embedder_url,
+            host=host,
+            port=port,
+            api_key_env=api_key_env,
+            keys_file=keys_file,
+            metrics_key_env=metrics_key_env,
+            watch=watch,
+            fallback=fallback,
+            signed_by=require_signature,
+            limits=Limits(overload, max_queue, routing_timeout_s, max_body_mib),
+            adapters={
+                name: Path(path)
+                for name, path in (_named(text, "--adapter", "NAME=DIR") for text in adapter or [])
+            },
+            vllm_args=context.args,
+        )
+        code = serve_upstream(directory, upstream, options) if upstream else run(directory, options)
+    except KeyboardInterrupt:  # while it was starting: told to stop, it has stopped
+        code = 0
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -283,10 +294,11 @@ def route(
     """Say which adapter would answer a prompt, and why; no server needed."""
     from rich.table import Table
 
+    from fedrouter.decide import decide
     from fedrouter.route import REJECT, Router
 
     loaded, embedder = _load(bundle, base, embedder_url)
-    for text, decision in zip(prompt, Router(loaded).route(embedder.embed(prompt)), strict=True):
+    for text, decision in zip(prompt, decide(Router(loaded), embedder, prompt), strict=True):
         answer = "nobody" if decision.model == REJECT else decision.model
         then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
         why = f"beyond the radius: {then}" if decision.fallback else "within the radius"
@@ -297,7 +309,8 @@ def route(
         for name, distance in decision.distances.items():
             table.add_row(name, f"{distance:.3f}", f"{radii[name]:.3f}")
         console.print(table)
-        console.print(f"→ {answer} (nearest {decision.cluster}, {why})", highlight=False)
+        nearest = f"nearest {decision.cluster}, {why}" if decision.cluster else f"no text: {then}"
+        console.print(f"→ {answer} ({nearest})", highlight=False)
 
 
 @app.command()
@@ -428,19 +441,35 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def main() -> None:
-    """Run the command line; a domain error is one line and exit code 1."""
+    """Run the command line; a domain error, or an output that takes no more, is one line and exit code 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job inherits it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can say it in one line
     except FedRouterError as error:
-        if os.environ.get("FEDROUTER_DEBUG"):
+        _fail(error, str(error))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
             raise
-        stderr.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        _fail(error, f"cannot write {error.filename or 'the output'}: {error.strerror}; make room")
 
 
-def _interrupt(_number: int, _frame: object) -> None:
+def _fail(error: Exception, message: str) -> None:
+    if os.environ.get("FEDROUTER_DEBUG"):
+        raise error
+    stderr.print(f"[red]error:[/red] {_escape(message)}", soft_wrap=True, highlight=False)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left in its buffer would fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # it is stopping: a second one must not break that off
     raise KeyboardInterrupt
 
 

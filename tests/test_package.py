@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
     {"types", "config", "config_file", "errors"},
-    {"builtin", "bundle", "data", "embed", "embed_endpoint", "models", "partition", "route"},
+    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route"},
     {"train", "serve", "evaluate"},
     {"cli", "demo", "inspect", "push", "__main__"},
 )

@@ -13,6 +13,7 @@ from rich.text import Text
 from sklearn.metrics import roc_auc_score
 
 from fedrouter.bundle import Bundle
+from fedrouter.decide import decide
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
@@ -84,10 +85,9 @@ def evaluate_routing(
     }
     if not any(task_of.values()):
         raise DataError(f"{bundle.path}: was trained without task labels; nothing to judge its routing by")
-    vectors = embedder.embed([routing_text(tagged.record.turns) for tagged in records])
-    decisions = Router(bundle).route(vectors)
+    decisions = decide(Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records])
     tasks = np.array([tagged.task for tagged in records])
-    right = np.array([task_of[d.cluster] for d in decisions]) == tasks
+    right = np.array([task_of.get(d.cluster, "") for d in decisions]) == tasks
     far = np.array([_far(d) for d in decisions])
     by_task = {}
     for task in sorted(set(tasks)):

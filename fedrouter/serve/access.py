@@ -12,15 +12,11 @@ from urllib.parse import unquote
 
 from fedrouter.errors import ServingError
 from fedrouter.serve.asgi import Scope, header_values, path_of
-from fedrouter.serve.bodies import AS_BASE, ROUTED, Refusal
+from fedrouter.serve.paths import FOR_TENANTS, METRICS, OPEN
+from fedrouter.serve.refusal import Refusal
 
 CLIENT_HEADER = "x-fedrouter-client"
-MODELS = "/v1/models"
-CLUSTERS, DRY_RUN = "/v1/fedrouter/clusters", "/v1/fedrouter/route"
-READY, RELOAD = "/v1/fedrouter/ready", "/v1/fedrouter/reload"
-# Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
-OPEN = ("/health", "/ping", "/metrics", "/version", READY)
-FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN)
+METRICS_KEY = "FEDROUTER_METRICS_KEY"  # the environment variable that carries the key of /metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +26,11 @@ class Caller:
     client: str | None = None
     tenant: bool = False  # the API key says who it is, and names of others' adapters are unknown to it
 
+    @property
+    def whose(self) -> str | None:
+        """Whose share of the server a request takes; None where nobody can be told apart."""
+        return self.client if self.tenant else None
+
 
 class Access:
     """Admits requests, without reading their bodies.
@@ -38,6 +39,7 @@ class Access:
     ----------
     key : the server's own API key, which vLLM knows as well; without one everybody may ask everything.
     tenants : SHA-256 of an API key, in hex → client name. Needs ``key``, which vLLM gets in its place.
+    metrics_key : what ``/metrics`` asks for, or ``key``; without one that page is open to everybody.
 
     Raises
     ------
@@ -45,12 +47,17 @@ class Access:
         For tenants without ``key``: vLLM would stand open.
     """
 
-    def __init__(self, key: str | None = None, tenants: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        key: str | None = None,
+        tenants: Mapping[str, str] | None = None,
+        metrics_key: str | None = None,
+    ):
         if tenants and not key:
             raise ServingError(
                 "a keys file needs VLLM_API_KEY as well; `fedrouter serve --keys-file` sets it"
             )
-        self._key, self._tenants = key, dict(tenants or {})
+        self._key, self._tenants, self._metrics_key = key, dict(tenants or {}), metrics_key
 
     def admit(self, scope: Scope) -> tuple[Caller, Scope]:
         """Return who asks, and the scope to hand to vLLM.
@@ -66,14 +73,19 @@ class Access:
             raise Refusal(400, f"{CLIENT_HEADER} is given more than once")
         client = named[0] if named else None
         path = path_of(scope)
+        digest = hashlib.sha256(_bearer(scope)).hexdigest()
+        if self._metrics_key is not None and (path == METRICS or path.startswith(f"{METRICS}/")):
+            known = [_is(key, digest) for key in (self._metrics_key, self._key) if key is not None]
+            if not any(known):
+                raise Refusal(401, f"{METRICS} needs its key: Authorization: Bearer KEY")
+            return Caller(client), scope
         if self._key is None or scope["method"] == "OPTIONS" or (path.rstrip("/") or path) in OPEN:
             return Caller(client), scope
-        digest = hashlib.sha256(_bearer(scope)).hexdigest()
         tenant = None
-        for known, name in self._tenants.items():  # all of them, so that time says nothing
-            if hmac.compare_digest(known, digest):
+        for known_digest, name in self._tenants.items():  # all of them, so that time says nothing
+            if hmac.compare_digest(known_digest, digest):
                 tenant = name
-        if hmac.compare_digest(hashlib.sha256(self._key.encode()).hexdigest(), digest):
+        if _is(self._key, digest):
             return Caller(client), scope
         if tenant is None:
             raise Refusal(401, "this needs an API key that the server knows: Authorization: Bearer KEY")
@@ -87,9 +99,13 @@ class Access:
 
 
 def load_access() -> Access:
-    """Read what the environment says: VLLM_API_KEY, and FEDROUTER_KEYS, the keys file."""
+    """Read what the environment says: VLLM_API_KEY, FEDROUTER_KEYS, the keys file, FEDROUTER_METRICS_KEY."""
     keys = os.environ.get("FEDROUTER_KEYS")
-    return Access(os.environ.get("VLLM_API_KEY") or None, load_keys(Path(keys)) if keys else None)
+    return Access(
+        os.environ.get("VLLM_API_KEY") or None,
+        load_keys(Path(keys)) if keys else None,
+        os.environ.get(METRICS_KEY) or None,
+    )
 
 
 def load_keys(path: Path) -> dict[str, str]:
@@ -114,6 +130,10 @@ def load_keys(path: Path) -> dict[str, str]:
                 "printf %s KEY | sha256sum prints the digits"
             )
     return keys
+
+
+def _is(key: str, digest: str) -> bool:
+    return hmac.compare_digest(hashlib.sha256(key.encode()).hexdigest(), digest)
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -1,4 +1,4 @@
-"""What the hook needs of ASGI: its types, bodies read, answers sent, and the application behind it asked."""
+"""What the hook needs of ASGI: its types, answers sent, and the application behind it asked."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass
 from typing import Any
 
-from fedrouter.serve.bodies import MESSAGES, Refusal
+from fedrouter.serve.refusal import Refusal
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -104,27 +104,6 @@ def whole(body: bytes, left: asyncio.Event | None = None) -> Receive:
     return receive
 
 
-async def read_body(receive: Receive, max_mib: float) -> bytes | None:
-    """Return the whole body, or None when the client has gone.
-
-    Raises
-    ------
-    Refusal
-        413 for a body larger than ``max_mib`` MiB, as soon as so much of it is there.
-    """
-    chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > max_mib * 2**20:
-            raise Refusal(413, f"the body is larger than {max_mib:g} MiB")
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
 async def disconnected(receive: Receive) -> None:
     """Return when the client, whose body has been read, has gone."""
     while (await receive())["type"] != "http.disconnect":
@@ -137,10 +116,9 @@ def json_answer(status: int, payload: Any, headers: Headers = ()) -> Answer:
     return Answer(status, body, [(b"content-type", b"application/json"), *headers])
 
 
-def refused(refusal: Refusal, path: str = "") -> Answer:
-    """Return the answer to a request that is refused; on Anthropic's paths its clients can read it too."""
-    more = {"type": "error"} if path.startswith(MESSAGES) else {}
-    return json_answer(refusal.status, more | refusal.payload, refusal.headers)
+def refused(refusal: Refusal, path: str) -> Answer:
+    """Return the answer to a request for a path that is refused."""
+    return json_answer(refusal.status, refusal.payload(path), refusal.headers)
 
 
 async def send_answer(send: Send, answer: Answer) -> None:
@@ -165,6 +143,12 @@ def header_values(scope: Scope, name: str) -> list[str]:
 def path_of(scope: Scope) -> str:
     """Return the path below the root path, as vLLM's own authentication sees it."""
     return str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
+
+
+def upgrades(scope: Scope) -> bool:
+    """Return whether a request asks for another protocol, which nobody here speaks."""
+    asked = ",".join(header_values(scope, "connection")).lower().split(",")
+    return "upgrade" in (word.strip() for word in asked) and bool(header_values(scope, "upgrade"))
 
 
 def _finite(value: Any) -> Any:

@@ -1,176 +1,137 @@
-"""What a request's body asks to be routed: from the JSON of four APIs to texts to embed. Pure."""
+"""Request bodies: read within bounds, parsed once, large ones off the event loop.
 
+``json`` holds Python's lock while it parses, in whatever thread: what a body may cost is bounded by the
+number of its values, counted before, and by the bytes of all large bodies in work at once.
+"""
+
+import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from fedrouter.embed import user_texts
-from fedrouter.types import Turn
+from fedrouter.serve.limits import Limits
+from fedrouter.serve.refusal import Refusal
 
-VIRTUAL_NAME = "fedrouter"  # the model name that asks for routing
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-ROUTED = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-# No adapter changes what these compute: they answer as for the base.
-AS_BASE = (
-    "/tokenize",
-    "/detokenize",
-    f"{MESSAGES}/count_tokens",
-    *(f"{path}/render" for path in ROUTED),
-    f"{CHAT}/derender",
-    f"{COMPLETIONS}/derender",
-)
-# These generate, and the virtual name would silently mean the base there.
-UNROUTED = (f"{CHAT}/batch", "/inference/v1/generate", "/cohere/v2/chat", "/v1/systemone", "/invocations")
-
-ERROR_TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    409: "ConflictError",
-    413: "RequestEntityTooLargeError",
-    415: "UnsupportedMediaTypeError",
-    422: "UnprocessableEntityError",
-    503: "ServiceUnavailableError",
-}
+SMALL = 64 * 2**10  # bytes; such bodies are parsed where they are and are always taken on
+IN_WORK = 4  # bodies of the largest size, that all large bodies in work may amount to
+MAX_VALUES = 500_000  # of one body: token ids of a hundred long prompts
+MAX_CONTAINERS = 20_000  # lists and objects of one body: what they cost in memory is 50 times their text
+IDLE_S = 30.0  # without a byte of a body that is not whole yet
+STRINGS = re.compile(
+    r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
+)  # an open one to the end: linear whatever comes
+Result = TypeVar("Result")
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a failure
-    """A request that is answered here with an error, in OpenAI's shape.
+class Bodies:
+    """Reads the bodies of one server process, so many bytes at a time."""
 
-    Parameters
-    ----------
-    code : the status by default.
-    retry_s : seconds after which the client may try again, where that makes sense.
-    """
+    def __init__(self, limits: Limits):
+        self._max_mib = limits.max_body_mib
+        self._in_work: Counter[Hashable] = Counter()  # bytes of large bodies, by whose they are
+        self._turn = asyncio.Semaphore()
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_s: int | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.headers = [] if retry_s is None else [(b"retry-after", str(retry_s).encode())]
-        kind = ERROR_TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-        self.payload = {"error": {"message": message, "type": kind, "param": param, "code": code or status}}
+    @contextmanager
+    def work(self, whose: Hashable = None) -> Iterator["Work"]:
+        """Count the bytes of one request's body as being in work while the block runs.
 
+        Parameters
+        ----------
+        whose : nobody may have more than half of all; None for who cannot be told apart.
+        """
+        work = Work(self._in_work, whose, self._max_mib)
+        try:
+            yield work
+        finally:
+            self._in_work[whose] -= work.counted
+            self._in_work += Counter()  # who has nothing in work is forgotten
 
-def parse_routed(body: bytes) -> dict[str, Any] | None:
-    """Return the body's JSON object if it names the virtual model, else None.
-
-    Most other bodies are told apart without parsing; what is no JSON is not ours to refuse.
-
-    Raises
-    ------
-    Refusal
-        For a body nested too deep to be read, which vLLM would call its own failure (500).
-    """
-    if VIRTUAL_NAME.encode() not in body and rb"\u" not in body:
-        return None
-    payload = parse(body)
-    return payload if payload is not None and payload.get("model") == VIRTUAL_NAME else None
+    async def off_loop(self, size: int, do: Callable[[], Result]) -> Result:
+        """Return what ``do`` returns, which costs what ``size`` bytes cost: one large one at a time."""
+        if size <= SMALL:
+            return do()
+        async with self._turn:
+            return await asyncio.to_thread(do)
 
 
-def parse(body: bytes) -> dict[str, Any] | None:
+class Work:
+    """One request's body, as long as it is read and looked at."""
+
+    def __init__(self, in_work: Counter[Hashable], whose: Hashable, max_mib: float):
+        self._in_work, self._whose, self._max_mib = in_work, whose, max_mib
+        self.counted = 0
+
+    async def read(self, receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+        """Return the whole body, or None when the client has gone.
+
+        Raises
+        ------
+        Refusal
+            413 for a body larger than the limit, as soon as so much of it is there; 503 if large bodies in
+            work are too many already; 408 if nothing more of it comes.
+        """
+        body = bytearray()
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_S):
+                    message = await receive()
+            except TimeoutError:
+                closing = ((b"connection", b"close"),)
+                raise Refusal(408, f"nothing of the body came in {IDLE_S:g} s", headers=closing) from None
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_mib * 2**20:
+                raise Refusal(413, f"the body is larger than {self._max_mib:g} MiB")
+            self._count(len(body))
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _count(self, size: int) -> None:
+        more = max(0, size - SMALL) - self.counted
+        most = self._max_mib * 2**20 * IN_WORK
+        used = self._in_work.total() + more
+        own = self._in_work[self._whose] + more
+        if more > 0 and (used > most or (self._whose is not None and own > most / 2)):
+            raise Refusal(503, "too many large requests at once: try again later", retry_s=1)
+        self._in_work[self._whose] += more
+        self.counted += more
+
+
+def parse(body: bytes) -> dict[str, Any]:
     """Return the body's JSON object, read as vLLM reads it: of two equal keys the last one counts.
 
+    UTF-8, UTF-16 and UTF-32 are told apart as ``json.loads`` does.
+
     Raises
     ------
     Refusal
-        For a body nested too deep to be read.
+        For what is no JSON object, or nested too deep, or made of too many values to be read.
     """
     try:
-        payload = json.loads(body)
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        _check_structure(text)
+        payload = json.loads(text)
     except RecursionError:
         raise Refusal(400, "the body is nested too deep") from None
-    except ValueError:
-        return None
-    return payload if isinstance(payload, dict) else None
+    except ValueError as error:
+        raise Refusal(400, f"the body is no JSON: {error}") from None
+    if not isinstance(payload, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    return payload
 
 
-def conversations(
-    path: str, payload: Mapping[str, Any], decode: Callable[[Sequence[int]], str]
-) -> list[list[str]] | None:
-    """Return, for each prompt of a request, the texts of its user turns in their order.
-
-    Text counts; system prompts, images, tool calls and tool results do not. None means that the server will
-    refuse the body, so it goes there unchanged.
-
-    Parameters
-    ----------
-    path : one of ``ROUTED``.
-    decode : token ids → text, for prompts given as tokens.
-
-    Raises
-    ------
-    Refusal
-        For ``prompt_embeds``: vectors of a prompt hold no text to route by.
-    """
-    if _embeds(payload):
-        raise Refusal(
-            400, f"prompt_embeds cannot be routed: name an adapter instead of {VIRTUAL_NAME}", "prompt_embeds"
-        )
-    if path == COMPLETIONS:
-        prompts = _prompts(payload.get("prompt"), decode)
-        return None if prompts is None else [_texts([Turn("user", prompt)]) for prompt in prompts]
-    messages = payload.get("input") if path == RESPONSES else payload.get("messages")
-    if path == RESPONSES and isinstance(messages, str):
-        return [_texts([Turn("user", messages)])]
-    turns = _turns(messages)
-    return None if turns is None else [_texts(turns)]
+def _check_structure(text: str) -> None:
+    """Refuse what would be large in memory, before it is."""
+    if not _too_many(text):  # most texts, braces and commas in their strings counted
+        return
+    if _too_many(STRINGS.sub("", text)):
+        most = f"more than {MAX_CONTAINERS} lists and objects, or {MAX_VALUES} values"
+        raise Refusal(400, f"the body is nested too deep, or holds {most}")
 
 
-def _texts(turns: Sequence[Turn]) -> list[str]:
-    # JSON may carry half a surrogate pair, which no tokenizer takes and which would fail its whole batch.
-    return [text.encode("utf-8", "replace").decode() for text in user_texts(turns)]
-
-
-def _turns(messages: Any) -> list[Turn] | None:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return None
-    return [Turn(str(message.get("role")), _content(message.get("content"))) for message in messages]
-
-
-def _content(content: Any) -> str:
-    """Join the text parts of a message's content as vLLM does; images and tool payloads hold none."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") in ("text", "input_text") else part
-        for part in parts
-    ]
-    return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def _embeds(payload: Mapping[str, Any]) -> bool:
-    if payload.get("prompt_embeds") is not None:
-        return True
-    messages = payload.get("messages")
-    contents = (
-        [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-    )
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") == "prompt_embeds" for part in parts)
-
-
-def _prompts(prompt: Any, decode: Callable[[Sequence[int]], str]) -> list[str] | None:
-    """One string a prompt; the API takes a string, a list of strings, token ids, or lists of token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    if all(isinstance(one, str) for one in prompt):
-        return prompt
-    tokens = prompt if all(isinstance(one, list) for one in prompt) else [prompt]
-    if not all(type(token) is int for ids in tokens for token in ids):
-        return None
-    try:
-        return [decode(ids) for ids in tokens]
-    except OverflowError:  # no vocabulary holds such an id
-        return None
+def _too_many(text: str) -> bool:
+    return text.count("{") + text.count("[") > MAX_CONTAINERS or text.count(",") > MAX_VALUES

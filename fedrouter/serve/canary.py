@@ -1,7 +1,8 @@
-"""Does every adapter answer, and not as the base does? One token each tells."""
+"""Can prompts be routed, and does every adapter answer, and not as the base does? One token each tells."""
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,34 @@ from fedrouter.embed import PROBE_TEXTS
 from fedrouter.errors import BundleError, FedRouterError, ServingError
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.asgi import Answer, Inner, json_answer, reason
-from fedrouter.serve.bodies import COMPLETIONS
+from fedrouter.serve.paths import COMPLETIONS
+from fedrouter.serve.process import START
+from fedrouter.serve.request import routing_headers
+from fedrouter.serve.routing import Routing
 
 RETRY_S = 1.0
 logger = logging.getLogger("vllm.fedrouter.canary")
+
+
+async def check_routing(routing: Routing) -> None:
+    """Route the probe texts, all the way to the headers of an answer.
+
+    Raises
+    ------
+    BundleError
+        If that fails, for whatever reason of the bundle's: every routed prompt would be a 500.
+    EndpointError
+        If the embeddings endpoint cannot be reached.
+    """
+    try:
+        routing_headers(await routing.probe(), 0.0)
+    except FedRouterError:
+        raise
+    except Exception as error:
+        raise BundleError(
+            f"{routing.bundle.path}: routing a prompt fails ({type(error).__name__}: {error}); "
+            "make the bundle anew"
+        ) from error
 
 
 async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
@@ -63,9 +88,9 @@ class Readiness:
         self.state = "starting"
         self._task: asyncio.Task[None] | None = None
 
-    def prove(self, inner: Inner, adapters: Sequence[str]) -> None:
-        """Begin to ask canary prompts, until every adapter has answered or one turns out to be none."""
-        self._task = asyncio.create_task(self._prove(inner, adapters))
+    def prove(self, inner: Inner, routing: Routing) -> None:
+        """Begin to ask canary prompts, until every adapter has answered or the bundle cannot be served."""
+        self._task = asyncio.create_task(self._prove(inner, routing))
 
     def close(self) -> None:
         """Stop asking."""
@@ -73,14 +98,19 @@ class Readiness:
             self._task.cancel()
 
     def answer(self) -> Answer:
-        """Return what those are told who ask; open to everyone, so it names no adapter."""
-        return json_answer(200 if self.state == "ready" else 503, {"state": self.state})
+        """Return what those are told who ask; open to everyone, so it names no adapter.
 
-    async def _prove(self, inner: Inner, adapters: Sequence[str]) -> None:
-        last = None
+        ``start`` proves to who started this server that it answers, and no other on its port.
+        """
+        told = {"state": self.state} | ({"start": os.environ[START]} if START in os.environ else {})
+        return json_answer(200 if self.state == "ready" else 503, told)
+
+    async def _prove(self, inner: Inner, routing: Routing) -> None:
+        last, adapters = None, list(routing.bundle.adapter_paths)
         while self.state == "starting":
             try:
                 await check_adapters(inner, adapters)
+                await check_routing(routing)
                 self.state = "ready"
                 logger.info("FedRouter is ready: all %d adapters answer", len(adapters))
             except BundleError as error:

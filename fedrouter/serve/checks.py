@@ -7,7 +7,7 @@ from pathlib import Path
 from fedrouter.bundle import Bundle, check_modules, read_adapter
 from fedrouter.errors import BundleError, ServingError
 from fedrouter.route import BASE_NAME, REJECT
-from fedrouter.serve.bodies import VIRTUAL_NAME
+from fedrouter.serve.paths import VIRTUAL_NAME
 
 
 def find_vllm() -> bool:

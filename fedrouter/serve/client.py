@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 
 from fedrouter.errors import ServingError
-from fedrouter.serve.access import RELOAD
 from fedrouter.serve.asgi import reason
+from fedrouter.serve.paths import RELOAD
 
 
 def request_reload(url: str, bundle: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:

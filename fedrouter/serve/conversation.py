@@ -6,11 +6,14 @@ both leave the decision to the turn before. Where no turn lies within, the last 
 back.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 
 from fedrouter.types import Decision
 
 MIN_LETTERS = 10  # letters and digits; a turn with fewer says too little to change the adapter
+LETTER = re.compile(r"[^\W_]")
 MAX_TURNS = 8  # user turns that are looked at: bounds what one request can cost
 
 Route = Callable[[Sequence[str]], Awaitable[list[Decision]]]
@@ -23,8 +26,13 @@ def candidates(turns: Sequence[str]) -> list[str]:
     ----------
     turns : texts of the user turns, in their order.
     """
-    enough = [turn for turn in reversed(turns) if sum(map(str.isalnum, turn)) >= MIN_LETTERS]
-    return enough[:MAX_TURNS] or [turns[-1] if turns else ""]
+    enough = islice(filter(_says_enough, reversed(turns)), MAX_TURNS)
+    return list(enough) or [turns[-1] if turns else ""]
+
+
+def _says_enough(turn: str) -> bool:
+    """Look no further than needed: a turn may be megabytes long."""
+    return len(list(islice(LETTER.finditer(turn), MIN_LETTERS))) == MIN_LETTERS
 
 
 async def decide(conversations: Sequence[Sequence[str]], route: Route) -> list[Decision]:

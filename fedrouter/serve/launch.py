@@ -18,10 +18,10 @@ from fedrouter.embed import find_model
 from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve import engine, watch
-from fedrouter.serve.access import READY, load_keys
-from fedrouter.serve.bodies import VIRTUAL_NAME
+from fedrouter.serve.access import METRICS_KEY, load_keys
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
 from fedrouter.serve.limits import Limits
+from fedrouter.serve.paths import READY, VIRTUAL_NAME
 from fedrouter.serve.process import Command, running
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
@@ -48,6 +48,8 @@ class Options:
     # name of the environment variable that holds the server's API key
     keys_file: Path | None = None
     # clients' API keys, see ``access.load_keys``
+    metrics_key_env: str | None = None
+    # name of the environment variable that holds the key of /metrics
     fallback: str | None = None
     # what answers beyond the radius, instead of the bundle's
     limits: Limits = field(default_factory=Limits)
@@ -70,14 +72,15 @@ def serve(bundle_path: Path, options: Options) -> int:
     FedRouterError
         If the bundle must not be served, or the server cannot start or ends by itself.
     """
-    bundle, command = prepare(bundle_path, options)
     try:
+        bundle, command = prepare(bundle_path, options)
         with running(command) as process:
             print(ready_lines(bundle, command.url, options), flush=True)  # noqa: T201 - for who started it
             code = process.wait()
     except KeyboardInterrupt:
         return 0
-    raise ServingError(f"vLLM ended by itself with exit code {code}; its output above says why")
+    how = f"with exit code {code}" if code else "as it does when its engine dies"
+    raise ServingError(f"vLLM ended by itself, {how}; its output above says why")
 
 
 @contextmanager
@@ -102,6 +105,7 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     cpu = find_vllm()
     check_port(options.host, options.port)
     key = server_key(options)
+    metrics_key(options)  # refuses a variable without one
     if options.watch and not bundle_path.is_symlink():
         raise ServingError(f"--watch: {bundle_path} is no link that could point elsewhere; leave it out")
     bundle = load_bundle(bundle_path, options.signed_by)
@@ -127,14 +131,24 @@ def server_key(options: Options) -> str | None:
     ServingError
         If the variable holds no key, or the keys file cannot be used.
     """
-    variable = options.api_key_env or "VLLM_API_KEY"
-    key = os.environ.get(variable) or None
-    if options.api_key_env is not None and key is None:
-        raise ServingError(f"environment variable {variable} is empty or not set; put the API key into it")
+    key = os.environ.get("VLLM_API_KEY") or None
+    if options.api_key_env is not None:
+        key = _from_env(options.api_key_env)
     if options.keys_file is not None:
         load_keys(options.keys_file)
         key = key or secrets.token_urlsafe(32)
     return key
+
+
+def metrics_key(options: Options) -> str | None:
+    """Return the key of ``/metrics``; None if that page is open.
+
+    Raises
+    ------
+    ServingError
+        If the variable holds no key.
+    """
+    return _from_env(options.metrics_key_env) if options.metrics_key_env is not None else None
 
 
 def build_command(
@@ -166,7 +180,7 @@ def build_command(
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
     modules = bundle.adapter_paths | dict(options.adapters)
-    argv = [sys.executable, "-m", engine.__name__ if several else "vllm.entrypoints.openai.api_server"]
+    argv = [sys.executable, "-m", engine.__name__]
     argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
     argv += ["--host", options.host, "--port", str(options.port), "--middleware", MIDDLEWARE]
     argv += ["--enable-lora", "--lora-modules"]
@@ -201,6 +215,8 @@ def build_command(
         env["FEDROUTER_EMBEDDER_URL"] = options.embedder_url
     if options.keys_file is not None:
         env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
+    if (page_key := metrics_key(options)) is not None:
+        env[METRICS_KEY] = page_key
     if api_key is not None:
         env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
     defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
@@ -235,6 +251,12 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
         f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d '{question}'"
     )
+
+
+def _from_env(variable: str) -> str:
+    if not os.environ.get(variable):
+        raise ServingError(f"environment variable {variable} is empty or not set; put the API key into it")
+    return os.environ[variable]
 
 
 def _check_arguments(vllm_args: Sequence[str]) -> bool:

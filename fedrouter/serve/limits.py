@@ -24,11 +24,12 @@ class Limits:
     overload: str = "base"
     # what happens to a request that would wait too long: the base model answers, or 503 with Retry-After
     max_queue: int = 256
-    # texts that may wait to be embedded; a request that finds so many is one too many
+    # texts that may wait to be embedded, and of one request; a quarter of them for one request or tenant
     routing_timeout_s: float = 5.0
     # from a request's arrival at the queue to its decision, seconds
-    max_body_mib: float = 32.0
-    # of a request to a routed path, MiB; images make bodies large
+    max_body_mib: float = 8.0
+    # of a request to a path that is read, MiB, and four times that for all large ones at once; images need
+    # more
 
     def __post_init__(self) -> None:
         if self.overload not in OVERLOADS:

@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import secrets
 import signal
 import ssl
 import subprocess
@@ -19,6 +20,7 @@ from typing import IO
 
 from fedrouter.errors import ServingError
 
+START = "FEDROUTER_START"  # the environment variable with the mark of this start, which its answers bear
 GRACE_S = 20.0  # for a clean stop; vLLM needs about two seconds
 ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|error|ERROR):\s+\S")
 # Whoever started the server may be killed and clean nothing up: then this shell's standard input ends.
@@ -44,7 +46,8 @@ class Command:
     host: str
     port: int
     tls: bool = False
-    ready_path: str = "/health"  # answers 200 when it is ready; {"state": "failed"} when it never will be
+    ready_path: str = "/health"  # answers 200 when it is ready; {"state": "failed"} when it never will be;
+    # both with the mark of this start
 
     @property
     def url(self) -> str:
@@ -70,30 +73,39 @@ def running(
     Raises
     ------
     ServingError
-        If it ends during start-up, says that it has failed, or is not ready in time.
+        If it ends during start-up, says that it has failed, is not ready in time, or another one answers in
+        its place.
     """
+    start, early = secrets.token_hex(16), list[int]()
     with _on_signals(_interrupt, signal.SIGTERM):
-        process = subprocess.Popen(
-            command.argv,
-            env={**command.defaults, **os.environ, **command.env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        watchdog = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHDOG, "fedrouter-watchdog", str(process.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with _on_signals(lambda number, _frame: early.append(number), signal.SIGINT, signal.SIGTERM):
+            process = subprocess.Popen(
+                command.argv,
+                env={**command.defaults, **os.environ, **command.env, START: start},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            watchdog = subprocess.Popen(
+                ["/bin/sh", "-c", WATCHDOG, "fedrouter-watchdog", str(process.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         tail: deque[str] = deque(maxlen=300)
         pump = threading.Thread(target=_pump, args=(process.stdout, log, tail), daemon=True)
         try:
+            if early:  # came between two lines that belong together
+                raise KeyboardInterrupt
             pump.start()
             deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-            while (state := _state(command)) != "ready":
+            while (state := _state(command, start)) != "ready":
+                if state == "another":
+                    raise ServingError(
+                        f"another server answers at {command.url}, and not this one; choose another --port"
+                    )
                 where = f"{log} says more" if log else "its output above says more"
                 if state == "failed":
                     time.sleep(0.2)  # for the line that says why
@@ -132,8 +144,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def _state(command: Command) -> str:
-    """Ask whether the server is "ready", has "failed" or is still "starting"."""
+def _state(command: Command, start: str) -> str:
+    """Ask whether the server is "ready", has "failed", is still "starting", or is "another" one."""
     address = command.url.split("://")[1].rsplit(":", 1)[0].strip("[]")
     connection: http.client.HTTPConnection
     if command.tls:  # only asks whether it is up: whose certificate it is does not matter
@@ -144,9 +156,12 @@ def _state(command: Command) -> str:
     try:
         connection.request("GET", command.ready_path)
         answer = connection.getresponse()
-        if answer.status == 200:
-            return "ready"
-        return "failed" if b'"failed"' in answer.read(100) else "starting"
+        told = answer.read(1000)
+        if answer.status == 404:  # nothing of ours yet
+            return "starting"
+        if start.encode() not in told:
+            return "another"
+        return "ready" if answer.status == 200 else "failed" if b'"failed"' in told else "starting"
     except (OSError, http.client.HTTPException):
         return "starting"
     finally:
@@ -177,7 +192,8 @@ def _cause(tail: Sequence[str]) -> str:
     return next(iter(errors[-1:] or [line for line in tail if line][-1:]), "it printed nothing")
 
 
-def _interrupt(_signum: int, _frame: FrameType | None) -> None:
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # it is stopping: a second one must not break that off
     raise KeyboardInterrupt
 
 

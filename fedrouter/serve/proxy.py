@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 from prometheus_client import make_asgi_app
 
-from fedrouter.serve.access import OPEN
 from fedrouter.serve.asgi import (
     App,
     Receive,
@@ -29,12 +28,13 @@ from fedrouter.serve.asgi import (
     header_values,
     json_answer,
     path_of,
-    read_body,
     refused,
     send_answer,
 )
-from fedrouter.serve.bodies import Refusal
+from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.limits import Limits
+from fedrouter.serve.paths import METRICS, OPEN
+from fedrouter.serve.refusal import Refusal
 
 CHECK_S = 2.0
 CONNECT_S = 5.0
@@ -73,7 +73,7 @@ class Proxy:
 
     def __init__(self, urls: Sequence[str], models: Sequence[str], api_key: str | None, limits: Limits):
         self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
-        self._models, self._limits = frozenset(models), limits
+        self._models, self._bodies = frozenset(models), Bodies(limits)
         self._authorization = f"Bearer {api_key}".encode() if api_key else None
         self._metrics: App = make_asgi_app()
         self._client = httpx.AsyncClient(
@@ -87,13 +87,14 @@ class Proxy:
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not forwarded")
-        elif scope["path"] == "/metrics":
+        elif scope["path"] == METRICS:
             await self._metrics(scope, receive, send)
         elif scope["path"] == "/health":
             healthy = any(one.healthy for one in self.upstreams)
             await send_answer(send, json_answer(200 if healthy else 503, {}))
         elif not self._may_enter(scope):
-            await send_answer(send, json_answer(401, {"error": "Unauthorized"}))
+            refusal = Refusal(401, "this needs the server's API key: Authorization: Bearer KEY")
+            await send_answer(send, refused(refusal, path_of(scope)))
         else:
             await self._forward(scope, receive, send)
 
@@ -115,7 +116,8 @@ class Proxy:
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(receive, self._limits.max_body_mib)
+            with self._bodies.work() as work:
+                body = await work.read(receive)
         except Refusal as refusal:
             return await send_answer(send, refused(refusal, path_of(scope)))
         if body is None:

@@ -7,7 +7,6 @@ not loaded again. Until the flip nothing that is served changes: a bundle that i
 import asyncio
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any
 from fedrouter.bundle import CHAT_TEMPLATE, Bundle, check_base, check_embedder, load_bundle
 from fedrouter.errors import BundleError, FedRouterError
 from fedrouter.serve import engine, metrics
-from fedrouter.serve.access import MODELS
 from fedrouter.serve.asgi import Inner, reason
-from fedrouter.serve.bodies import Refusal
-from fedrouter.serve.canary import check_adapters
+from fedrouter.serve.canary import check_adapters, check_routing
+from fedrouter.serve.paths import MODELS
+from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import Routing
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-ADMIN = re.compile(r"load_lora_adapter|(^|/)adapters(/|$)")  # the second: the same by SageMaker's names
 logger = logging.getLogger("vllm.fedrouter.reload")
 DRAIN_S = 600.0  # then old adapters go all the same; requests that vLLM has begun to answer keep theirs
 
@@ -76,17 +74,19 @@ class Reloader:
         path = find_bundle(Path(os.environ["FEDROUTER_BUNDLES"]), name)
         new = await asyncio.to_thread(_load_like, old, path)
         wanted = new.bundle.adapter_paths
-        served = await _adapters(inner)
-        fresh = [adapter for adapter in wanted if adapter not in served]
-        _check_room(inner, new.bundle, len(served) + len(fresh))
         loaded: list[str] = []
         try:
+            await check_routing(new)
+            served = await _adapters(inner)
+            fresh = [adapter for adapter in wanted if adapter not in served]
+            _check_room(inner, new.bundle, len(served) + len(fresh))
             for adapter in fresh:
                 where = str(wanted[adapter].resolve())
                 await _change(inner, LOAD, {"lora_name": adapter, "lora_path": where})
                 loaded.append(adapter)
             await check_adapters(inner, loaded)
         except BaseException:
+            new.close()
             await _unload(inner, loaded)
             raise
         flip(new)
@@ -99,11 +99,6 @@ class Reloader:
             logger.warning("%s", error)
         kept = [adapter for adapter in wanted if adapter not in loaded]
         return {"bundle": path.name, "loaded": loaded, "kept": kept, "unloaded": retired}
-
-
-def is_admin(path: str) -> bool:
-    """Return whether a path leads to vLLM's own endpoints for adapters: nobody's business outside."""
-    return ADMIN.search(path) is not None
 
 
 def find_bundle(root: Path, name: Any) -> Path:

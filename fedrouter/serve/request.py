@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,20 +19,15 @@ from fedrouter.serve.asgi import (
     Receive,
     Scope,
     Send,
-    read_body,
+    header_values,
     refused,
-    send_answer,
 )
 from fedrouter.serve.batch import Overloaded
-from fedrouter.serve.bodies import (
-    AS_BASE,
-    UNROUTED,
-    VIRTUAL_NAME,
-    Refusal,
-    conversations,
-    parse,
-    parse_routed,
-)
+from fedrouter.serve.bodies import Bodies, parse
+from fedrouter.serve.cors import Replies
+from fedrouter.serve.paths import ADAPTER_HEADER, AS_BASE, INVOCATIONS, UNROUTED, VIRTUAL_NAME
+from fedrouter.serve.prompts import check_fields, conversations, model_of
+from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
 from fedrouter.types import Decision
 
@@ -43,8 +38,11 @@ logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it 
 class RoutedRequest:
     """One request to a path of ours: reads its body when vLLM does, marks its answer."""
 
-    def __init__(self, app: App, routing: Routing, path: str, caller: Caller):
+    def __init__(
+        self, app: App, routing: Routing, bodies: Bodies, replies: Replies, path: str, caller: Caller
+    ):
         self._app, self._routing, self._path, self._caller = app, routing, path, caller
+        self._bodies, self._replies = bodies, replies
         self._read = self._answered = False
         self._headers: Headers = ()
         self._answer: Answer | None = None  # ours, in the place of vLLM's
@@ -79,10 +77,13 @@ class RoutedRequest:
     async def _receive(self, receive: Receive) -> Message:
         self._read = True
         try:
-            body = await read_body(receive, self._routing.limits.max_body_mib)
-            body = body if body is None else await self._rewrite(body, receive)
-            if body is not None:
-                return {"type": "http.request", "body": body, "more_body": False}
+            with self._bodies.work(self._caller.whose) as work:
+                body = await work.read(receive)
+                found = None if body is None else await self._rewrite(body)
+            if isinstance(found, Split):
+                await self._split(receive, found)
+            elif found is not None:
+                return {"type": "http.request", "body": found, "more_body": False}
         except Refusal as refusal:
             self._refuse(refusal)
         except Exception:
@@ -95,25 +96,12 @@ class RoutedRequest:
         answer = refused(refusal, self._path)
         self._answer = replace(answer, headers=[*answer.headers, *self._headers])
 
-    async def _rewrite(self, body: bytes, receive: Receive) -> bytes | None:
-        """Return the body with the adapter's name as ``model``; as it is where nothing is to be routed.
-
-        None where vLLM is to see no body: the client has gone, or ``_answer`` holds the answer.
-        """
-        if self._caller.tenant:
-            _check_name(self._routing, self._caller, body)
-        payload = parse_routed(body)
-        if payload is None:
-            return body
-        if self._path in UNROUTED:
-            raise Refusal(
-                400, f"{VIRTUAL_NAME} does not route here: name an adapter, or {BASE_NAME}", "model"
-            )
-        if self._path in AS_BASE:
-            return _named(payload, BASE_NAME)
-        asked = conversations(self._path, payload, self._routing.decode)
-        if not asked:
-            return body
+    async def _rewrite(self, body: bytes) -> "bytes | Split":
+        """Return the body with the adapter's name as ``model``; as it is where another one is named."""
+        found = await self._bodies.off_loop(len(body), lambda: self._look(body))
+        if isinstance(found, bytes):
+            return found
+        payload, asked = found
         start = time.perf_counter()
         decisions = await decide(self._routing, asked, self._caller)
         overload = "overload" if decisions[0] is OVERLOAD else None
@@ -127,19 +115,50 @@ class RoutedRequest:
             )
         adapters = tuple(dict.fromkeys(models))
         if len(adapters) > 1 and payload.get("stream"):
-            found = ", ".join(adapters)
+            names = ", ".join(adapters)
             raise Refusal(
-                400, f"these prompts go to different adapters ({found}): stream them one by one", "stream"
+                400, f"these prompts go to different adapters ({names}): stream them one by one", "stream"
             )
         self._adapters = adapters
-        if len(adapters) == 1:
-            return _named(payload, models[0])
-        answer = await split.complete(self._app, self._scope, receive, payload, models)
+        if len(adapters) > 1:
+            return Split(payload, models)
+        return await self._bodies.off_loop(len(body), lambda: _named(payload, models[0]))
+
+    def _look(self, body: bytes) -> "bytes | tuple[dict[str, Any], list[list[str]]]":
+        """Return the payload and the texts that decide; bytes to hand on where nothing is to be decided."""
+        payload = parse(body)
+        check_fields(payload)
+        model = self._model(payload)
+        if model != VIRTUAL_NAME:
+            if self._caller.tenant and model not in known_names(self._routing, self._caller):
+                raise Refusal(404, f"The model `{model}` does not exist.", "model")
+            return body
+        if self._path in UNROUTED:
+            raise Refusal(400, f"nothing is routed here: name an adapter, or {BASE_NAME}", "model")
+        if self._path in AS_BASE:
+            return _named(payload, BASE_NAME)
+        asked = conversations(self._path, payload, self._routing.decode)
+        most = self._routing.limits.max_queue
+        if len(asked) > most:
+            raise Refusal(400, f"{len(asked)} prompts: at most {most} are routed in one request", "prompt")
+        return payload, asked
+
+    def _model(self, payload: Mapping[str, Any]) -> str:
+        if self._path != INVOCATIONS:
+            return model_of(payload)
+        named = header_values(self._scope, ADAPTER_HEADER)
+        if named:  # and what the body names is nothing to vLLM
+            return named[0] if len(set(named)) == 1 and named[0] else VIRTUAL_NAME
+        if payload.get("model") != BASE_NAME:
+            raise Refusal(400, f"name an adapter in {ADAPTER_HEADER}, or {BASE_NAME} as model", "model")
+        return BASE_NAME
+
+    async def _split(self, receive: Receive, found: "Split") -> None:
+        answer = await split.complete(self._app, self._scope, receive, found.payload, found.models)
         if answer is None:
             self._count()  # before vLLM answers nobody
         else:
             self._answer = replace(answer, headers=[*answer.headers, *self._headers])
-        return None
 
     def _count(self) -> None:
         """Count the request, once for each adapter that it asked."""
@@ -151,14 +170,24 @@ class RoutedRequest:
     async def _send(self, send: Send, answer: Answer) -> None:
         if not self._answered:
             self._answered = True
-            await send_answer(send, answer)
+            await self._replies(self._scope, send, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A list of prompts for several adapters."""
+
+    payload: Mapping[str, Any]
+    models: Sequence[str]  # one a prompt
 
 
 async def decide(routing: Routing, asked: Sequence[Sequence[str]], caller: Caller) -> list[Decision]:
     """Decide for each conversation, among the task clusters of the caller; for all of them or none."""
     check_client(routing, caller)
     try:
-        return await conversation.decide(asked, lambda texts: routing.decide(texts, caller.client))
+        return await conversation.decide(
+            asked, lambda texts: routing.decide(texts, caller.client, caller.whose)
+        )
     except Overloaded:
         if REJECT in (routing.limits.overload, routing.fallback):
             raise Refusal(503, "too many requests wait to be routed: try again later", retry_s=1) from None
@@ -171,16 +200,6 @@ def check_client(routing: Routing, caller: Caller) -> None:
         raise Refusal(
             404, f"no task cluster holds rows of client {caller.client}: see {CLIENT_HEADER}", CLIENT_HEADER
         )
-
-
-def _check_name(routing: Routing, caller: Caller, body: bytes) -> None:
-    """Refuse a tenant every adapter that is not of its own task clusters, as if it were not there."""
-    payload = parse(body)
-    if payload is None:
-        raise Refusal(400, "the body must be a JSON object")
-    model = payload.get("model")
-    if isinstance(model, str) and model and model not in known_names(routing, caller):
-        raise Refusal(404, f"The model `{model}` does not exist.", "model")
 
 
 def known_names(routing: Routing, caller: Caller) -> set[str | None]:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,18 +12,15 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
-from fedrouter.embed import Embedder
+from fedrouter.decide import NO_TEXT, without_text
+from fedrouter.embed import PROBE_TEXTS, Embedder
 from fedrouter.embed_endpoint import EndpointEmbedder
 from fedrouter.errors import EndpointError, ServingError
-from fedrouter.route import BASE_NAME, Router
+from fedrouter.route import Router
 from fedrouter.serve.batch import Batcher, Overloaded
 from fedrouter.serve.limits import Limits
 from fedrouter.types import Decision, TaskCluster
 
-NO_TEXT = Decision(
-    model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
-)
-"""What is decided where there is no text to route by, an image alone, say; ``model`` is the fallback's."""
 OVERLOAD = replace(NO_TEXT)
 """What is decided where routing would take too long; told apart from no text by identity."""
 LOCAL_BATCH = 8  # texts; more at once cost a model in this thread as much each, and all wait for the last
@@ -62,7 +58,7 @@ class Routing:
         self.clients = frozenset(client for cluster in bundle.clusters for client in cluster.clients)
         self.fallback = fallback or bundle.fallback
         router = Router(bundle, self.fallback)
-        self.no_text = replace(NO_TEXT, model=router.beyond or BASE_NAME)
+        self.no_text = without_text(router)
         self._routers: dict[str | None, Router] = {None: router}
         self._batcher = Batcher[tuple[str, str | None], Decision](
             self._work,
@@ -121,12 +117,15 @@ class Routing:
         """Return the task clusters that hold rows of a client; all of them for None."""
         return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
 
-    async def decide(self, texts: Sequence[str], client: str | None = None) -> list[Decision]:
+    async def decide(
+        self, texts: Sequence[str], client: str | None = None, tenant: str | None = None
+    ) -> list[Decision]:
         """Decide for each text; a blank one falls back, to the base where the nearest would answer.
 
         Parameters
         ----------
         client : one of ``clients``, whose task clusters are chosen from; None for all.
+        tenant : whose share of the queue they take; None where nobody can be told apart.
 
         Raises
         ------
@@ -135,7 +134,7 @@ class Routing:
         """
         items = [(text, client) for text in texts if text.strip()]
         try:
-            decided = iter(await self._batcher.submit_all(items))
+            decided = iter(await self._batcher.submit_all(items, tenant))
         except EndpointError as error:
             if str(error) != self._problem:
                 logger.warning("nothing is routed for now: %s", error)
@@ -143,6 +142,10 @@ class Routing:
             raise Overloaded from error
         self._problem = "" if items else self._problem
         return [next(decided) if text.strip() else self.no_text for text in texts]
+
+    async def probe(self) -> Sequence[Decision]:
+        """Return what is decided for the probe texts, whatever else waits and fails."""
+        return await self._batcher.at_once([(text, None) for text in PROBE_TEXTS])
 
     def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
         """Embed all texts together; route each among its client's task clusters."""

@@ -11,7 +11,7 @@ from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.access import Access, load_keys
 from fedrouter.serve.checks import check_port
-from fedrouter.serve.launch import Options, ready_lines, server_key
+from fedrouter.serve.launch import Options, metrics_key, ready_lines, server_key
 from fedrouter.serve.process import Command
 
 NEEDED = ("httpx", "prometheus_client", "uvicorn")
@@ -55,7 +55,8 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
     from fedrouter.serve.proxy import Proxy
     from fedrouter.serve.routing import make_routing
 
-    access = Access(key, load_keys(options.keys_file) if options.keys_file else None)
+    keys = load_keys(options.keys_file) if options.keys_file else None
+    access = Access(key, keys, metrics_key(options))
     routing = await asyncio.to_thread(
         make_routing,
         bundle_path,
@@ -68,13 +69,21 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
     models = [BASE_NAME, *routing.bundle.adapter_paths]
     proxy = Proxy(urls, models, key, options.limits)
     hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access)
-    server = uvicorn.Server(
-        uvicorn.Config(hook, options.host, options.port, log_level="warning", access_log=False, lifespan="on")
+    config = uvicorn.Config(
+        hook,
+        options.host,
+        options.port,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        http="h11",  # the other parser drops the body of a request that offers an upgrade
+        ws="none",
     )
+    server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while hook.state == "starting" and not serving.done():
         await asyncio.sleep(0.05)
-    if hook.state == "ready":
+    if hook.state == "ready" and server.started:
         url = Command((), {}, {}, options.host, options.port).url
         print(ready_lines(routing.bundle, url, options), flush=True)  # noqa: T201 - for who started it
     elif hook.state == "failed":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedrouter.serve.bodies import Refusal
+from fedrouter.serve.refusal import Refusal
 
 POLL_S = 2.0
 VARIABLE = "FEDROUTER_WATCH"  # how the link's path reaches vLLM's processes

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import openai
 import pytest
+from processes import first_lines, group_of_children, running
 from rich.console import Console
 
 from fedrouter.bundle import Bundle
@@ -26,7 +24,6 @@ from fedrouter.train.run import train
 from fedrouter.types import Decision, Turn
 
 KEY_ENV, KEY = "FEDROUTER_TEST_KEY", "sesame-open"
-START_S = 450.0  # half a minute on two idle cores
 
 
 @dataclass(frozen=True)
@@ -80,19 +77,19 @@ def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
         )
     group: set[int] = set()
     try:
-        ready = _first_lines(process, 2)
+        ready = first_lines(process, 2)
         assert len(ready) == 2, f"exit code {process.poll()}; {log.read_text()[-3000:]}"
-        group = _group_of_children(process.pid)
+        group = group_of_children(process.pid)
         url = f"http://127.0.0.1:{port}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
             yield Server(url, KEY, tenants, small_bundle, ready, client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not group & _running(), "fedrouter serve left processes behind"
+        assert not group & running(), "fedrouter serve left processes behind"
     finally:
         if process.poll() is None:
             process.kill()
-        for pid in group & _running():
+        for pid in group & running():
             os.kill(pid, signal.SIGKILL)
 
 
@@ -103,37 +100,3 @@ def offline(small_bundle: Bundle) -> Callable[[str], Decision]:
     embedder = load_embedder(small_bundle.embedder, small_bundle.base, base_path)
     router = Router(small_bundle)
     return lambda text: router.route(embedder.embed([routing_text([Turn("user", text)])]))[0]
-
-
-def _first_lines(process: subprocess.Popen[str], num_lines: int) -> list[str]:
-    """Read lines of a process's output until it ends or START_S have passed."""
-    assert process.stdout is not None
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
-    found = []
-    while len(found) < num_lines and (process.poll() is None or not lines.empty()):
-        try:
-            found.append(lines.get(timeout=START_S if process.poll() is None else 1))
-        except queue.Empty:
-            break
-    return found
-
-
-def _stat(pid: int) -> list[str] | None:
-    """State, parent, process group … of a process (man proc_pid_stat), None when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _running() -> set[int]:
-    pids = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
-    return {pid for pid in pids if (stat := _stat(pid)) and stat[0] != "Z"}
-
-
-def _group_of_children(parent: int) -> set[int]:
-    """Return the processes in the groups that a process's children lead."""
-    stats = {pid: stat for pid in _running() if (stat := _stat(pid))}
-    leaders = {pid for pid, stat in stats.items() if int(stat[1]) == parent}
-    return {pid for pid, stat in stats.items() if int(stat[2]) in leaders}

@@ -51,6 +51,18 @@ def test_help_is_there_at_once() -> None:
     assert min(took) < 0.5
 
 
+def test_a_full_disk_behind_the_output_is_one_line(run: Path) -> None:
+    for arguments in (["--help"], ["inspect", str(run)]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "fedrouter", *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        refused(done, "cannot write the output: No space left on device")
+
+
 def test_train_refuses_what_a_user_may_do_wrong(tmp_path: Path) -> None:
     refused(fedrouter("train", "none.toml"), "none.toml: no such file")
     refused(fedrouter("train", "--set", "train.stepz=1"), "unknown key train.stepz; did you mean steps?")

@@ -11,8 +11,9 @@ import pytest
 from fedrouter.bundle import Bundle
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
-from fedrouter.serve.bodies import CHAT, conversations
 from fedrouter.serve.conversation import decide
+from fedrouter.serve.paths import CHAT
+from fedrouter.serve.prompts import conversations
 from fedrouter.serve.routing import Routing
 from fedrouter.types import Decision, Turn
 

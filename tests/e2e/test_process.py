@@ -27,6 +27,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
+        self.wfile.write(os.environ["FEDROUTER_START"].encode())
     def log_message(self, *args): pass
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else lambda *_: sys.exit(0))
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
@@ -112,6 +113,64 @@ def test_a_server_that_has_failed_is_stopped(tmp_path: Path) -> None:
         running(command(script), tmp_path / "log", timeout_s=20),
     ):
         pass
+
+
+def test_a_server_that_another_one_stands_before_is_not_ready(tmp_path: Path) -> None:
+    """Two started together on one port: one of them is asked in the place of both."""
+    asked = command(SERVER)
+    with running(asked, tmp_path / "first", timeout_s=20) as first:
+        with (
+            pytest.raises(ServingError, match=f"another server answers at {asked.url}.*another --port"),
+            running(
+                Command(
+                    [sys.executable, "-c", "import time; time.sleep(600)"], {}, {}, asked.host, asked.port
+                ),
+                tmp_path / "second",
+                timeout_s=20,
+            ),
+        ):
+            pass
+        assert first.poll() is None, "the first goes on"
+        assert urllib.request.urlopen(f"{asked.url}/health").status == 200
+
+
+SERVE = """
+import sys, time
+from fedrouter import cli
+from fedrouter.serve import launch
+from fedrouter.serve.process import Command
+
+def prepare(*_):
+    print("preparing", flush=True)
+    time.sleep(float(sys.argv.pop()))
+    child = "import time; print('starting', flush=True); time.sleep(600)"
+    return None, Command([sys.executable, "-c", child], {}, {}, "127.0.0.1", 9)
+
+launch.prepare = prepare
+sys.argv = ["fedrouter", "serve", ".", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "line"), [(600, "preparing"), (0, "starting")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("times", [1, 2])
+def test_told_to_stop_while_starting_it_stops_and_says_so_by_zero(
+    seconds: int, line: str, number: signal.Signals, times: int
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as outer:
+        assert outer.stdout is not None
+        while line not in outer.stdout.readline():
+            assert outer.poll() is None
+        for _ in range(times if number is signal.SIGTERM else 1):
+            outer.send_signal(number)
+        assert outer.wait(40) == 0
+        assert "Traceback" not in outer.stdout.read()
 
 
 def test_sigterm_stops_the_server_with_its_parent(tmp_path: Path) -> None:
@@ -210,5 +269,19 @@ def test_a_server_that_ends_by_itself_is_an_error(
             yield server
 
     monkeypatch.setattr(launch, "running", contextmanager(end_it))
-    with pytest.raises(ServingError, match="by itself with exit code -9"):
+    with pytest.raises(ServingError, match="by itself, with exit code -9"):
         serve(tmp_path, launch.Options(port=free_port()))
+
+
+def test_a_server_whose_engine_has_died_does_not_say_exit_code_0(
+    no_vllm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_it(command: Command) -> Iterator[subprocess.Popen[bytes]]:
+        with running(command, tmp_path / "log", timeout_s=20) as server:
+            server.terminate()  # ends with 0, as vLLM does then
+            yield server
+
+    monkeypatch.setattr(launch, "running", contextmanager(end_it))
+    with pytest.raises(ServingError, match="by itself, as it does when its engine dies") as error:
+        serve(tmp_path, launch.Options(port=free_port()))
+    assert "exit code" not in str(error.value)

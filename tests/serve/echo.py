@@ -112,6 +112,7 @@ class Server:
         self.app = app or EchoApp()
         self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access())
         self.lifespan: list[Any] = []
+        self.lifespan_scope: Any = {"type": "lifespan"}
 
     async def __aenter__(self) -> "Server":
         started, self._shutdown = asyncio.Event(), asyncio.Event()
@@ -127,7 +128,7 @@ class Server:
             self.lifespan.append(message)
             started.set()
 
-        self._task = asyncio.create_task(self.hook({"type": "lifespan"}, receive, send))  # type: ignore[arg-type]
+        self._task = asyncio.create_task(self.hook(self.lifespan_scope, receive, send))  # type: ignore[arg-type]
         await started.wait()
         return self
 

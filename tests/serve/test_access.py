@@ -12,8 +12,19 @@ from echo import KEY, TASKS, EchoApp, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
-from fedrouter.serve.access import MODELS, OPEN, READY, RELOAD, Access, load_access, load_keys
-from fedrouter.serve.bodies import AS_BASE, CHAT, COMPLETIONS, MESSAGES, ROUTED, UNROUTED
+from fedrouter.serve.access import Access, load_access, load_keys
+from fedrouter.serve.paths import (
+    AS_BASE,
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    MODELS,
+    OPEN,
+    READY,
+    RELOAD,
+    ROUTED,
+    UNROUTED,
+)
 
 Serve = Callable[..., Server]
 KEYS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob", "carl")}  # key = name
@@ -203,7 +214,8 @@ def test_the_operators_key_is_not_restricted(tenants: Serve, tenants_bundle: Bun
     headline = adapter(tenants_bundle, "headline")
     assert ask(tenants(), CHAT, body(TASKS["headline"])).json["model"] == headline
     assert ask(tenants(), CHAT, body("hello", headline), client="bob").status == 200
-    assert ask(tenants(), "/pooling", {}).status == 200
+    assert ask(tenants(), "/pooling", {"model": "base"}).status == 200
+    assert ask(tenants(), "/load", method="GET").status == 200
     assert ask(tenants(), "/v1/load_lora_adapter", {}).status == 404  # nobody's business outside
 
 

@@ -110,15 +110,61 @@ def test_a_full_queue_turns_away_and_takes_on_again() -> None:
         work.gate.clear()
         first = asyncio.create_task(batcher.submit(0))
         await asyncio.sleep(0.05)  # now it is in the thread and no longer in the queue
-        waiting = asyncio.create_task(batcher.submit_all([1, 2]))
+        waiting = [asyncio.create_task(batcher.submit(i)) for i in (1, 2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
             await batcher.submit(3)
         work.gate.set()
-        return [await first, *await waiting, await batcher.submit(4)]
+        return [await first, *await asyncio.gather(*waiting), await batcher.submit(4)]
 
     assert run(work, scenario, max_queue=2) == [0, 2, 4, 8]
     assert work.batches == [[0], [1, 2], [4]]
+
+
+def test_many_items_of_one_leave_room_and_turns_to_the_others() -> None:
+    """One submission of twenty, a tenant with ten, and three who have one each, in a queue of sixteen."""
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> None:
+        work.gate.clear()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)
+        many = asyncio.create_task(batcher.submit_all([*range(100, 120)]))
+        await asyncio.sleep(0)
+        tenant = [asyncio.create_task(batcher.submit_all([200 + i], "ann")) for i in range(10)]
+        others = [asyncio.create_task(batcher.submit(i)) for i in (1, 2, 3)]
+        await asyncio.sleep(0.05)
+        work.gate.set()
+        assert await asyncio.gather(*others) == [2, 4, 6]
+        answers = await asyncio.gather(*tenant, return_exceptions=True)
+        assert [type(one) for one in answers] == [list] * 4 + [Overloaded] * 6, "a quarter is a tenant's"
+        assert await many == [*range(200, 240, 2)]
+        assert await first == 0
+
+    run(work, scenario, max_batch=5, max_queue=16)
+    assert work.batches[1] == [100, 200, 1, 2, 3], "one of each in turn"
+
+
+def test_submissions_of_several_leave_half_of_the_queue() -> None:
+    work = Doubler()
+
+    async def scenario(batcher: Batcher[int, int]) -> None:
+        work.gate.clear()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)
+        lists = [asyncio.create_task(batcher.submit_all([1, 2, 3, 4])) for _ in range(4)]
+        await asyncio.sleep(0)
+        singles = [asyncio.create_task(batcher.submit(i)) for i in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.submit(9)
+        work.gate.set()
+        answers = await asyncio.gather(*lists, return_exceptions=True)
+        assert [type(one) for one in answers] == [list, list, Overloaded, Overloaded]
+        assert await asyncio.gather(*singles) == [*range(0, 16, 2)]
+        await first
+
+    run(work, scenario, max_queue=16)
 
 
 def test_items_that_belong_together_may_outnumber_the_queue() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedrouter.errors import BundleError, ServingError
 from fedrouter.serve import canary, engine
 from fedrouter.serve.asgi import Inner
 from fedrouter.serve.canary import check_adapters
+from fedrouter.serve.process import START
 from fedrouter.serve.routing import Routing
 
 READY = "/v1/fedrouter/ready"
@@ -116,3 +118,18 @@ def test_the_key_is_the_one_that_vllm_asks_for(monkeypatch: pytest.MonkeyPatch) 
     assert engine.own_authorization({"app": SimpleNamespace(state=state)}) == b"Bearer variable"
     state.args.api_key = ["option", "another"]
     assert engine.own_authorization({"app": SimpleNamespace(state=state)}) == b"Bearer option"
+
+
+@pytest.mark.parametrize("damage", [{"radius": "12"}, {"name": 7}])
+def test_a_server_whose_routed_prompts_would_fail_is_not_ready(
+    app: HolderApp, word_bundle: Bundle, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
+    clusters = tuple(replace(cluster, **damage) for cluster in word_bundle.clusters)
+    server = Server(lambda: Routing(replace(word_bundle, clusters=clusters), WordEmbedder(), str), app)
+    assert within(server, lambda: becomes(server, "failed")).status == 503
+    assert "routing a prompt fails" in caplog.text
+
+
+def test_the_answer_bears_the_mark_of_its_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(START, "mark")
+    assert within(server, lambda: becomes(server, "ready")).json == {"state": "ready", "start": "mark"}

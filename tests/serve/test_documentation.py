@@ -8,9 +8,8 @@ from prometheus_client import REGISTRY
 
 from fedrouter.cli import app
 from fedrouter.serve import metrics
-from fedrouter.serve.access import CLUSTERS, DRY_RUN, OPEN, READY, RELOAD
-from fedrouter.serve.bodies import AS_BASE, ROUTED, UNROUTED
 from fedrouter.serve.launch import OURS
+from fedrouter.serve.paths import AS_BASE, CLUSTERS, DRY_RUN, OPEN, READY, RELOAD, ROUTED, UNROUTED
 from fedrouter.serve.request import routing_headers
 from fedrouter.serve.routing import NO_TEXT
 

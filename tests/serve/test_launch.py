@@ -187,7 +187,7 @@ def test_several_api_processes_start_with_vllms_serve_command(
     with pytest.raises(ServingError, match="several API processes cannot reload"):
         build(word_bundle, vllm_args=arguments, watch=True)
     one = build(word_bundle, vllm_args=["--api-server-count", "1"], cpu=True, cores=2)
-    assert one.argv[2] == "vllm.entrypoints.openai.api_server"
+    assert one.argv[2] == "fedrouter.serve.engine"
     assert one.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 

@@ -10,8 +10,8 @@ import torch  # noqa: F401 - so that no wait below is for its import
 from echo import TASKS, Answer, Server, WordEmbedder
 
 from fedrouter.errors import ServingError
-from fedrouter.serve.bodies import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from fedrouter.serve.limits import Limits
+from fedrouter.serve.paths import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 
 MakeServer = Callable[..., Server]
 

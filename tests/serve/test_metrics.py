@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from fedrouter.bundle import Bundle
-from fedrouter.serve.bodies import ROUTED
+from fedrouter.serve.paths import ROUTED
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 COMPLETIONS = "/v1/completions"

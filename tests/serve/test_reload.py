@@ -19,9 +19,9 @@ from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import BundleError
 from fedrouter.serve import canary, engine, reload
 from fedrouter.serve.access import Access
-from fedrouter.serve.bodies import ROUTED
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.reload import find_bundle, is_admin
+from fedrouter.serve.paths import ROUTED, is_admin
+from fedrouter.serve.reload import find_bundle
 from fedrouter.serve.routing import Routing
 from fedrouter.types import BaseSpec
 
@@ -89,6 +89,28 @@ def test_loads_what_is_new_keeps_what_is_the_same_and_unloads_the_rest(setup: Se
     assert set(setup.app.adapters) == set(new)
     assert setup.app.adapters[new[1]] == str(setup.root / "two" / "adapters" / new[1])
     assert ("load", old[0]) not in setup.app.changes
+
+
+def test_a_bundle_whose_routed_prompts_would_fail_is_refused_before_the_flip(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
+    load = load_bundle
+
+    def damaged(path: Path) -> Bundle:
+        bundle = load(path)
+        return replace(bundle, clusters=tuple(replace(one, radius="12") for one in bundle.clusters))
+
+    monkeypatch.setattr(reload, "load_bundle", damaged)
+
+    async def scenario() -> tuple[Answer, Answer]:
+        return await setup.reload("two"), await setup.ask(TASKS["summary"])
+
+    refused, after = within(setup, scenario)
+    assert refused.status == 400
+    assert "routing a prompt fails (TypeError" in refused.json["error"]["message"]
+    assert after.json["model"] == setup.adapters("one")[1]
+    assert not setup.app.changes, "nothing was loaded for it"
 
 
 def test_there_and_back_again(setup: Setup) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from echo import KEY, TASKS, EchoApp, Server
 
-from fedrouter.serve.bodies import COMPLETIONS
+from fedrouter.serve.paths import COMPLETIONS
 from fedrouter.serve.split import merge
 
 A, B, FAR = TASKS["headline"], TASKS["summary"], "zebra " * 50

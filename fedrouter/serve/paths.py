@@ -1,0 +1,53 @@
+"""Every path that the hook knows: what is routed, what means the base, what is ours, what is closed.
+
+``tests/serve/test_vllm_routes.py`` holds this against vLLM's own list, so that no new route slips by.
+"""
+
+import re
+
+VIRTUAL_NAME = "fedrouter"  # the model name that asks for routing
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+ROUTED = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+# No adapter changes what these compute: they answer as for the base.
+AS_BASE = (
+    "/tokenize",
+    "/detokenize",
+    f"{MESSAGES}/count_tokens",
+    *(f"{path}/render" for path in ROUTED),
+    f"{CHAT}/derender",
+    f"{COMPLETIONS}/derender",
+)
+INVOCATIONS = "/invocations"  # takes its model from a header, and none from the body
+ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
+# These compute with a model as well, and without its name, or with the virtual one, the base would answer.
+UNROUTED = (
+    f"{CHAT}/batch",
+    "/inference/v1/generate",
+    "/cohere/v2/chat",
+    "/v1/systemone",
+    "/generative_scoring",
+    INVOCATIONS,
+    *("/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+    *("/v1/embeddings", "/v2/embed"),
+)
+
+MODELS, METRICS = "/v1/models", "/metrics"
+OWN = "/v1/fedrouter"
+CLUSTERS, DRY_RUN = f"{OWN}/clusters", f"{OWN}/route"
+READY, RELOAD = f"{OWN}/ready", f"{OWN}/reload"
+OWN_METHODS = {CLUSTERS: "GET", DRY_RUN: "POST", READY: "GET", RELOAD: "POST"}
+# Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
+OPEN = ("/health", "/ping", METRICS, "/version", READY)
+FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN)
+ADMIN = re.compile(r"load_lora_adapter|(^|/)adapters(/|$)")  # the second: the same by SageMaker's names
+
+
+def is_admin(path: str) -> bool:
+    """Return whether a path leads to vLLM's own endpoints for adapters: nobody's business outside."""
+    return ADMIN.search(path) is not None
+
+
+def is_own(path: str) -> bool:
+    """Return whether a path is one of ours, or below it."""
+    return path == OWN or path.startswith(f"{OWN}/")
