@@ -38,7 +38,7 @@ class DataSettings(_Section):
     """The clients' private data."""
 
     source: str | list[str] = "builtin:four-tasks"
-    """One data set to partition: ``builtin:four-tasks``, JSONL files, a saved data set, or a hub id."""
+    """One data set to partition: ``builtin:four-tasks``, files, directories, a hub id …"""
     split: str = "train"
     """Which split of a Hugging Face data set or of the built-in one."""
     clients: dict[str, str] = Field(default_factory=dict)
@@ -52,6 +52,10 @@ class DataSettings(_Section):
     """Rows a task of the built-in data set."""
     max_per_client: int | None = Field(None, ge=2)
     """Cap on a client's rows."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Other names of fields: ``prompt = "question"``, ``completion = "answer"``, ``task = "category"``."""
+    ignore: list[str] = Field(default_factory=list)
+    """Fields that are left out on purpose: nothing is said of them."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSettings":

@@ -74,7 +74,11 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         console.print(f"{out} is finished already; remove it or choose another --out to train again")
         return load_bundle(out / "bundle")
 
-    records = load_clients(config)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    records = load_clients(config, say)
     for name in config.lora.ranks:
         if name not in records:
             raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")

@@ -11,18 +11,25 @@ from fedrouter.train.cluster import rows_needed
 from fedrouter.types import Record
 
 
-def load_clients(config: Config) -> dict[str, list[Record]]:
-    """Return each client's records, as the configuration deals them out."""
+def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, list[Record]]:
+    """Return each client's records, as the configuration deals them out.
+
+    Parameters
+    ----------
+    say : gets a line on what is not read.
+    """
     settings = config.data
     if settings.clients:
-        return load_sources(settings.clients, config, settings.max_per_client)
+        return load_sources(settings.clients, config, settings.max_per_client, say)
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
         if is_builtin(source):
             records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
         else:
-            records += data.load_records(source, settings.split)
+            records += data.load_records(
+                source, settings.split, fields=settings.fields, ignore=settings.ignore, say=say
+            )
     return partition(
         records,
         settings.partition,
@@ -34,7 +41,7 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
 
 
 def load_sources(
-    sources: Mapping[str, str], config: Config, limit: int | None = None
+    sources: Mapping[str, str], config: Config, limit: int | None = None, say: data.Say = data.LOG.warning
 ) -> dict[str, list[Record]]:
     """Return the records of clients that have a source each, sorted by name.
 
@@ -43,8 +50,11 @@ def load_sources(
     DataError
         If a client has too few for ``privacy.min_cluster_size``.
     """
-    split, least = config.data.split, config.privacy.min_cluster_size
-    records = {n: data.load_records(source, split, limit) for n, source in sorted(sources.items())}
+    settings, least = config.data, config.privacy.min_cluster_size
+    records = {
+        name: data.load_records(source, settings.split, limit, settings.fields, settings.ignore, say)
+        for name, source in sorted(sources.items())
+    }
     for name, rows in records.items():
         if len(rows) < rows_needed(least):
             raise DataError(
