@@ -12,7 +12,14 @@ from fedrouter.types import Record
 
 
 def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, list[Record]]:
-    """Return each client's records, as the configuration deals them out.
+    """Return each client's records, as the configuration deals them out; see ``read_clients``."""
+    return read_clients(config, say)[0]
+
+
+def read_clients(
+    config: Config, say: data.Say = data.LOG.warning
+) -> tuple[dict[str, list[Record]], list[data.Read]]:
+    """Return each client's records, as the configuration deals them out, and what each file gave.
 
     Parameters
     ----------
@@ -20,17 +27,20 @@ def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, 
     """
     settings = config.data
     if settings.clients:
-        return load_sources(settings.clients, config, settings.max_per_client, say)
+        return _read_sources(settings.clients, config, settings.max_per_client, say)
+    reads: list[data.Read] = []
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
+        num = len(reads)
         if is_builtin(source):
             records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
         else:
-            records += data.load_records(
+            reads += data.read_source(
                 source, settings.split, fields=settings.fields, ignore=settings.ignore, say=say
             )
-    return partition(
+            records += [r for read in reads[num:] for r in read.records]
+    clients = partition(
         records,
         settings.partition,
         settings.num_clients,
@@ -38,6 +48,9 @@ def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, 
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
+    if (unused := len(records) - sum(map(len, clients.values()))) > 0:
+        say(f"{unused} of {len(records)} rows are used by nobody: data.max_per_client")
+    return clients, reads
 
 
 def load_sources(
@@ -50,15 +63,22 @@ def load_sources(
     DataError
         If a client has too few for ``privacy.min_cluster_size``.
     """
+    return _read_sources(sources, config, limit, say)[0]
+
+
+def _read_sources(
+    sources: Mapping[str, str], config: Config, limit: int | None, say: data.Say
+) -> tuple[dict[str, list[Record]], list[data.Read]]:
     settings, least = config.data, config.privacy.min_cluster_size
-    records = {
-        name: data.load_records(source, settings.split, limit, settings.fields, settings.ignore, say)
+    of = {
+        name: data.read_source(source, settings.split, limit, settings.fields, settings.ignore, say)
         for name, source in sorted(sources.items())
     }
+    records = {name: [r for read in reads for r in read.records] for name, reads in of.items()}
     for name, rows in records.items():
         if len(rows) < rows_needed(least):
             raise DataError(
                 f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
                 f"privacy.min_cluster_size = {least} it needs at least {rows_needed(least)}"
             )
-    return records
+    return records, [read for reads in of.values() for read in reads]
