@@ -25,6 +25,11 @@ from fedrouter.types import Record
 
 NUM_SHOWN = 3  # rows a client
 BARS = 10  # of the histogram of lengths
+ODD = {
+    "duplicates": "equal another row, prompt and answer; they count twice",
+    "empty": "have an empty answer: they teach to say nothing",
+    "ambiguous": "have a prompt that other rows answer otherwise",
+}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROUND_PASSES = 3.0  # forward and backward through frozen weights, and adapters: in forward passes
 
@@ -38,6 +43,7 @@ class Loaded:
     path: Path  # of the base model
     tokenizer: Any
     tokeniser: Tokeniser
+    counts: Counter[str]  # rows by what is odd about them
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +107,11 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
             raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
     path = resolve_base(config.base.model, config.base.revision)
     tokenizer, tokeniser = tokenised(config, path, records, say)
-    for line in _odd(records):
-        say(line)
-    return Loaded(records, reads, path, tokenizer, tokeniser)
+    counts = _counts(records)
+    for kind, text in ODD.items():
+        if counts[kind]:
+            say(f"{counts[kind]} rows {text}")
+    return Loaded(records, reads, path, tokenizer, tokeniser, counts)
 
 
 def tokenised(
@@ -137,7 +145,6 @@ def check(config: Config) -> Report:
     notes: list[str] = []
     found = loaded(config, notes.append)
     told = found.tokeniser.told
-    counts = _counts(found.records)
     num, num_adapter, flops_a_token, dim = _sizes(config, found.path)
     steps = {name: _steps(config, len(rows)) for name, rows in found.records.items()}
     mean_length = float(np.mean(np.minimum(told.lengths, found.tokeniser.limit)))
@@ -157,9 +164,9 @@ def check(config: Config) -> Report:
         needed={f"{share:.0%}": length for share, length in told.needed()},
         limit=found.tokeniser.limit,
         num_cut=told.num_cut_prompts + told.num_cut_answers,
-        num_duplicates=counts["duplicates"],
-        num_empty_answers=counts["empty"],
-        num_ambiguous=counts["ambiguous"],
+        num_duplicates=found.counts["duplicates"],
+        num_empty_answers=found.counts["empty"],
+        num_ambiguous=found.counts["ambiguous"],
         num_parameters=num,
         adapter_parameters=num_adapter,
         memory_bytes=weights + 16 * num_adapter + batch_tokens * _activation_bytes(found.path, dtype),
@@ -189,16 +196,6 @@ def _counts(records: Mapping[str, Sequence[Record]]) -> Counter[str]:
     counts["duplicates"] = sum(number - 1 for number in rows.values())
     counts["ambiguous"] = sum(number for (prompt, _), number in rows.items() if len(answers[prompt]) > 1)
     return counts
-
-
-def _odd(records: Mapping[str, Sequence[Record]]) -> list[str]:
-    counts = _counts(records)
-    what = {
-        "duplicates": "equal another row, prompt and answer; they count twice",
-        "empty": "have an empty answer: they teach to say nothing",
-        "ambiguous": "have a prompt that other rows answer otherwise",
-    }
-    return [f"{counts[kind]} rows {text}" for kind, text in what.items() if counts[kind]]
 
 
 def _steps(config: Config, num_rows: int) -> int:

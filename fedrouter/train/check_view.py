@@ -36,8 +36,8 @@ def show(report: Report, console: Console) -> None:
     sizes = _count(report.num_parameters), _count(report.adapter_parameters), _bytes(report.memory_bytes)
     line("base {} parameters, an adapter {}; memory about {}".format(*sizes))
     line(
-        f"about {report.round_s:.0f} s a round; {_bytes(report.bytes_down)} down and {_bytes(report.bytes_up)} "
-        "up, a client, round and task cluster"
+        f"about {report.round_s:.0f} s a round; a client, round and task cluster: "
+        f"{_bytes(report.bytes_down)} down, {_bytes(report.bytes_up)} up"
     )
     revealed = ", ".join(f"{what} {_bytes(number)}" for what, number in report.reveals.items())
     line(f"each client reveals before the rounds, at most: {revealed} (docs/privacy.md lists it)")

@@ -23,7 +23,7 @@ from fedrouter.errors import ModelError
 from fedrouter.train.aggregate import cut, mean, rank_of
 from fedrouter.train.memory import out_of_memory
 from fedrouter.train.rows import Tokeniser, TokenRow, labels_of, positions_of
-from fedrouter.train.targets import outside
+from fedrouter.train.targets import for_peft, outside
 from fedrouter.types import AdapterState, Record
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class AdapterTrainer:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=for_peft(model, lora.target_modules),
             exclude_modules=outside(model),
             task_type="CAUSAL_LM",
         )

@@ -67,6 +67,17 @@ def adapted(model: torch.nn.Module, targets: str | Sequence[str]) -> dict[str, t
     }
 
 
+def for_peft(model: torch.nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """Return what PEFT is told: of a model with fused experts by name, or it would put adapters on these."""
+    if isinstance(targets, str) and not _fused(model):
+        return targets
+    return (
+        sorted({n.rpartition(".")[2] for n in adapted(model, ALL)})
+        if isinstance(targets, str)
+        else list(targets)
+    )
+
+
 def outside(model: torch.nn.Module) -> str | None:
     """Return a pattern of module names beside the language model of a wrapper, None where there are none.
 
@@ -85,13 +96,17 @@ def left_out(model: torch.nn.Module) -> list[str]:
         lines.append(
             f"adapters go into the base's language model ({text}) alone; what sees or hears stays as it is"
         )
-    fused = [p for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in f".{n}."]
-    if fused:
+    if fused := _fused(model):
         num, total = (sum(p.numel() for p in own) for own in (fused, model.parameters()))
         lines.append(
             f"the base's experts are fused: {num / total:.0%} of its weights are trained without adapters"
         )
     return lines
+
+
+def _fused(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the weights of experts that are one tensor for all of them, not linear layers."""
+    return [p for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in f".{name}."]
 
 
 def _language_model(model: torch.nn.Module) -> str | None:
