@@ -95,6 +95,34 @@ def train(
 
 
 @app.command()
+def check(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML; without it the built-in four tasks, dual.")
+    ] = None,
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what training would do with your data; trains nothing. Fails where train would refuse."""
+    import json
+
+    from fedrouter.config_file import load_config
+    from fedrouter.train.check import check as run
+    from fedrouter.train.check_view import show
+
+    try:
+        report = run(load_config(config, set_ or []))
+    except FedRouterError as error:
+        if as_json:
+            print(json.dumps({"ok": False, "error": str(error)}))  # noqa: T201 - for programs
+            raise typer.Exit(1) from error
+        raise
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False))  # noqa: T201
+    else:
+        show(report, console)
+
+
+@app.command()
 def join(
     run: Annotated[Path, typer.Argument(help="A finished run; it stays as it is.")],
     client: Annotated[

@@ -1,5 +1,6 @@
 """Typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
 
+import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -8,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedrouter.errors import ConfigError
 
 EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with an embeddings endpoint's API key, if any
+
+MAX_RANK = 512  # of an adapter that vLLM serves
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 """A number of clusters, given or found."""
@@ -31,14 +34,16 @@ class BaseSettings(_Section):
     quantization: Literal["none", "nf4"] = "none"
     """nf4: train on a base of 4-bit weights (QLoRA, bitsandbytes); prompts are embedded before, without."""
     chat_template: str | None = None
-    """For a base without one: ``alpaca`` or a Jinja file; it travels in the bundle."""
+    """Instead of the base's own: ``alpaca`` or a Jinja file; either travels in the bundle."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """What a chat template writes that asks for the date, in training and serving alike."""
 
 
 class DataSettings(_Section):
     """The clients' private data."""
 
     source: str | list[str] = "builtin:four-tasks"
-    """One data set to partition: ``builtin:four-tasks``, JSONL files, a saved data set, or a hub id."""
+    """One data set to partition: ``builtin:four-tasks``, files, directories, a hub id …"""
     split: str = "train"
     """Which split of a Hugging Face data set or of the built-in one."""
     clients: dict[str, str] = Field(default_factory=dict)
@@ -52,6 +57,10 @@ class DataSettings(_Section):
     """Rows a task of the built-in data set."""
     max_per_client: int | None = Field(None, ge=2)
     """Cap on a client's rows."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Other names of fields: ``prompt = "question"``, ``completion = "answer"``, ``task = "category"``."""
+    ignore: list[str] = Field(default_factory=list)
+    """Fields that are left out on purpose: nothing is said of them."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSettings":
@@ -132,6 +141,12 @@ class LoraSettings(_Section):
     """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
 
     @model_validator(mode="after")
+    def _can_be_served(self) -> "LoraSettings":
+        if self.rank > MAX_RANK:
+            raise ValueError(f"lora.rank {self.rank}: vLLM serves adapters of rank {MAX_RANK} at most")
+        return self
+
+    @model_validator(mode="after")
     def _ranks_fit(self) -> "LoraSettings":
         for client, rank in self.ranks.items():
             if rank > self.rank:
@@ -158,6 +173,9 @@ class TrainSettings(_Section):
     patience: int | None = Field(None, ge=1)
     """Stop after so many rounds in which no task cluster's validation loss fell."""
     batch_size: int = Field(8, ge=1)
+    """Rows in memory at a time; an optimizer step takes ``gradient_accumulation`` times as many."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Batches an optimizer step: the same step as with one batch so many times as large."""
     learning_rate: float = Field(5e-4, gt=0)
     learning_rate_end: float = Field(1e-5, ge=0)
     """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
@@ -165,12 +183,19 @@ class TrainSettings(_Section):
     proximal: float = Field(0.0, ge=0)
     """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
-    """Tokens of prompt and completion; longer prompts lose their beginning."""
+    """Tokens of a row: the answer comes first, a longer prompt loses its beginning."""
+    loss: Literal["answers", "last"] = "answers"
+    """What of a conversation is learned: every answer of the assistant, or the last one alone."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower, the same adapters."""
     keep_checkpoints: int = Field(2, ge=1)
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     """Trackers that get every round's metrics, beside metrics.jsonl."""
+
+    @property
+    def step_size(self) -> int:
+        """Rows an optimizer step."""
+        return self.batch_size * self.gradient_accumulation
 
     @model_validator(mode="before")
     @classmethod
@@ -325,6 +350,10 @@ class Config(_Section):
             raise ValueError("privacy.update_noise does not cover validation losses; remove train.validation")
         if self.privacy.noisy and self.cluster.every:
             raise ValueError("privacy's noise is accounted for one clustering; remove cluster.every")
+        if method == "feddpa" and 2 * self.lora.rank > MAX_RANK:
+            raise ValueError(
+                f"method feddpa mixes adapters to twice lora.rank, and vLLM serves rank {MAX_RANK} at most"
+            )
         if self.lora.ranks and self.aggregate.robust != "none":
             raise ValueError("aggregate.robust compares adapters of one rank; remove it or lora.ranks")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":

@@ -56,7 +56,9 @@ def read_resolved(file: Path) -> Config:
     try:
         # Defaults are left out: an option that was never given may not be given with others.
         return Config.model_validate(
-            _differing(json.loads(file.read_text(encoding="utf-8")), Config().model_dump(by_alias=True))
+            _differing(
+                json.loads(file.read_text(encoding="utf-8")), Config().model_dump(mode="json", by_alias=True)
+            )
         )
     except FileNotFoundError as error:
         raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error

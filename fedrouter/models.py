@@ -2,11 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
 
 from fedrouter.builtin import base_path, is_builtin
 from fedrouter.errors import ConfigError, ModelError
@@ -36,6 +40,8 @@ VOLATILE = (
     "use_cache",
     "_attn_implementation",
 )
+DATE = date(2024, 7, 26)  # what Llama 3's own template falls back to
+NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -109,15 +115,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_tokenizer(path: Path, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: Path,
+    chat_template: str | None = None,
+    today: date = DATE,
+    say: Callable[[str], None] = lambda _: None,
+) -> "PreTrainedTokenizerBase":
     """Load a base model's tokenizer with a chat template and a pad token.
 
     The vocabulary never changes: without a pad token the end-of-text token pads (its loss is masked anyway).
 
+    Parameters
+    ----------
+    chat_template : a known name or a Jinja file, instead of the base's own template.
+    today : what a template gets that asks for the date: the same in training and in serving, today or later.
+    say : gets a line if it asks.
+
     Raises
     ------
     ModelError
-        If the base has no chat template and none is configured.
+        If the base has no chat template and none is configured, or its tokenizer has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -127,13 +144,46 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> "PreTrainedT
         raise ModelError(f"base model {path}: its tokenizer does not load: {_first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
+    if isinstance(tokenizer.chat_template, dict):  # named templates; a server takes the default one
+        named = tokenizer.chat_template
+        if "default" not in named:
+            raise ModelError(
+                f"base model {path} has chat templates {', '.join(sorted(named))} and no default one: "
+                "set base.chat_template to a Jinja file"
+            )
+        tokenizer.chat_template = named["default"]
     if not tokenizer.chat_template:
         raise ModelError(
             f'base model {path} has no chat template: set base.chat_template = "alpaca", or to a Jinja file'
         )
+    asking, tokenizer.chat_template = tokenizer.chat_template, dated(tokenizer.chat_template, today)
+    if asking != tokenizer.chat_template:
+        say(f"the base's chat template asks for the date: it gets {today}, in serving too; see base.date")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"base model {path}: its tokenizer has no end token, so no answer could learn to end: "
+            "set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def dated(template: str, today: date) -> str:
+    """Return a chat template that writes ``today`` wherever it would ask for the date.
+
+    Raises
+    ------
+    ModelError
+        If it asks in a way that cannot be replaced.
+    """
+    fixed = NOW.sub(lambda asked: json.dumps(today.strftime(asked[2])), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        raise ModelError(
+            "the base's chat template asks for the date by strftime_now(…) with something else than a text; "
+            "set base.chat_template to a Jinja file without it"
+        )
+    return fixed
 
 
 def read_chat_template(name: str) -> str:
@@ -143,6 +193,16 @@ def read_chat_template(name: str) -> str:
     if not Path(name).is_file():
         raise ConfigError(f"base.chat_template {name}: neither {sorted(CHAT_TEMPLATES)} nor an existing file")
     return Path(name).read_text(encoding="utf-8")
+
+
+def load_config(path: Path) -> Any:
+    """Load a base model's transformers configuration."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base model {path}: its config.json does not load: {_first_line(error)}") from error
 
 
 def quieten() -> None:
@@ -183,8 +243,31 @@ def load_base(path: Path, dtype: str, device: str, quantization: str = "none") -
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:
     """Render a conversation up to the point where the answer begins, as the server will."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return render(tokenizer, turns)
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Sequence[Turn],
+    tools: Sequence[Mapping[str, Any]] = (),
+    open_: bool = True,
+) -> str:
+    """Render a conversation by the chat template; ``open_``: up to where the assistant's next turn begins.
+
+    Raises
+    ------
+    ModelError
+        If the template refuses it; says what the template says.
+    """
+    messages = [{"role": turn.role, "content": turn.content, **turn.more} for turn in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=open_
+            )
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

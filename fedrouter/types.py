@@ -6,6 +6,7 @@ round exchanges → what a bundle holds → what a route decides.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +21,27 @@ AdapterState = Mapping[str, Array]
 class Turn:
     """One message of a conversation; ``content`` is text only."""
 
-    role: str  # "system" | "user" | "assistant"
+    role: str  # "system" | "user" | "assistant" | "tool"
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict)  # what else chat templates read: tool_calls, name …
+    learned: bool = True  # of an assistant turn: it carries loss
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One training or test example."""
 
-    turns: tuple[Turn, ...]  # the conversation before the answer; ends with a user turn
-    completion: str
+    turns: tuple[Turn, ...]  # the conversation before the answer; a user turn with text is among them
+    completion: str  # the answer's text; of one that only calls tools, the calls as JSON
     task: str | None = None  # a label for names and scores; never used to cluster or to route
+    answer: Turn | None = None  # where it is more than its text
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, as chat templates take them
+    where: str = field(default="", compare=False, repr=False)  # file and row
+
+    @property
+    def conversation(self) -> tuple[Turn, ...]:
+        """All turns, the answer last."""
+        return (*self.turns, self.answer or Turn("assistant", self.completion))
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ TEMPLATE = """{% for m in messages %}{% if m['role']=='user' %}### Instruction:
 {{m['content']}}
 
 ### Response:
+{% elif m['role']=='system' %}{{m['content']}}
+
 {% elif m['role']=='assistant' %}{{m['content']}}</s>{% endif %}{% endfor %}"""
 # Capitalised words and digits never swallow the space before them: a name has the same tokens
 # wherever it stands, so copying it to the start of an answer needs no second spelling.

@@ -1,12 +1,13 @@
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from fedrouter.builtin import base_path
 from fedrouter.errors import ConfigError, ModelError
-from fedrouter.models import base_fingerprint, load_tokenizer, render_prompt, resolve_base
+from fedrouter.models import base_fingerprint, dated, load_tokenizer, render_prompt, resolve_base
 from fedrouter.types import Turn
 
 
@@ -67,3 +68,31 @@ def test_the_vocabulary_never_changes_for_padding(copy: Path) -> None:
     tokenizer = load_tokenizer(copy)
     assert tokenizer.pad_token == tokenizer.eos_token
     assert len(tokenizer) == len(load_tokenizer(base_path("builtin:tiny")))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_when_loaded(copy: Path) -> None:
+    edit(copy / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ModelError, match="no end token"):
+        load_tokenizer(copy)
+
+
+def test_named_templates_take_the_default_one_or_are_refused(copy: Path) -> None:
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "x"}]
+    edit(copy / "tokenizer_config.json", chat_template=named)
+    with pytest.raises(ModelError, match="chat templates rag, tool_use and no default one"):
+        load_tokenizer(copy)
+    edit(copy / "tokenizer_config.json", chat_template=[*named, {"name": "default", "template": template}])
+    assert load_tokenizer(copy).chat_template == template
+
+
+def test_a_date_that_a_template_asks_for_is_fixed_and_said(copy: Path) -> None:
+    own = "Today is {{ strftime_now(\"%d %b %Y\") }}. {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (copy / "chat_template.jinja").write_text(own)
+    said: list[str] = []
+    tokenizer = load_tokenizer(copy, None, date(2026, 1, 2), said.append)
+    assert render_prompt(tokenizer, (Turn("user", "x"),)) == "Today is 02 Jan 2026. x"
+    assert said and "2026-01-02" in said[0] and "strftime_now" not in tokenizer.chat_template
+    with pytest.raises(ModelError, match="asks for the date"):
+        dated("{{ strftime_now(form) }}", date(2026, 1, 2))

@@ -25,15 +25,17 @@ from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.models import read_chat_template, resolve_base
+from fedrouter.models import resolve_base
 from fedrouter.train.aggregate import mean
 from fedrouter.train.cache import CachedEmbedder
+from fedrouter.train.check import tokenised
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.describe import describe
 from fedrouter.train.discover import find_tasks
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
+from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds
@@ -104,7 +106,16 @@ def join(
 
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
-    tokenizer, model, _ = load_model(config, path, processes)
+    check_machine(config)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    if bundle.chat_template:  # the adapters' own, whatever the base's has become
+        base_settings = config.base.model_copy(update={"chat_template": str(bundle.chat_template)})
+        config = config.model_copy(update={"base": base_settings})
+    tokenizer, tokeniser = tokenised(config, path, records, say)
+    model, _ = load_model(config, path, processes)
     found: Embedder
     if bundle.embedder.kind == "base":
         found = HiddenStateEmbedder(model.base_model, tokenizer, bundle.embedder)
@@ -115,7 +126,8 @@ def join(
     with unclaimed(out):
         clients = list(each(records, lambda n: Client(n, records[n], embedder, config.seed, config.privacy)))
         model = quantised(config, path, model)
-        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed, tokeniser)
+        trainer.rehearse([r for rows in records.values() for r in rows], config.train.learning_rate)
         federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         space, assignments, members = placed(bundle, clients, federation, trainer, config.routing.quantile)
     first = len(bundle.clusters)
@@ -167,7 +179,7 @@ def join(
         probe_vectors=bundle.probe,
         fallback=bundle.fallback,
         versions=versions(),
-        chat_template=read_chat_template(str(bundle.chat_template)) if bundle.chat_template else None,
+        chat_template=tokenizer.chat_template,
         generalist=general,
     )
 

@@ -17,22 +17,24 @@ from fedrouter import __version__
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
-from fedrouter.errors import ClientError, ConfigError, FedRouterError, TrainingError
-from fedrouter.models import base_spec, load_base, load_tokenizer, read_chat_template, resolve_base
+from fedrouter.errors import ClientError, FedRouterError, TrainingError
+from fedrouter.models import base_spec, load_base
 from fedrouter.train.cache import CachedEmbedder
+from fedrouter.train.check import loaded
 from fedrouter.train.client import Client
 from fedrouter.train.describe import doubt
 from fedrouter.train.files import write_atomically
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import check_machine, device_and_dtype, share_out
+from fedrouter.train.machine import device_and_dtype, share_out
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.rounds import train_rounds
-from fedrouter.train.sft import AdapterTrainer, check_targets
-from fedrouter.train.sources import load_clients
+from fedrouter.train.sft import AdapterTrainer
 from fedrouter.train.start import rereading, start
+from fedrouter.train.targets import check_targets
+from fedrouter.train.targets import left_out as left_out_of
 from fedrouter.train.workers import start_workers
 from fedrouter.types import TaskCluster
 
@@ -73,18 +75,20 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         console.print(f"{out} is finished already; remove it or choose another --out to train again")
         return load_bundle(out / "bundle")
 
-    records = load_clients(config)
-    for name in config.lora.ranks:
-        if name not in records:
-            raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    input_ = loaded(config, say)
+    records, path, tokenizer = input_.records, input_.path, input_.tokenizer
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
-    path = resolve_base(config.base.model, config.base.revision)
-    tokenizer, model, dtype = load_model(config, path, processes)
+    model, dtype = load_model(config, path, processes)
+    for line in left_out_of(model):
+        say(line)
     base = base_spec(config.base.model, config.base.revision, path)
 
     wanted, why = chosen(config.embedder, path)
     if why:
-        console.print(why, highlight=False, soft_wrap=True, markup=False)
+        say(why)
     found: Embedder
     if wanted.model is None:
         spec = embedder_spec(
@@ -116,7 +120,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         except ClientError as failed:
             left_out.add(failed)
         model = quantised(config, path, model)
-        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
+        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed, input_.tokeniser)
+        trainer.rehearse([r for name in left_out.others for r in records[name]], config.train.learning_rate)
         federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         anew = rereading(config, records, embedder, federation, trainer, left_out, console)
         fresh = trainer.state()
@@ -157,14 +162,14 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         probe_vectors=embedder.probe,
         fallback=config.routing.fallback,
         versions=versions(),
-        chat_template=read_chat_template(config.base.chat_template) if config.base.chat_template else None,
+        chat_template=tokenizer.chat_template,
         generalist=generalist,
         guarantees=promised,
     )
 
 
-def load_model(config: Config, path: Path, processes: int) -> tuple[Any, Any, str]:
-    """Return tokenizer, base model and dtype as the configuration says; not quantised yet.
+def load_model(config: Config, path: Path, processes: int) -> tuple[Any, str]:
+    """Return base model and dtype as the configuration says; not quantised yet.
 
     ``processes`` share the machine.
 
@@ -173,13 +178,11 @@ def load_model(config: Config, path: Path, processes: int) -> tuple[Any, Any, st
     ConfigError, TrainingError, ModelError
         If there is no such device or package, the model does not load, or has no such modules.
     """
-    check_machine(config)
     share_out(config, processes)
-    tokenizer = load_tokenizer(path, config.base.chat_template)
     device, dtype = device_and_dtype(config)
     model = load_base(path, dtype, device)
     check_targets(model, config.lora.target_modules)
-    return tokenizer, model, dtype
+    return model, dtype
 
 
 def quantised(config: Config, path: Path, model: Any) -> Any:
@@ -216,7 +219,9 @@ def refuse_another_run(config: Config, out: Path) -> None:
     file = out / "config.json"
     if not file.exists():
         return
-    changed = _changed(json.loads(file.read_text(encoding="utf-8")), config.model_dump(by_alias=True))
+    changed = _changed(
+        json.loads(file.read_text(encoding="utf-8")), config.model_dump(mode="json", by_alias=True)
+    )
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
@@ -227,7 +232,9 @@ def refuse_another_run(config: Config, out: Path) -> None:
 def claim(out: Path, config: Config) -> None:
     """Write the resolved configuration beside the run; not before all that can be refused was."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.json", json.dumps(config.model_dump(by_alias=True), indent=2) + "\n")
+    write_atomically(
+        out / "config.json", json.dumps(config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+    )
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:

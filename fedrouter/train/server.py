@@ -219,7 +219,7 @@ def combine(
     reasons = refusals(
         [request for request, _ in answered],
         [reply for _, reply in answered],
-        config.train.batch_size,
+        config.train.step_size,
         settings.outlier,
         noisy=bool(config.privacy.update_noise),
     )
@@ -279,7 +279,7 @@ def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list
             steps = share([s.num_examples for s in subsets], settings.steps)
         else:
             trained = [s.num_examples - num_validation(s.num_examples, settings.validation) for s in subsets]
-            steps = [settings.epochs * math.ceil(rows / settings.batch_size) for rows in trained]
+            steps = [settings.epochs * math.ceil(rows / settings.step_size) for rows in trained]
         planned += [(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n]
     return planned
 

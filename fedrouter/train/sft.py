@@ -20,8 +20,10 @@ from trl import SFTConfig, SFTTrainer
 
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.errors import ModelError
-from fedrouter.models import render_prompt
-from fedrouter.train.aggregate import cut, rank_of
+from fedrouter.train.aggregate import cut, mean, rank_of
+from fedrouter.train.memory import out_of_memory
+from fedrouter.train.rows import Tokeniser, TokenRow, labels_of, positions_of
+from fedrouter.train.targets import for_peft, outside
 from fedrouter.types import AdapterState, Record
 
 if TYPE_CHECKING:
@@ -41,39 +43,14 @@ class Trained:
 
 
 def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Dataset:
-    """Turn records into token ids and labels: the loss counts completion tokens only.
-
-    The prompt is rendered and tokenised exactly as the server does it. A prompt too long loses its beginning,
-    a completion longer than half of ``max_length`` its end.
-    """
-    rows = []
-    for record in records:
-        prompt = tokenizer(render_prompt(tokenizer, record.turns), add_special_tokens=False)["input_ids"]
-        answer = tokenizer(record.completion, add_special_tokens=False)["input_ids"]
-        answer = [*answer[: max_length // 2 - 1], tokenizer.eos_token_id]
-        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
-        rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
-    return Dataset.from_list(rows)
+    """Turn records into token ids and labels: the loss counts answers only (rows.py)."""
+    return _dataset(Tokeniser(tokenizer, max_length).rows(records))
 
 
-def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
-    """Refuse a name in ``lora.target_modules`` that no module has: PEFT passes over it if another fits.
-
-    Raises
-    ------
-    ModelError
-        If there is one.
-    """
-    modules = dict(model.named_modules())
-    for target in () if isinstance(targets, str) else targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            linear = {
-                name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, torch.nn.Linear)
-            }
-            raise ModelError(
-                f"lora.target_modules: the base has no module {target}; its linear ones are "
-                + ", ".join(sorted(linear))
-            )
+def _dataset(rows: Sequence[TokenRow]) -> Dataset:
+    return Dataset.from_dict(
+        {"input_ids": [row.ids for row in rows], "labels": [labels_of(row, IGNORED) for row in rows]}
+    )
 
 
 class AdapterTrainer:
@@ -83,6 +60,7 @@ class AdapterTrainer:
     ----------
     model : the frozen base model; LoRA layers are put into it.
     seed : of the initial A matrices; B starts at zero, so a fresh adapter changes nothing.
+    tokeniser : what has tokenised the rows already.
     """
 
     def __init__(
@@ -92,6 +70,7 @@ class AdapterTrainer:
         lora: LoraSettings,
         settings: TrainSettings,
         seed: int,
+        tokeniser: Tokeniser | None = None,
     ):
         disable_progress_bar()
         torch.manual_seed(seed)
@@ -99,7 +78,8 @@ class AdapterTrainer:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=for_peft(model, lora.target_modules),
+            exclude_modules=outside(model),
             task_type="CAUSAL_LM",
         )
         try:
@@ -109,6 +89,9 @@ class AdapterTrainer:
                 f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}"
             ) from error
         self._tokenizer = tokenizer
+        self.tokeniser = tokeniser or Tokeniser(
+            tokenizer, settings.max_length, positions_of(model.config), settings.loss == "last"
+        )
         self._settings, self._freeze_a = settings, lora.freeze_a
         if lora.freeze_a:
             for name, parameter in self._model.named_parameters():
@@ -144,7 +127,7 @@ class AdapterTrainer:
     @property
     def batch_size(self) -> int:
         """Rows an optimizer step."""
-        return self._settings.batch_size
+        return self._settings.step_size
 
     @property
     def trained(self) -> list[str]:
@@ -154,7 +137,37 @@ class AdapterTrainer:
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
         with self._tokenising:
-            return tokenise(records, self._tokenizer, self._settings.max_length)
+            return _dataset(self.tokeniser.rows(records))
+
+    def rehearse(self, records: Sequence[Record], learning_rate: float) -> None:
+        """Take one step on the longest rows and average what it gives, so that neither fails after hours.
+
+        The model is left as it was.
+
+        Raises
+        ------
+        ModelError
+            If the step or the average fails, or gives numbers that are not finite.
+        """
+        rows = sorted(self.tokeniser.rows(records), key=lambda row: len(row.ids))[-self.batch_size :]
+        fresh = self.state()
+        try:
+            trained = self.train(fresh, _dataset(rows), 1, learning_rate, seed=0)
+            merged, _ = mean([trained.adapter, fresh], [1, 1], "average")
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                f"one training step on the longest rows failed: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}; this base cannot be trained with these settings"
+            ) from error
+        finally:
+            self._put_in(fresh)
+        if not (np.isfinite(trained.loss) and all(np.isfinite(array).all() for array in merged.values())):
+            raise ModelError(
+                "one training step on the longest rows gave numbers that are not finite: "
+                "lower train.learning_rate, or set base.dtype to float32"
+            )
 
     def take_out(self) -> None:
         """Leave the base model as it is without an adapter, for embedding: a B of zero adds nothing."""
@@ -185,6 +198,7 @@ class AdapterTrainer:
             output_dir=self._scratch.name,
             max_steps=steps,
             per_device_train_batch_size=self._settings.batch_size,
+            gradient_accumulation_steps=self._settings.gradient_accumulation,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
             weight_decay=self._settings.weight_decay,
@@ -263,6 +277,6 @@ class AdapterTrainer:
         return [p.register_hook(towards(p, p.detach().clone())) for p in trained]
 
     def _examples(self, num_rows: int, steps: int) -> int:
-        batch = self._settings.batch_size
+        batch = self.batch_size
         epochs, rest = divmod(steps, int(np.ceil(num_rows / batch)))
         return epochs * num_rows + min(rest * batch, num_rows)

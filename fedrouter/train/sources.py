@@ -10,19 +10,36 @@ from fedrouter.partition import partition
 from fedrouter.types import Record
 
 
-def load_clients(config: Config) -> dict[str, list[Record]]:
-    """Return each client's records, as the configuration deals them out."""
+def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, list[Record]]:
+    """Return each client's records, as the configuration deals them out; see ``read_clients``."""
+    return read_clients(config, say)[0]
+
+
+def read_clients(
+    config: Config, say: data.Say = data.LOG.warning
+) -> tuple[dict[str, list[Record]], list[data.Read]]:
+    """Return each client's records, as the configuration deals them out, and what each file gave.
+
+    Parameters
+    ----------
+    say : gets a line on what is not read.
+    """
     settings = config.data
     if settings.clients:
-        return load_sources(settings.clients, config, settings.max_per_client)
+        return _read_sources(settings.clients, config, settings.max_per_client, say)
+    reads: list[data.Read] = []
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
     records: list[Record] = []
     for source in sources:
+        num = len(reads)
         if is_builtin(source):
             records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
         else:
-            records += data.load_records(source, settings.split)
-    return partition(
+            reads += data.read_source(
+                source, settings.split, fields=settings.fields, ignore=settings.ignore, say=say
+            )
+            records += [r for read in reads[num:] for r in read.records]
+    clients = partition(
         records,
         settings.partition,
         settings.num_clients,
@@ -30,10 +47,13 @@ def load_clients(config: Config) -> dict[str, list[Record]]:
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
+    if (unused := len(records) - sum(map(len, clients.values()))) > 0:
+        say(f"{unused} of {len(records)} rows are used by nobody: data.max_per_client")
+    return clients, reads
 
 
 def load_sources(
-    sources: Mapping[str, str], config: Config, limit: int | None = None
+    sources: Mapping[str, str], config: Config, limit: int | None = None, say: data.Say = data.LOG.warning
 ) -> dict[str, list[Record]]:
     """Return the records of clients that have a source each, sorted by name.
 
@@ -47,12 +67,22 @@ def load_sources(
             raise DataError(
                 f"client {name!r}: expected a printable name on one line, up to {data.MAX_LABEL} characters"
             )
-    split, least = config.data.split, config.privacy.min_cluster_size
-    records = {n: data.load_records(source, split, limit) for n, source in sorted(sources.items())}
+    return _read_sources(sources, config, limit, say)[0]
+
+
+def _read_sources(
+    sources: Mapping[str, str], config: Config, limit: int | None, say: data.Say
+) -> tuple[dict[str, list[Record]], list[data.Read]]:
+    settings, least = config.data, config.privacy.min_cluster_size
+    of = {
+        name: data.read_source(source, settings.split, limit, settings.fields, settings.ignore, say)
+        for name, source in sorted(sources.items())
+    }
+    records = {name: [r for read in reads for r in read.records] for name, reads in of.items()}
     for name, rows in records.items():
         if len(rows) < max(2, least):
             raise DataError(
                 f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
                 f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
             )
-    return records
+    return records, [read for reads in of.values() for read in reads]

@@ -18,6 +18,7 @@ from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.methods import group
 from fedrouter.train.recluster import Clustering, changes, recluster
 from fedrouter.train.rounds import Anew
+from fedrouter.train.rows import load_rows
 from fedrouter.train.server import Federation, RunState
 from fedrouter.train.sft import AdapterTrainer
 from fedrouter.train.sources import load_sources
@@ -69,7 +70,9 @@ def rereading(
 
         def read(name: str) -> list[Record]:
             sources = {name: config.data.clients[name]}
-            return load_sources(sources, config, config.data.max_per_client)[name]
+            rows = load_sources(sources, config, config.data.max_per_client)
+            load_rows(trainer.tokeniser, rows)
+            return rows[name]
 
         def tried(name: str, what: Callable[[str], Told], before: Told) -> Told:
             try:

@@ -62,7 +62,7 @@ class Trackers:
         from transformers import TrainerControl, TrainerState
         from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-        settings = _flat(self._config.model_dump(by_alias=True))
+        settings = _flat(self._config.model_dump(mode="json", by_alias=True))
         # What the callbacks ask of TrainingArguments, with the run's own settings in it.
         self._arguments = SimpleNamespace(
             output_dir=str(self._out),

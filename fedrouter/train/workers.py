@@ -127,7 +127,7 @@ def _work(connection: Connection, config: Config, path: Path, device: str, dtype
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     model = load_base(path, dtype, device, config.base.quantization)
-    tokenizer = load_tokenizer(path, config.base.chat_template)
+    tokenizer = load_tokenizer(path, config.base.chat_template, config.base.date)
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     try:
         while True:

@@ -16,7 +16,8 @@ from fedrouter.data import builtin_records
 from fedrouter.errors import ModelError
 from fedrouter.models import load_tokenizer
 from fedrouter.train.aggregate import cut, distance
-from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained, check_targets
+from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained
+from fedrouter.train.targets import check_targets
 from fedrouter.types import AdapterState
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 2, 0)
@@ -169,3 +170,35 @@ def test_a_target_module_that_is_not_there_is_named_even_beside_one_that_is() ->
     check_targets(model, ["q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj"])
     with pytest.raises(ModelError, match=r"no module q_porj; its linear ones are down_proj, .*q_proj"):
         check_targets(model, ["v_proj", "q_porj"])
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+    found = []
+    for size, times in ((8, 1), (2, 4)):
+        settings = TrainSettings(batch_size=size, gradient_accumulation=times)
+        trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), settings, seed=0)
+        assert trainer.batch_size == 8
+        trained = trainer.train(trainer.state(), trainer.tokenise(RECORDS), 3, 1e-2, seed=0)
+        found.append(trained)
+    assert found[0].num_examples == found[1].num_examples
+    for name, array in found[0].adapter.items():
+        np.testing.assert_allclose(found[1].adapter[name], array, atol=2e-5, err_msg=name)
+
+
+def test_a_rehearsal_leaves_the_model_as_it_was_and_says_what_would_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), TrainSettings(batch_size=4), seed=0)
+    before = trainer.state()
+    trainer.rehearse(RECORDS, 1e-2)
+    for name, array in trainer.state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(
+        ModelError, match="one training step on the longest rows failed: IndexError: index out"
+    ):
+        trainer.rehearse(RECORDS, 1e-2)

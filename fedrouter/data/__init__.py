@@ -1,0 +1,147 @@
+"""Records from files, directories of them, saved data sets, the Hugging Face hub or the built-in tasks.
+
+readers.py   JSON Lines, JSON, CSV, TSV, also gzipped: text as it stands, places to the line
+tables.py    Parquet, saved data sets, the hub
+files.py     which files a directory gives
+forms.py     a row to a record
+messages.py  conversations to turns
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal, cast
+
+from fedrouter.builtin.tasks import TASKS, generate
+from fedrouter.data.files import ACCEPTED, KINDS, PARQUET, data_files
+from fedrouter.data.forms import MAX_LABEL, NAMES, Reading, is_label
+from fedrouter.data.readers import Row, read_rows, suffix_of
+from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, saved_rows
+from fedrouter.errors import ConfigError, DataError
+from fedrouter.partition import partition
+from fedrouter.types import Record
+
+__all__ = [
+    "MAX_LABEL",
+    "NAMES",
+    "Read",
+    "builtin_records",
+    "is_label",
+    "load_records",
+    "partition",
+    "read_source",
+]
+
+BUILTIN_RECORDS = {"builtin:four-tasks": TASKS}
+LOG = logging.getLogger("fedrouter.data")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one file (or data set) gave."""
+
+    source: str
+    records: list[Record]
+    reading: Reading  # its forms, and the fields that nobody reads
+
+
+def load_records(
+    source: str,
+    split: str | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    ignore: Collection[str] = (),
+    say: Say = LOG.warning,
+) -> list[Record]:
+    """Read records from a file, a directory, a saved data set or the Hugging Face hub.
+
+    Parameters
+    ----------
+    source : str
+        A ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file, also with ``.gz``; a ``.parquet``
+        file; a directory of such files; or a hub id.
+    split : str, optional
+        Of what has splits; ``train`` unless given. Single files have none.
+    limit : int, optional
+        Read that many rows from the beginning; what follows is not checked.
+    fields : mapping, optional
+        Name of a form's field to the file's own name for it.
+    ignore : collection of str
+        Fields that are left out on purpose.
+    say : callable
+        Gets one line a file on fields that nobody reads, and on files that are not read.
+
+    Raises
+    ------
+    DataError
+        If the source is missing, empty or unreadable, or a row cannot be used; names file and row.
+    """
+    return [r for read in read_source(source, split, limit, fields, ignore, say) for r in read.records]
+
+
+def read_source(
+    source: str,
+    split: str | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    ignore: Collection[str] = (),
+    say: Say = LOG.warning,
+) -> list[Read]:
+    """Read a source as ``load_records`` does, file by file."""
+    if unknown := [name for name in fields or {} if name not in NAMES]:
+        raise ConfigError(f"data.fields.{unknown[0]}: no form has that field; known: {', '.join(NAMES)}")
+    reads: list[Read] = []
+    for name, rows in _parts(source, split, say):
+        reading = Reading(fields or {}, frozenset(ignore))
+        left = None if limit is None else limit - sum(len(read.records) for read in reads)
+        records = [reading.record(where, row) for where, row in islice(rows, left)]
+        if line := reading.done(name):
+            say(line)
+        if not records and left != 0:
+            raise DataError(f"{name}: has no rows; give a data set with at least one")
+        reads.append(Read(name, records, reading))
+    return reads
+
+
+def builtin_records(name: str, split: str, num_per_task: int, seed: int) -> list[Record]:
+    """Generate a built-in data set, task after task; ``split`` is ``train`` or ``test``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no built-in data set of this name, or it has no such split.
+    """
+    if name not in BUILTIN_RECORDS:
+        raise ConfigError(f"unknown built-in data set {name!r}: choose one of {', '.join(BUILTIN_RECORDS)}")
+    if split not in ("train", "test"):
+        raise ConfigError(f"{name} has no split {split!r}: choose train or test")
+    known = cast(Literal["train", "test"], split)
+    return [record for task in BUILTIN_RECORDS[name] for record in generate(task, known, num_per_task, seed)]
+
+
+def _parts(source: str, split: str | None, say: Say) -> Iterator[tuple[str, Iterator[Row]]]:
+    """Yield each file of a source, and its rows."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if is_saved(path):
+            yield source, saved_rows(path, split)
+            return
+        for file in data_files(path, split, say):
+            yield str(file), _file_rows(file)
+        return
+    if path.exists() or suffix_of(path) in KINDS or source.startswith(("/", "./", "../", "~")):
+        if path.exists() and suffix_of(path) not in KINDS:
+            raise DataError(f"{source}: unknown kind of file; accepted: {ACCEPTED}")
+        if not path.exists():
+            raise DataError(f"{source}: no such file or directory")
+        yield str(path), _file_rows(path)
+        return
+    yield source, hub_rows(source, split, say)
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    return parquet_rows(path) if suffix_of(path) == PARQUET else read_rows(path)

@@ -1,0 +1,190 @@
+"""A row to a record: which form it has, and which of its fields nobody reads.
+
+Forms are tried in this order; the README lists them with their fields. What a row has beside them is not
+dropped in silence: ``Reading`` counts it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedrouter.data.messages import has_text, listed, shown, text_of, tool_list, turns_of
+from fedrouter.errors import DataError
+from fedrouter.types import Record, Turn
+
+PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("instruction", "completion"),
+)
+MAX_LABEL = 200  # characters
+NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "response", "output", "input",
+         "context", "system", "history", "tools", "functions", "task")  # fmt: skip
+FORMS = (
+    "messages, prompt + completion, or instruction + response (or output), optionally with input, context, "
+    "system, history; conversations; other names by [data.fields]"
+)
+
+
+@dataclass
+class Reading:
+    """How rows are read, and what was met in one file.
+
+    Parameters
+    ----------
+    fields : name of a form's field → the file's name for it.
+    ignore : names in the file that are left out on purpose.
+    """
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    ignore: frozenset[str] = frozenset()
+    num_rows: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # fields with text in them: rows
+    mapped: set[str] = field(default_factory=set)  # columns of ``fields`` that a row had
+
+    def record(self, where: str, row: Any) -> Record:
+        """Turn a row into a record.
+
+        Raises
+        ------
+        DataError
+            If it has no form, or a field of its form cannot be used.
+        """
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object with fields, found {shown(row)}; accepted: {FORMS}")
+        self.num_rows += 1
+        row = {name: value for name, value in row.items() if name not in self.ignore}
+        of = {**{name: name for name in NAMES if name not in self.fields}, **self.fields}
+        given = _Given(where, row, {n: c for n, c in of.items() if row.get(c) is not None})
+        self.mapped |= {column for column in self.fields.values() if column in row}
+        form, record = _formed(given, self.ignore)
+        self.forms[form] += 1
+        self.unread.update(given.extra)
+        self.unread.update(n for n, value in row.items() if n not in given.read and has_text(value))
+        return replace(record, where=where)
+
+    def done(self, source: str) -> str | None:
+        """Return one line on the fields that nobody reads, if there are any.
+
+        Raises
+        ------
+        DataError
+            If ``fields`` names a column that no row has.
+        """
+        for name, column in self.fields.items():
+            if self.num_rows and column not in self.mapped:
+                raise DataError(f"{source}: no row has the field {column}, which data.fields.{name} names")
+        if not self.unread:
+            return None
+        named = ", ".join(f"{n} ({100 * k / self.num_rows:.3g} % of rows)" for n, k in self.unread.items())
+        return (
+            f"{source}: fields that nobody reads: {named}; map them in [data.fields], or say that "
+            f"it is meant: data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}"
+        )
+
+
+class _Given:
+    """One row's fields under the forms' names; notes which were read."""
+
+    def __init__(self, where: str, row: Mapping[str, Any], columns: Mapping[str, str]):
+        self.where, self._row, self._columns = where, row, columns
+        self.read: set[str] = set()
+        self.extra: set[str] = set()  # keys of messages that nobody reads
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __getitem__(self, name: str) -> Any:
+        column = self._columns[name]
+        self.read.add(column)
+        return self._row[column]
+
+    def text(self, name: str) -> str:
+        """Return a field's text, which may be empty; without the field an empty one."""
+        return text_of(self.where, self._columns[name], self[name]) if name in self else ""
+
+    @property
+    def found(self) -> str:
+        return ", ".join(name for name, value in self._row.items() if value is not None) or "none"
+
+
+def _formed(given: _Given, ignore: frozenset[str]) -> tuple[str, Record]:
+    where = given.where
+
+    def turns(name: str, learned: bool = True) -> list[Turn]:
+        values = listed(where, name, given[name])
+        return turns_of(where, values, name, given.extra, ignore, learned)
+
+    for name in ("messages", "conversations"):
+        if name in given:
+            form = "OpenAI messages" if name == "messages" else "ShareGPT"
+            return form, _finished(given, turns(name), f"{where}: {name}")
+    pair = next((pair for pair in PAIRS if pair[0] in given and pair[1] in given), None)
+    if pair is None:
+        raise DataError(f"{where}: missing fields: found {given.found}; accepted: {FORMS}")
+    question, answer = pair
+    if _is_chat(given[question]) and _is_chat(given[answer]):
+        both = [*turns(question, learned=False), *turns(answer)]
+        return "conversational prompt-completion", _finished(given, both, f"{where}: {answer}")
+    parts = [given.text(name) for name in (question, "input", "context")]
+    prompt = "\n\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise DataError(f"{where}: field {given._columns[question]} is empty")
+    before = _history(given, ignore)
+    asked = [*before, Turn("user", prompt), Turn("assistant", given.text(answer))]
+    return " + ".join(pair), _finished(given, asked, where)
+
+
+def _history(given: _Given, ignore: frozenset[str]) -> list[Turn]:
+    """Return earlier turns: a list of messages, or of pairs of a question and its answer."""
+    if "history" not in given or given["history"] == "":
+        return []
+    where, values = f"{given.where}: history", listed(given.where, "history", given["history"])
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in values):
+        texts = [text_of(where, "of a pair", text) for pair in values for text in pair]
+        return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return turns_of(given.where, values, "history", given.extra, ignore)
+
+
+def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
+    """Return the record of a whole conversation."""
+    if given.text("system").strip():
+        if any(turn.role == "system" for turn in turns):
+            raise DataError(f"{given.where}: a system turn in its messages, and a field system: keep one")
+        turns = [Turn("system", given.text("system")), *turns]
+    asks = any(turn.role == "user" for turn in turns[:-1])
+    if not asks or turns[-1].role != "assistant":
+        raise DataError(f"{where} must end with a user turn and the assistant's answer")
+    if not any(turn.learned for turn in turns if turn.role == "assistant"):
+        raise DataError(f"{where}: every assistant turn has weight 0: nothing to learn; leave the row out")
+    tools = next(
+        (tool_list(given.where, given[name]) for name in ("tools", "functions") if name in given), ()
+    )
+    task = given.text("task")
+    if task.strip() and not is_label(task):
+        raise DataError(
+            f"{given.where}: field task must be printable text on one line, of up to {MAX_LABEL} characters"
+        )
+    last = turns[-1]
+    return Record(
+        tuple(turns[:-1]),
+        last.content if last.content.strip() or not last.more else shown(last.more),
+        task if task.strip() else None,
+        None if last == Turn("assistant", last.content) else last,
+        tools,
+    )
+
+
+def is_label(text: str) -> bool:
+    """Return whether a text can name a task or a client: printable, on one line, not too long."""
+    return text.isprintable() and 0 < len(text) <= MAX_LABEL
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)

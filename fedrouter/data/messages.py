@@ -1,0 +1,160 @@
+"""Conversations as OpenAI and ShareGPT write them, to turns: roles, content parts, tool calls, weights."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fedrouter.data.readers import parse_json
+from fedrouter.errors import DataError
+from fedrouter.types import Turn
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "developer": "system",
+    "function": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+# What chat templates read of a message beside role and content, as a server hands it to them.
+PASSED_ON = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+OWN = ("role", "from", "content", "value", "weight", "tool_calls", "function_call", *PASSED_ON)
+
+
+def turns_of(
+    where: str, messages: list[Any], field: str, extra: set[str], ignore: frozenset[str], learned: bool = True
+) -> list[Turn]:
+    """Return a list of messages as turns.
+
+    Parameters
+    ----------
+    extra : gets ``field.key`` of every key with text that nobody reads.
+    learned : whether assistant turns carry loss, where no weight says otherwise.
+
+    Raises
+    ------
+    DataError
+        If a message cannot be used; names it.
+    """
+    if not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}: {field} must be a list of objects with role and content")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        given = {k: v for k, v in message.items() if v is not None and f"{field}.{k}" not in ignore}
+        turns.append(_turn(f"{where}: message {number}", given, learned))
+        extra.update(f"{field}.{key}" for key in given if key not in OWN and has_text(given[key]))
+    return turns
+
+
+def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
+    said = given.get("role", given.get("from"))
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise DataError(f"{where} has role {said!r}; accepted: {', '.join(ROLES)}")
+    more = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
+    content, calls = given.get("content", given.get("value")), given.get("tool_calls")
+    if said == "function_call":
+        content, calls = "", [parse_json(where, text_of(where, "value", content), "a call of a function")]
+    elif "function_call" in given:
+        calls = [given["function_call"]]
+    if calls:
+        if role != "assistant":
+            raise DataError(f"{where}: tool_calls belong to the assistant's messages")
+        more["tool_calls"] = [_call(where, call) for call in listed(where, "tool_calls", calls)]
+        content = "" if content is None else content
+    text = _content(where, content)
+    if role == "user" and not text.strip():
+        raise DataError(f"{where}: field content is empty")
+    weight = given.get("weight", 1 if learned else 0)
+    if weight not in (0, 1, "0", "1"):
+        raise DataError(f"{where}: weight {weight!r}; accepted: 0 and 1")
+    return Turn(role, text, more, role != "assistant" or int(weight) == 1)
+
+
+def _content(where: str, content: Any) -> str:
+    """Return a message's text; parts are joined as the server does."""
+    if not isinstance(content, list):
+        return text_of(where, "content", content)
+    texts = []
+    for number, part in enumerate(content, start=1):
+        given = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(given, dict) or given.get("type") != "text":
+            found = given.get("type") if isinstance(given, dict) else shown(given)
+            raise DataError(
+                f"{where}: field content must be text or parts of type text; "
+                f"part {number} is of type {found!r}"
+            )
+        texts.append(text_of(where, f"content, part {number}", given.get("text")))
+    return "\n".join(texts)
+
+
+def _call(where: str, call: Any) -> dict[str, Any]:
+    """Return a tool call as vLLM hands it to chat templates: its arguments are an object, not a text."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}: a tool call needs a function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parse_json(f"{where}: arguments", arguments, "an object") if arguments.strip() else {}
+    if not isinstance(arguments := {} if arguments is None else arguments, dict):
+        raise DataError(f"{where}: arguments of a tool call must be an object, found {shown(arguments)}")
+    own = {k: v for k, v in call.items() if k in ("id", "type")}
+    return _utf8(
+        where, {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    )
+
+
+def tool_list(where: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the tools that a row offers, each ``{"type": "function", "function": …}``."""
+    tools = [] if value == "" else listed(where, "tools", value)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: tools must be a list of objects")
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return tuple(_utf8(where, tool) for tool in wrapped)
+
+
+def listed(where: str, name: str, value: Any) -> list[Any]:
+    """Return a list, also one that a cell holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(f"{where}: {name}", value, "a list")
+    if not isinstance(value, list):
+        what = "" if name.startswith("tool") else " with role and content"
+        raise DataError(f"{where}: {name} must be a list of objects{what}, found {shown(value)}")
+    return value
+
+
+def text_of(where: str, name: str, value: Any) -> str:
+    """Return a text, which may be empty.
+
+    Raises
+    ------
+    DataError
+        If it is none, or holds what UTF-8 cannot.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {name} must be text, found {shown(value)}")
+    return str(_utf8(f"{where}: field {name}", value))
+
+
+def has_text(value: Any) -> bool:
+    """Tell whether there is text in a value, however deep."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(has_text, values))
+
+
+def shown(value: Any) -> str:
+    """Return JSON of an object or list of messages, else the name of the value's type."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else type(value).__name__
+
+
+def _utf8(where: str, value: Any) -> Any:
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character (a lone surrogate); save it as UTF-8 text"
+        ) from error
+    return value

@@ -1,0 +1,277 @@
+"""What a run would do with its data, seen before it: offline, nothing trained, no weights loaded.
+
+``loaded`` is the part that ``train`` goes through as well; ``check`` adds what one wants to see first.
+"""
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedrouter.config import Config
+from fedrouter.data import Read
+from fedrouter.errors import ConfigError
+from fedrouter.models import load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.train.machine import check_machine, device_and_dtype
+from fedrouter.train.rows import Tokeniser, TokenRow, load_rows, positions_of
+from fedrouter.train.sources import read_clients
+from fedrouter.types import Record
+
+NUM_SHOWN = 3  # rows a client
+BARS = 10  # of the histogram of lengths
+ODD = {
+    "duplicates": "equal another row, prompt and answer; they count twice",
+    "empty": "have an empty answer: they teach to say nothing",
+    "ambiguous": "have a prompt that other rows answer otherwise",
+}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ROUND_PASSES = 3.0  # forward and backward through frozen weights, and adapters: in forward passes
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that is refused before a base model is in memory, done."""
+
+    records: dict[str, list[Record]]
+    reads: list[Read]
+    path: Path  # of the base model
+    tokenizer: Any
+    tokeniser: Tokeniser
+    counts: Counter[str]  # rows by what is odd about them
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """One row as the model will see it, in stretches of text."""
+
+    where: str
+    parts: tuple[tuple[str, bool], ...]  # the text, and whether it carries loss
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCheck:
+    """What there is of one client."""
+
+    name: str
+    num_rows: int
+    steps: int  # a round, over all of its subsets
+    rows: tuple[ShownRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ``fedrouter check`` shows."""
+
+    files: tuple[dict[str, Any], ...]  # source, num_rows, forms, fields that nobody reads
+    clients: tuple[ClientCheck, ...]
+    notes: tuple[str, ...]  # all that is not as one would expect
+    histogram: tuple[tuple[int, int, int], ...]  # from, to (tokens), rows
+    needed: Mapping[str, int]  # the lengths that hold 95, 99, 100 % of the rows
+    limit: int  # tokens a row
+    num_cut: int
+    num_duplicates: int
+    num_empty_answers: int
+    num_ambiguous: int
+    num_parameters: int
+    adapter_parameters: int
+    memory_bytes: int  # of a training process, about
+    round_s: float  # about, one process
+    bytes_down: int  # to a client, a round and subset
+    bytes_up: int
+    reveals: Mapping[str, int]  # message before the rounds → bytes a client, at most
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON takes it."""
+        return {"ok": True, **asdict(self)}
+
+
+def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
+    """Read, render and tokenise all rows; say what is cut, hidden or odd.
+
+    Raises
+    ------
+    FedRouterError
+        If a setting, a file, a row or the base's tokenizer cannot be used.
+    """
+    check_machine(config)
+    records, reads = read_clients(config, say)
+    for name in config.lora.ranks:
+        if name not in records:
+            raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
+    path = resolve_base(config.base.model, config.base.revision)
+    tokenizer, tokeniser = tokenised(config, path, records, say)
+    counts = _counts(records)
+    for kind, text in ODD.items():
+        if counts[kind]:
+            say(f"{counts[kind]} rows {text}")
+    return Loaded(records, reads, path, tokenizer, tokeniser, counts)
+
+
+def tokenised(
+    config: Config, path: Path, records: Mapping[str, Sequence[Record]], say: Callable[[str], None]
+) -> tuple[Any, Tokeniser]:
+    """Return the tokenizer, and all rows rendered and tokenised; say what is cut or not shown.
+
+    Raises
+    ------
+    DataError, ModelError
+        If a row cannot be rendered, or the base has no usable tokenizer.
+    """
+    quieten()
+    tokenizer = load_tokenizer(path, config.base.chat_template, config.base.date, say)
+    positions = positions_of(load_config(path))
+    tokeniser = Tokeniser(tokenizer, config.train.max_length, positions, config.train.loss == "last")
+    load_rows(tokeniser, records)
+    for line in tokeniser.lines():
+        say(line)
+    return tokenizer, tokeniser
+
+
+def check(config: Config) -> Report:
+    """Return what a run of ``config`` would do.
+
+    Raises
+    ------
+    FedRouterError
+        Where ``train`` would refuse.
+    """
+    notes: list[str] = []
+    found = loaded(config, notes.append)
+    told = found.tokeniser.told
+    num, num_adapter, flops_a_token, dim = _sizes(config, found.path)
+    steps = {name: _steps(config, len(rows)) for name, rows in found.records.items()}
+    mean_length = float(np.mean(np.minimum(told.lengths, found.tokeniser.limit)))
+    tokens = sum(steps.values()) * config.train.step_size * mean_length * config.train.participation
+    _, dtype = device_and_dtype(config)
+    weights = num // 2 if config.base.quantization != "none" else num * BYTES[dtype]
+    longest = max(told.lengths, default=0)
+    batch_tokens = config.train.batch_size * min(longest, found.tokeniser.limit)
+    return Report(
+        files=tuple(_file(read) for read in found.reads),
+        clients=tuple(
+            ClientCheck(name, len(rows), steps[name], tuple(_shown(found, rows)))
+            for name, rows in found.records.items()
+        ),
+        notes=tuple(notes),
+        histogram=_histogram(told.lengths),
+        needed={f"{share:.0%}": length for share, length in told.needed()},
+        limit=found.tokeniser.limit,
+        num_cut=told.num_cut_prompts + told.num_cut_answers,
+        num_duplicates=found.counts["duplicates"],
+        num_empty_answers=found.counts["empty"],
+        num_ambiguous=found.counts["ambiguous"],
+        num_parameters=num,
+        adapter_parameters=num_adapter,
+        memory_bytes=weights + 16 * num_adapter + batch_tokens * _activation_bytes(found.path, dtype),
+        round_s=ROUND_PASSES * flops_a_token * tokens / _flops(),
+        bytes_down=4 * num_adapter,
+        bytes_up=4 * num_adapter,
+        reveals=_reveals(dim),
+    )
+
+
+def _file(read: Read) -> dict[str, Any]:
+    reading = read.reading
+    forms, unread = dict(reading.forms), dict(reading.unread)
+    return {"source": read.source, "num_rows": len(read.records), "forms": forms, "unread": unread}
+
+
+def _counts(records: Mapping[str, Sequence[Record]]) -> Counter[str]:
+    """Count rows that occur before, rows without an answer, and rows whose prompt has another answer too."""
+    counts: Counter[str] = Counter()
+    answers: dict[int, set[int]] = defaultdict(set)
+    rows: Counter[tuple[int, int]] = Counter()
+    for record in (record for own in records.values() for record in own):
+        key = hash(repr((record.turns, record.tools))), hash(repr((record.completion, record.answer)))
+        rows[key] += 1
+        answers[key[0]].add(key[1])
+        counts["empty"] += not record.completion.strip()
+    counts["duplicates"] = sum(number - 1 for number in rows.values())
+    counts["ambiguous"] = sum(number for (prompt, _), number in rows.items() if len(answers[prompt]) > 1)
+    return counts
+
+
+def _steps(config: Config, num_rows: int) -> int:
+    """Return a client's optimizer steps a round; with epochs as if its rows were one subset."""
+    if config.train.epochs is None:
+        return config.train.steps or 0
+    return config.train.epochs * math.ceil(num_rows * (1 - config.train.validation) / config.train.step_size)
+
+
+def _shown(found: Loaded, records: Sequence[Record]) -> list[ShownRow]:
+    picked = [records[i] for i in np.linspace(0, len(records) - 1, min(NUM_SHOWN, len(records))).astype(int)]
+    return [
+        ShownRow(record.where, _parts(found.tokenizer, row), len(row.ids))
+        for record in picked
+        for row in found.tokeniser.rows([record])[:1]
+    ]
+
+
+def _parts(tokenizer: Any, row: TokenRow) -> tuple[tuple[str, bool], ...]:
+    """Return a row's text in stretches with and without loss."""
+    edges = [0, *(np.flatnonzero(np.diff(row.learned)) + 1).tolist(), len(row.ids)]
+    return tuple(
+        (str(tokenizer.decode(row.ids[a:b])), bool(row.learned[a])) for a, b in pairwise(edges) if a < b
+    )
+
+
+def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    counts, edges = np.histogram(lengths, bins=BARS)
+    return tuple(
+        (math.ceil(a), math.floor(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    )
+
+
+def _sizes(config: Config, path: Path) -> tuple[int, int, float, int]:
+    """Return parameters of the base and of an adapter, operations a token, and the embedder's width."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fedrouter.train.targets import adapted, check_targets
+
+    settings = load_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    check_targets(model, config.lora.target_modules)
+    modules = adapted(model, config.lora.target_modules)
+    adapter = sum(config.lora.rank * sum(shape) for shape in modules.values())
+    num = sum(p.numel() for p in model.parameters())
+    return num, adapter, 2.0 * num, int(settings.get_text_config().hidden_size)
+
+
+def _activation_bytes(path: Path, dtype: str) -> int:
+    """Return what a token keeps for the way back, roughly: 34 numbers a layer and width, and the logits."""
+    text = load_config(path).get_text_config()
+    return int(34 * text.num_hidden_layers * text.hidden_size * BYTES[dtype] + 8 * text.vocab_size)
+
+
+def _flops() -> float:
+    """Measure floating-point operations a second of this machine, in a tenth of a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.ones(512, 512, device=device)
+    x @ x
+    began, num = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        x @ x
+        num += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 2 * 512**3 * num / (time.perf_counter() - began)
+
+
+def _reveals(dim: int) -> dict[str, int]:
+    """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
+    from fedrouter.train.cluster import BRIEF, MAX_LOCAL
+
+    wide = dim + BRIEF
+    groups = 8 * (MAX_LOCAL * (1 + wide) + wide * wide)
+    return {"LocalClusters": groups, "Assignment (a task cluster)": 8 * 103}

@@ -1,0 +1,81 @@
+"""Directories: every data file is read, or refused by name."""
+
+import json
+
+import datasets
+import pytest
+
+from fedrouter.data import load_records
+from fedrouter.errors import DataError
+
+
+def write(path, *prompts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": prompt, "completion": "c"} for prompt in prompts]
+    path.write_text(
+        json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows)
+    )
+
+
+def load(path, split=None):
+    said = []
+    return [r.turns[0].content for r in load_records(str(path), split, say=said.append)], said
+
+
+def test_a_name_that_holds_train_does_not_hide_the_others(tmp_path):
+    write(tmp_path / "adapter-train-1.jsonl", "a")
+    write(tmp_path / "other.jsonl", "b")
+    assert load(tmp_path) == (["a", "b"], [])
+    assert load(tmp_path, "test") == (["a", "b"], []), "there are no splits, as in a single file"
+
+
+def test_two_kinds_of_files_and_folders_are_read_together(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    write(tmp_path / "b.json", "b")
+    (tmp_path / "c.csv").write_text("prompt,completion\nc,1\n")
+    write(tmp_path / "deep" / "er" / "d.ndjson", "d")
+    datasets.Dataset.from_list([{"prompt": "e", "completion": "c"}]).to_parquet(tmp_path / "e.parquet")
+    (tmp_path / "README.md").write_text("# a card")
+    (tmp_path / ".gitattributes").write_text("")
+    found, said = load(tmp_path)
+    assert sorted(found) == list("abcde")
+    assert said == [f"{tmp_path}: not read: .gitattributes, README.md"]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.bz2", "rows.xlsx", "loose.arrow", "rows"])
+def test_a_file_of_no_known_kind_is_refused_by_name(tmp_path, name):
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=f"{name}: unknown kind of file in a directory of data"):
+        load(tmp_path)
+
+
+def test_splits_are_read_where_all_files_are_of_one(tmp_path):
+    write(tmp_path / "train-00000-of-00002.jsonl", "a")
+    write(tmp_path / "train-00001-of-00002.jsonl", "b")
+    write(tmp_path / "test" / "rows.jsonl", "c")
+    assert load(tmp_path) == (["a", "b"], [f"{tmp_path}: not read: test/rows.jsonl (split train)"])
+    assert load(tmp_path, "test")[0] == ["c"]
+    with pytest.raises(DataError, match="no split 'validation'; it has test, train"):
+        load(tmp_path, "validation")
+    write(tmp_path / "more.jsonl", "d")
+    with pytest.raises(DataError, match=r"is of a split by its name, more\.jsonl is not"):
+        load(tmp_path)
+
+
+def test_what_cannot_be_looked_into_is_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(DataError, match=r"rows: no data files in it; accepted: .jsonl"):
+        load(tmp_path / "rows")
+    write(tmp_path / "elsewhere" / "b.jsonl", "b")
+    write(tmp_path / "rows" / "a.jsonl", "a")
+    (tmp_path / "rows" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="link: a link to a directory"):
+        load(tmp_path / "rows")
+
+
+def test_an_empty_file_among_others_is_refused_by_name(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    write(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl: has no rows"):
+        load(tmp_path)

@@ -1,0 +1,237 @@
+"""The forms of data that people have: what becomes of each field, and what is said of the others."""
+
+import json
+
+import datasets
+import pytest
+
+from fedrouter.data import load_records
+from fedrouter.errors import ConfigError, DataError
+from fedrouter.types import Record, Turn
+
+CALL = {"id": "1", "type": "function", "function": {"name": "stock", "arguments": '{"item": "lamp"}'}}
+READ = {"id": "1", "type": "function", "function": {"name": "stock", "arguments": {"item": "lamp"}}}
+TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type": "object", "properties": {}}}}
+
+
+def load(tmp_path, *rows, **options):
+    """Return the records, and what was said of their file."""
+    path, said = tmp_path / "rows.jsonl", []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = load_records(str(path), say=said.append, **options)
+    return records, [line.replace(f"{tmp_path}/", "") for line in said]
+
+
+def one(tmp_path, row, **options):
+    (record,), said = load(tmp_path, row, **options)
+    assert said == []
+    return record
+
+
+def refused(tmp_path, row, **options):
+    with pytest.raises(DataError) as error:
+        load(tmp_path, row, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def turns(*pairs):
+    return tuple(Turn(role, content) for role, content in pairs)
+
+
+def test_alpaca_with_system_and_history(tmp_path):
+    row = {
+        "system": "Be short.",
+        "instruction": "Sum",
+        "input": "1 2",
+        "output": "3",
+        "history": [["Hi", "Yes?"]],
+    }
+    before = turns(("system", "Be short."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Sum\n\n1 2"))
+    assert one(tmp_path, row) == Record(before, "3")
+    as_messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    assert one(tmp_path, {**row, "history": as_messages}) == Record(before, "3")
+    nothing = {**row, "system": "", "history": [], "input": None}
+    assert one(tmp_path, nothing) == Record(turns(("user", "Sum")), "3")
+    assert "history must be a list" in refused(tmp_path, {**row, "history": "Hi"})
+
+
+def test_dollys_context_is_input(tmp_path):
+    row = {"instruction": "When?", "context": "In May 1999.", "response": "1999"}
+    assert one(tmp_path, row) == Record(turns(("user", "When?\n\nIn May 1999.")), "1999")
+
+
+def test_sharegpt(tmp_path):
+    said = [("system", "Be."), ("human", "Hi"), ("gpt", "Yes?"), ("human", "Bye"), ("gpt", "Bye.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    want = turns(("system", "Be."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"))
+    assert one(tmp_path, row) == Record(want, "Bye.")
+    assert one(tmp_path, {**row, "conversations": row["conversations"][1:], "system": "Be."}) == Record(
+        want, "Bye."
+    )
+    assert "a system turn in its messages, and a field system" in refused(tmp_path, {**row, "system": "Be."})
+    unfinished = {"conversations": row["conversations"][:-1]}
+    assert "conversations must end with a user turn and the assistant's" in refused(tmp_path, unfinished)
+    tools = [
+        {"from": "human", "value": "Lamps?"},
+        {"from": "function_call", "value": '{"name": "stock", "arguments": {"item": "lamp"}}'},
+        {"from": "observation", "value": "7"},
+        {"from": "gpt", "value": "Seven."},
+    ]
+    record = one(tmp_path, {"conversations": tools, "tools": json.dumps([TOOL["function"]])})
+    assert [turn.role for turn in record.turns] == ["user", "assistant", "tool"]
+    assert record.turns[1].more["tool_calls"][0]["function"] == READ["function"]
+    assert record.tools == (TOOL,)
+
+
+def test_conversational_prompt_completion_learns_the_completion_alone(tmp_path):
+    prompt = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Bye"},
+    ]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "Bye."}]}
+    record = one(tmp_path, row)
+    assert [(t.role, t.content) for t in record.turns] == [
+        ("user", "Hi"),
+        ("assistant", "Yes?"),
+        ("user", "Bye"),
+    ]
+    assert not record.turns[1].learned
+    assert record.completion == "Bye." and record.answer is None
+    assert "field prompt must be text, found list" in refused(tmp_path, {**row, "completion": "Bye."})
+
+
+def test_openai_tools_calls_results_parts_and_weights(tmp_path):
+    row = {
+        "messages": [
+            {"role": "developer", "content": "Be."},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Lamps"}, {"type": "text", "text": "or tea?"}],
+            },
+            {"role": "assistant", "content": "Hm.", "weight": 0},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "1", "content": "7"},
+            {"role": "assistant", "content": "Seven.", "weight": 1},
+        ],
+        "tools": [TOOL],
+        "parallel_tool_calls": False,
+    }
+    record = one(tmp_path, row)
+    assert record == Record(
+        (
+            Turn("system", "Be."),
+            Turn("user", "Lamps\nor tea?"),
+            Turn("assistant", "Hm.", learned=False),
+            Turn("assistant", "", {"tool_calls": [READ]}),
+            Turn("tool", "7", {"tool_call_id": "1"}),
+        ),
+        "Seven.",
+        tools=(TOOL,),
+    )
+    calling = one(tmp_path, {"messages": row["messages"][:4], "tools": [TOOL]})
+    assert calling.answer == Turn("assistant", "", {"tool_calls": [READ]})
+    assert '"stock"' in calling.completion, "what is embedded of an answer that only calls"
+    legacy = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    old = one(tmp_path, {"messages": [row["messages"][1], legacy], "functions": [TOOL["function"]]})
+    assert old.tools == (TOOL,) and old.answer.more["tool_calls"][0]["function"] == READ["function"]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "part 1 is of type 'image_url'",
+        ),
+        ({"role": "user", "content": " "}, "message 1: field content is empty"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls belong to the assistant's"),
+        ({"role": "assistant", "content": None}, "message 1: field content must be text, found NoneType"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": ["stock"]},
+            "a tool call needs a function with a name",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{item"}}]},
+            "message 1: arguments: not JSON",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+            "arguments of a tool call must be an object, found list",
+        ),
+        ({"role": "assistant", "content": "x", "weight": 0.5}, "message 1: weight 0.5; accepted: 0 and 1"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud83d"}}}]},
+            "holds half a character",
+        ),
+        ({"content": "x"}, "message 1 has role None"),
+    ],
+)
+def test_messages_that_cannot_be_used_are_named(tmp_path, message, said):
+    rest = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+    found = refused(tmp_path, {"messages": [message, *rest]})
+    assert said in found and "rows.jsonl:1: message 1" in found
+
+
+def test_a_conversation_without_weight_has_nothing_to_learn(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]
+    assert "every assistant turn has weight 0" in refused(tmp_path, {"messages": messages})
+
+
+def test_any_names_by_mapping(tmp_path):
+    row = {"question": "Q", "answer": "A", "category": "quiz", "passage": "P"}
+    fields = {"prompt": "question", "completion": "answer", "task": "category", "context": "passage"}
+    assert one(tmp_path, row, fields=fields) == Record(turns(("user", "Q\n\nP")), "A", "quiz")
+    records, said = load(tmp_path, {**row, "prompt": "another"}, fields=fields)
+    assert records[0].turns[0].content == "Q\n\nP" and "prompt (100 % of rows)" in said[0]
+    assert "missing fields: found question, answer, category, passage" in refused(tmp_path, row)
+    wrong = {**fields, "task": "topic"}
+    assert "no row has the field topic, which data.fields.task names" in refused(tmp_path, row, fields=wrong)
+    with pytest.raises(ConfigError, match=r"data.fields.promt: no form has that field"):
+        load(tmp_path, row, fields={"promt": "question"})
+
+
+def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "source": "web", "score": 3, "note": ""} for _ in range(4)]
+    rows[2]["note"] = ["deep", {"er": "text"}]
+    rows[1]["messages"] = None
+    _, said = load(tmp_path, *rows)
+    assert said == [
+        "rows.jsonl: fields that nobody reads: source (100 % of rows), note (25 % of rows); map them in "
+        '[data.fields], or say that it is meant: data.ignore = ["source", "note"]'
+    ]
+    assert load(tmp_path, *rows, ignore=["source", "note"])[1] == []
+    chat = {
+        "messages": [{"role": "user", "content": "u", "mood": "calm"}, {"role": "assistant", "content": "a"}]
+    }
+    assert "messages.mood (100 % of rows)" in load(tmp_path, chat)[1][0]
+    assert load(tmp_path, chat, ignore=["messages.mood"])[1] == []
+    one_way = {"prompt": "p", "completion": "c", "system": "Be."}
+    assert one(tmp_path, one_way, ignore=["system"]) == Record(turns(("user", "p")), "c")
+
+
+def test_empty_answers_are_kept_and_blank_prompts_refused(tmp_path):
+    assert one(tmp_path, {"prompt": "p", "completion": ""}).completion == ""
+    assert "rows.jsonl:1: field instruction is empty" in refused(
+        tmp_path, {"instruction": " ", "output": "o"}
+    )
+    assert one(tmp_path, {"instruction": "", "input": "i", "output": "o"}).turns[0].content == "i"
+
+
+def test_a_record_knows_its_place(tmp_path):
+    row = {"prompt": "p", "completion": "c"}
+    assert [r.where for r in load(tmp_path, row, row)[0]] == [f"{tmp_path}/rows.jsonl:{n}" for n in (1, 2)]
+
+
+def test_conversations_in_parquet(tmp_path):
+    messages = [
+        {"role": "user", "content": "Lamps?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Seven."},
+    ]
+    datasets.Dataset.from_list([{"messages": messages}]).to_parquet(tmp_path / "a.parquet")
+    (record,) = load_records(str(tmp_path / "a.parquet"))
+    assert record.turns[1].more == {"tool_calls": [READ]} and record.turns[1].content == ""
+    assert record.turns[2] == Turn("tool", "7", {"tool_call_id": "1"})
