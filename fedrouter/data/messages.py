@@ -52,7 +52,7 @@ def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise DataError(f"{where} has role {said!r}; accepted: {', '.join(ROLES)}")
-    more = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
+    more: dict[str, Any] = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
     content, calls = given.get("content", given.get("value")), given.get("tool_calls")
     if said == "function_call":
         content, calls = "", [parse_json(where, text_of(where, "value", content), "a call of a function")]

@@ -270,8 +270,7 @@ def _flops() -> float:
 
 def _reveals(dim: int) -> dict[str, int]:
     """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
-    from fedrouter.train.cluster import BRIEF, MAX_LOCAL
+    from fedrouter.train.cluster import MAX_LOCAL
 
-    wide = dim + BRIEF
-    groups = 8 * (MAX_LOCAL * (1 + wide) + wide * wide)
+    groups = 8 * (MAX_LOCAL * (1 + dim) + dim * dim)
     return {"LocalClusters": groups, "Assignment (a task cluster)": 8 * 103}

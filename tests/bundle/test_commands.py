@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
     """A finished run, as far as ``join`` looks before it looks at the bundle."""
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "bundle", space(np.eye(8)[:2]), [0.5, 0.5])
-    (tmp_path / "run" / "config.json").write_text(json.dumps(Config().model_dump(by_alias=True)))
+    (tmp_path / "run" / "config.json").write_text(Config().model_dump_json(by_alias=True))
     return tmp_path / "run"
 
 

@@ -97,8 +97,8 @@ def test_a_bundle_whose_routed_prompts_would_fail_is_refused_before_the_flip(
     write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
     load = load_bundle
 
-    def damaged(path: Path) -> Bundle:
-        bundle = load(path)
+    def damaged(path: Path, *signed_by: Path | None) -> Bundle:
+        bundle = load(path, *signed_by)
         return replace(bundle, clusters=tuple(replace(one, radius="12") for one in bundle.clusters))
 
     monkeypatch.setattr(reload, "load_bundle", damaged)
