@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fedrouter.data.readers import parse_json
 from fedrouter.errors import DataError
 from fedrouter.types import Turn
+
+Held = TypeVar("Held", str, dict[str, Any])
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -52,7 +54,7 @@ def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise DataError(f"{where} has role {said!r}; accepted: {', '.join(ROLES)}")
-    more = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
+    more: dict[str, Any] = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
     content, calls = given.get("content", given.get("value")), given.get("tool_calls")
     if said == "function_call":
         content, calls = "", [parse_json(where, text_of(where, "value", content), "a call of a function")]
@@ -134,7 +136,7 @@ def text_of(where: str, name: str, value: Any) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name} must be text, found {shown(value)}")
-    return str(_utf8(f"{where}: field {name}", value))
+    return _utf8(f"{where}: field {name}", value)
 
 
 def has_text(value: Any) -> bool:
@@ -150,7 +152,7 @@ def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else type(value).__name__
 
 
-def _utf8(where: str, value: Any) -> Any:
+def _utf8(where: str, value: Held) -> Held:
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
