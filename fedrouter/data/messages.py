@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fedrouter.data.readers import parse_json
 from fedrouter.errors import DataError
 from fedrouter.types import Turn
+
+Held = TypeVar("Held", str, dict[str, Any])
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -134,7 +136,7 @@ def text_of(where: str, name: str, value: Any) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name} must be text, found {shown(value)}")
-    return str(_utf8(f"{where}: field {name}", value))
+    return _utf8(f"{where}: field {name}", value)
 
 
 def has_text(value: Any) -> bool:
@@ -150,7 +152,7 @@ def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else type(value).__name__
 
 
-def _utf8(where: str, value: Any) -> Any:
+def _utf8(where: str, value: Held) -> Held:
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
