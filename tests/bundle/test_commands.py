@@ -1,6 +1,5 @@
 """One function decides for every command: the same line, and exit code 1."""
 
-import json
 import os
 import sys
 from pathlib import Path

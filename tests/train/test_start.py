@@ -11,11 +11,14 @@ from fakes import LetterEmbedder
 from rich.console import Console
 from watched import Trainer
 
+from fedrouter.builtin import base_path
 from fedrouter.config import Config, DataSettings
+from fedrouter.models import load_tokenizer
 from fedrouter.train import start
 from fedrouter.train.client import Client
 from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.rows import Tokeniser
 from fedrouter.train.sources import load_sources
 
 NAMES = ["c0", "c1", "c2"]
@@ -53,7 +56,8 @@ def test_the_client_whose_file_has_changed_is_made_anew(
     state: Any = SimpleNamespace(number=2)
     console = Console(quiet=True)
     left_out = LeftOut(tmp_path, NAMES, console, once=False)
-    trainer: Any = SimpleNamespace(take_out=lambda: None)
+    tokenizer = load_tokenizer(base_path("builtin:tiny"))
+    trainer: Any = SimpleNamespace(take_out=lambda: None, tokeniser=Tokeniser(tokenizer, 64))
     anew = start.rereading(config, records, LetterEmbedder(), federation, trainer, left_out, console)
     anew(clustering, state)
     assert federation.clients[NAMES[0]] is untouched
