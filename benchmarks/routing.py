@@ -122,11 +122,11 @@ def main() -> None:
         if name == "MiniLM" and not options.shapes:
             more += routing_more.costs(embedder, data_sets(options.part))
         embedder.keep()
-    report(
-        "routing_shapes" if options.shapes else "routing",
-        {"part": options.part, "first_seed": options.first, "runs": results, "more": more},
-        summary(results) + routing_more.summary(more),
-    )
+        report(  # after each embedder: what is there is kept
+            "routing_shapes" if options.shapes else "routing",
+            {"part": options.part, "first_seed": options.first, "runs": results, "more": more},
+            summary(results) + routing_more.summary(more),
+        )
 
 
 def cells(

@@ -228,7 +228,7 @@ def _bundle(embedder: Remembering, clients: Mapping[str, list[Record]], seed: in
     space = discover(federation, ClusterSettings(), seed)
     clusters = describe(federation.assign(space), max(space.cluster_of) + 1, RoutingSettings())
     return Bundle(Path(), BaseSpec("", None, ""), embedder.spec, tuple(clusters), space,
-                  np.zeros((3, embedder.spec.dim), np.float32), 1, "base", None, {})  # fmt: skip
+                  np.zeros((3, embedder.spec.dim), np.float32), 1, "base", None, {}, (), {}, {})  # fmt: skip
 
 
 def _by_task(

@@ -37,9 +37,7 @@ class Bundle:
     generalist: str | None  # name of the adapter for prompts of no task cluster, if there is one
     versions: Mapping[str, str]
     guarantees: tuple[Guarantee, ...]  # of the noise that its training added; empty without
-    files: Mapping[
-        str, str
-    ]  # SHA-256 of all that is used, by path; the manifest, which says so, is not in it
+    files: Mapping[str, str]  # SHA-256 of all that is used, by path; the manifest says so and is not in it
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors of every adapter, by PEFT's names
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
