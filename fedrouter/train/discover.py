@@ -62,8 +62,15 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
     return routing_space(find_tasks(federation, settings))
 
 
-def find_tasks(federation: Federation, settings: ClusterSettings) -> LocalClusters:
-    """Return the task clusters as groups of rows: counts, centroids, scatter (exchanges 1 and 2)."""
+def find_tasks(
+    federation: Federation, settings: ClusterSettings, known: float | None = None
+) -> LocalClusters:
+    """Return the task clusters as groups of rows: counts, centroids, scatter (exchanges 1 and 2).
+
+    Parameters
+    ----------
+    known : what a task explains (``explained_by_a_task``) in a space that stands, whose coordinates rows have.
+    """
     groups = _collected(map(_alike, federation.summarise(settings.local)))
     if len(groups.counts) > MAX_JOINED:
         groups = united(groups, _closest(groups))
@@ -72,8 +79,10 @@ def find_tasks(federation: Federation, settings: ClusterSettings) -> LocalCluste
         raise TrainingError(
             f"{num} task clusters but only {len(groups.counts)} groups of rows; lower cluster.global"
         )
-    tree = Tree(groups)
+    tree = Tree(groups, known)
     num = tree.num_tasks() if num == "auto" else num
+    if known is not None:
+        return united(groups, tree.cut(num))
     finer = united(groups, tree.cut(min(FINER * num, len(groups.counts))))
     return united(finer, Tree(finer).cut(num))
 
@@ -87,11 +96,13 @@ class Tree:
     between : scatter of all groups about their mean.
     """
 
-    def __init__(self, groups: LocalClusters):
+    def __init__(self, groups: LocalClusters, known: float | None = None):
         counts = groups.counts.copy()
-        z = (groups.centroids - _mean(groups)) @ metric(groups)
-        self._num = len(counts)
-        self.between = float(counts @ (z**2).sum(1))
+        z = groups.centroids - _mean(groups)
+        if known is None:
+            z = z @ metric(groups)
+        self._num, self._known = len(counts), known
+        self.between, self._weight = float(counts @ (z**2).sum(1)), float(counts.sum())
         self.costs, self._unions = np.zeros(self._num - 1), np.zeros((self._num - 1, 2), dtype=np.int64)
         norms = (z**2).sum(1)
         squared = np.maximum(norms[:, None] + norms - 2 * z @ z.T, 0)
@@ -112,6 +123,9 @@ class Tree:
         """Return the number of groups after the last split that is one between tasks."""
         if not self.between:
             return 1
+        if self._known is not None:
+            few = np.append(self.costs[::-1] / self._weight < SHARE * self._known, True)
+            return int(few.argmax()) + 1
         explained = np.arange(2, self._num + 1) * self.costs[::-1] / self.between  # by the split into 2, 3 …
         most = self._num // 2  # a task cluster has two groups or more
         ends = np.flatnonzero(np.append(explained, 0) < SHARE)
@@ -127,6 +141,15 @@ class Tree:
         for a, b in self._unions[: self._num - num]:
             labels[labels == b] = a
         return np.asarray(np.unique(labels, return_inverse=True)[1])
+
+
+def explained_by_a_task(space: RoutingSpace) -> float | None:
+    """Return what a task explains on average of a row's scatter, unstretched; None where one stands alone."""
+    centroids = space.centroids.astype(np.float64)
+    if len(centroids) < 2:
+        return None
+    stretched = float(((centroids - centroids.mean(0)) ** 2).sum(1).mean())
+    return stretched / float(np.sqrt(len(space.transform) / (len(centroids) - 1)))
 
 
 def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> RoutingSpace:

@@ -32,7 +32,7 @@ from fedrouter.train.check import tokenised
 from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.client import Client
 from fedrouter.train.describe import describe
-from fedrouter.train.discover import find_tasks
+from fedrouter.train.discover import explained_by_a_task, find_tasks
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import check_machine
@@ -218,7 +218,7 @@ def placed(
     # Of few rows discovery makes too many tasks: join until all are large enough.
     while able and num_outside >= least:
         among = LocalFederation(able, trainer)
-        tasks = find_tasks(among, settings)
+        tasks = find_tasks(among, settings, explained_by_a_task(bundle.space))
         space = widened(bundle.space, tasks.centroids.astype(np.float32))
         assignments = list(federation.assign(space))
         rows = _rows(assignments)

@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     for settings, error, message in (
         ([*SMALL, "cluster.local=5000"], TrainingError, "5000 local clusters but only"),
         ([*SMALL, "data.source=builtin:five-tasks"], ConfigError, "builtin:five-tasks"),
-        (["data={}", files], DataError, r"client b: 1 row in .*one\.jsonl; .*at least 7"),
+        (["data={}", files], DataError, r"client b: 1 row in .*one\.jsonl; .*at least 5"),
     ):
         with pytest.raises(error, match=message):
             train(load_config(None, settings), tmp_path / "run", QUIET)
