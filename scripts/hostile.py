@@ -32,7 +32,10 @@ from hostile import Hostile, requests
 
 SMALL = ("num_clients=4", "num_per_task=60"), ("rounds=2", "steps=4"), ("global=4",)
 HANG_S = 60.0
+BAD = ("hook's own 5xx", "hangs", "no answer", "base unasked")
+SMALL_BODY = 64 * 2**10
 SLOW, BROKEN, MOST_RATIO = 30, 100, 1.2
+BLOCKS, BLOCK_S = 5, 20.0  # of normal requests, alone and beside in turn
 OURS = (b"routing failed", b"too many large requests", b"too many requests wait to be routed")
 NORMAL = {"messages": [{"role": "user", "content": "Blackford | population | 5683"}], "max_tokens": 8}
 
@@ -46,7 +49,7 @@ async def main(url: str, pid: int, number: int, seed: int, parallel: int) -> boo
     found = await attack(host, port, number, seed, parallel)
     print(f"{number} hostile requests, seed {seed}: {time.perf_counter() - started:.0f} s")
     print(f"  statuses {dict(sorted(found['statuses'].items()))}")
-    for name in ("hook's own 5xx", "hangs", "base unasked", "vLLM's 5xx"):
+    for name in (*BAD, "vLLM's 5xx"):
         print(f"  {name}: {len(found[name])}", *(str(one)[:300] for one in found[name][:5]), sep="\n    ")
     alone, beside = await traffic(host, port)
     after = memory_mib(pid)
@@ -57,7 +60,7 @@ async def main(url: str, pid: int, number: int, seed: int, parallel: int) -> boo
     )
     print(f"beside {SLOW} slow bodies and {BROKEN} broken streams ({len(beside)}): {ratio:.2f} x")
     print(f"memory of all processes: {before:.0f} MiB before, {after:.0f} MiB after")
-    bad = [name for name in ("hook's own 5xx", "hangs", "base unasked") if found[name]]
+    bad = [name for name in BAD if found[name]]
     bad += ["p95"] * (ratio > MOST_RATIO) + ["memory"] * (after > 1.1 * before + 64)
     print(json.dumps({"num": number, "seed": seed, "missed": bad, "ratio": round(ratio, 3)}))
     return not bad
@@ -65,7 +68,7 @@ async def main(url: str, pid: int, number: int, seed: int, parallel: int) -> boo
 
 async def attack(host: str, port: int, number: int, seed: int, parallel: int) -> dict[str, Any]:
     """Send the requests, ``parallel`` at a time; return what came of them."""
-    found: dict[str, Any] = {"hook's own 5xx": [], "hangs": [], "base unasked": [], "vLLM's 5xx": []}
+    found: dict[str, Any] = {name: [] for name in (*BAD, "vLLM's 5xx")}
     found["statuses"] = Counter()
     left = requests(seed, number)
 
@@ -78,6 +81,9 @@ async def attack(host: str, port: int, number: int, seed: int, parallel: int) ->
                 found["hangs"].append(request)
                 continue
             found["statuses"][status] += 1
+            if not status and (len(request.body) < SMALL_BODY or request.path in ROUTED):
+                # a large body that nobody reads is cut off, and the answer with it as a rule
+                found["no answer"].append((request, body))
             if status >= 500:
                 own = any(text in body for text in OURS)
                 found["hook's own 5xx" if own else "vLLM's 5xx"].append((request, body))
@@ -133,24 +139,26 @@ async def traffic(host: str, port: int) -> tuple[list[float], list[float]]:
     """Time normal requests alone and beside slow bodies and broken streams, in turn: noise meets both."""
     alone: list[float] = []
     beside: list[float] = []
-    await normal(host, port, 20)
-    for _ in range(4):
-        alone += await normal(host, port, 60)
+    await normal(host, port)
+    for _ in range(BLOCKS):
+        alone += await normal(host, port)
         slow = [asyncio.create_task(slow_body(host, port)) for _ in range(SLOW)]
-        broken = asyncio.create_task(broken_streams(host, port, BROKEN // 4))
-        beside += await normal(host, port, 60)
-        for task in [*slow, broken]:
+        broken = asyncio.create_task(broken_streams(host, port, BROKEN // BLOCKS))
+        beside += await normal(host, port)
+        await broken
+        for task in slow:
             task.cancel()
-        await asyncio.gather(*slow, broken, return_exceptions=True)
+        await asyncio.gather(*slow, return_exceptions=True)
     return alone, beside
 
 
-async def normal(host: str, port: int, number: int) -> list[float]:
-    left, took = iter(range(number)), []
+async def normal(host: str, port: int) -> list[float]:
+    took: list[float] = []
+    end = time.perf_counter() + BLOCK_S
     body = json.dumps({"model": "fedrouter", **NORMAL}).encode()
 
     async def client() -> None:
-        for _ in left:
+        while time.perf_counter() < end:
             started = time.perf_counter()
             status, _, answer = await send(host, port, Hostile("POST", CHAT, body, dict(JSON)))
             assert status == 200, answer
@@ -170,7 +178,7 @@ async def slow_body(host: str, port: int) -> None:
         writer.write(b"Content-Length: 1000000\r\n\r\n" + b'{"messages": "')
         while True:
             writer.write(b"x" * 100)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1)
 
 
 async def broken_streams(host: str, port: int, number: int) -> None:
@@ -180,6 +188,7 @@ async def broken_streams(host: str, port: int, number: int) -> None:
             writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
             writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             await reader.read(100)
+        await asyncio.sleep(BLOCK_S / number / 2)
 
 
 def p95(values: list[float]) -> float:

@@ -18,7 +18,7 @@ from fedrouter.serve.refusal import Refusal
 SMALL = 64 * 2**10  # bytes; such bodies are parsed where they are and are always taken on
 IN_WORK = 4  # bodies of the largest size, that all large bodies in work may amount to
 MAX_VALUES = 500_000  # of one body: token ids of a hundred long prompts
-MAX_CONTAINERS = 20_000  # lists and objects of one body: what they cost in memory is 50 times their text
+MAX_CONTAINERS = 10_000  # lists and objects of one body: what they cost in memory is 50 times their text
 IDLE_S = 30.0  # without a byte of a body that is not whole yet
 STRINGS = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL

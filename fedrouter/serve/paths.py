@@ -20,6 +20,7 @@ AS_BASE = (
 )
 INVOCATIONS = "/invocations"  # takes its model from a header, and none from the body
 ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
+EMBEDDINGS = "/v1/embeddings"
 # These compute with a model as well, and without its name, or with the virtual one, the base would answer.
 UNROUTED = (
     f"{CHAT}/batch",
@@ -29,7 +30,7 @@ UNROUTED = (
     "/generative_scoring",
     INVOCATIONS,
     *("/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
-    *("/v1/embeddings", "/v2/embed"),
+    *(EMBEDDINGS, "/v2/embed"),
 )
 
 MODELS, METRICS = "/v1/models", "/metrics"

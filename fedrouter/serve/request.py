@@ -26,9 +26,10 @@ from fedrouter.serve.batch import Overloaded
 from fedrouter.serve.bodies import Bodies, parse
 from fedrouter.serve.cors import Replies
 from fedrouter.serve.paths import ADAPTER_HEADER, AS_BASE, INVOCATIONS, UNROUTED, VIRTUAL_NAME
-from fedrouter.serve.prompts import check_fields, conversations, model_of
+from fedrouter.serve.prompts import conversations, model_of
 from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
+from fedrouter.serve.shapes import check_shapes
 from fedrouter.types import Decision
 
 NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
@@ -127,7 +128,7 @@ class RoutedRequest:
     def _look(self, body: bytes) -> "bytes | tuple[dict[str, Any], list[list[str]]]":
         """Return the payload and the texts that decide; bytes to hand on where nothing is to be decided."""
         payload = parse(body)
-        check_fields(payload)
+        check_shapes(self._path, payload)
         model = self._model(payload)
         if model != VIRTUAL_NAME:
             if self._caller.tenant and model not in known_names(self._routing, self._caller):

@@ -29,6 +29,7 @@ print("ROUTES", json.dumps([*walk(app.routes)]))
 # Take no model to compute with, or are of servers that a bundle's is not: they take sound, not text.
 LEFT_ALONE = {
     "/v1/responses/{response_id}/cancel",
+    "/inference/v1/abort_requests",
     "/ping",
     "/scale_elastic_ep",
     "/is_scaling_elastic_ep",
