@@ -12,6 +12,7 @@ from rich.console import Console
 from watched import Trainer
 
 from fedrouter.config import Config, DataSettings
+from fedrouter.errors import DataError
 from fedrouter.train import start
 from fedrouter.train.client import Client
 from fedrouter.train.cluster import CROWD, SMALL, crowd
@@ -66,3 +67,9 @@ def test_when_small_clients_become_many_or_few_all_of_them_change(
     assert sum(client.whole for client in fresh.clients.values()) in (0, CROWD)
     for name, client in fresh.clients.items():
         np.testing.assert_array_equal(federation.clients[name]._held, client._held)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "", "x" * 201, "\x1b[31mred"])
+def test_a_name_that_no_bundle_can_hold_is_refused_before_anything_is_read(name: str) -> None:
+    with pytest.raises(DataError, match="expected a printable name"):
+        load_sources({name: "missing.jsonl"}, Config())
