@@ -140,6 +140,7 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ('{"prompt": ["p"], "completion": "c"}', "bad.jsonl:1: field prompt must be text, found list"),
         ('{"prompt": "p", "completion": 7}', "bad.jsonl:1: field completion must be text, found int"),
         ('{"prompt": " ", "completion": "c"}', "bad.jsonl:1: field prompt is empty"),
+        ('{"prompt": "p", "completion": "c", "task": "a\\nb"}', "bad.jsonl:1: field task must be printable"),
         ('{"prompt": "\\ud83d", "completion": "c"}', "bad.jsonl:1: field prompt holds half a character"),
         ('{"prompt": "p", "completion": "c", "task": 3}', "bad.jsonl:1: field task must be text, found int"),
         ('{"instruction": "i", "input": 3, "output": "o"}', "bad.jsonl:1: field input must be text"),

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedrouter.bundle import Bundle
+from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import ConfigError
 from fedrouter.push import push as push_bundle
 
@@ -98,6 +99,22 @@ def test_a_bundle_arrives_whole_with_a_card_for_each_adapter(hub: Hub, small_bun
     assert f'"team/tasks", subfolder="adapters/{first.adapter}"' in card
     assert str(first.num_examples) in card
     assert "base_model:" not in card  # builtin:tiny is not on the hub
+
+
+def test_a_bundle_is_signed_before_it_goes(hub: Hub, small_bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_bundle.path, tmp_path / "bundle"))
+    (copy / "notes.txt").write_text("not for the hub")
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(key)], check=True)
+    subprocess.run(["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(public)], check=True)
+    done = push(hub, copy, "team/tasks", "--sign", str(key))
+    assert done.returncode == 0, done.stderr
+    assert hub.files["manifest.sig"] == (copy / "manifest.sig").read_bytes()
+    assert "notes.txt" not in hub.files
+    for name, content in hub.files.items():  # as somebody else gets it
+        (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(content)
+    assert load_bundle(tmp_path / "got", public).clusters == small_bundle.clusters
 
 
 def test_a_refusal_is_one_line(hub: Hub, small_bundle: Bundle) -> None:

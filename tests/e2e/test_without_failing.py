@@ -68,7 +68,7 @@ def test_a_run_goes_on_without_clients_that_fail_and_resumes_to_the_same_bytes(
     def breaking(self: HiddenStateEmbedder, texts: Any) -> Array:
         nonlocal num
         num += 1
-        if num == 10:  # probe texts, then prompts and completions of a to d: this is e's
+        if num == 6:  # probe texts, then prompts of a to d: this is e's
             raise RuntimeError("cannot embed")
         return embed(self, texts)
 
@@ -94,19 +94,19 @@ def test_a_run_goes_on_without_clients_that_fail_and_resumes_to_the_same_bytes(
 def test_one_that_fails_when_clients_are_clustered_anew_leaves_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, moments, asked = configuration(tmp_path, "a", "b", "c", "d"), Client.moments, []
+    config, assign, asked = configuration(tmp_path, "a", "b", "c", "d"), Client.assign, []
 
     def failing(self: Client, *arguments: Any) -> Any:
         asked.append(self.name)
         if self.name == "d" and asked.count("d") == 2:
             raise OSError("disk full")
-        return moments(self, *arguments)
+        return assign(self, *arguments)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for out in (whole, killed):
         asked.clear()
         with monkeypatch.context() as broken:
-            broken.setattr(Client, "moments", failing)
+            broken.setattr(Client, "assign", failing)
             if out == whole:
                 train(config, out, QUIET)
             else:

@@ -13,6 +13,7 @@ from watched import Trainer
 
 from fedrouter.builtin import base_path
 from fedrouter.config import Config, DataSettings
+from fedrouter.errors import DataError
 from fedrouter.models import load_tokenizer
 from fedrouter.train import start
 from fedrouter.train.client import Client
@@ -65,3 +66,9 @@ def test_the_client_whose_file_has_changed_is_made_anew(
     fresh = made_by(config)
     for name, client in fresh.clients.items():
         np.testing.assert_array_equal(federation.clients[name]._held, client._held)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "", "x" * 201, "\x1b[31mred"])
+def test_a_name_that_no_bundle_can_hold_is_refused_before_anything_is_read(name: str) -> None:
+    with pytest.raises(DataError, match="expected a printable name"):
+        load_sources({name: "missing.jsonl"}, Config())
