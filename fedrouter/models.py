@@ -255,7 +255,10 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=open_
+                messages,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=open_,
             )
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

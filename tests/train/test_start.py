@@ -57,7 +57,7 @@ def test_when_small_clients_become_many_or_few_all_of_them_change(
     state: Any = SimpleNamespace(number=2)
     console = Console(quiet=True)
     left_out = LeftOut(tmp_path, NAMES, console, once=False)
-    trainer: Any = SimpleNamespace(take_out=lambda: None)
+    trainer: Any = SimpleNamespace(take_out=lambda: None, tokeniser=SimpleNamespace(rows=list))
     anew = start.rereading(config, records, LetterEmbedder(), federation, trainer, left_out, console)
     anew(clustering, state)
     assert federation.clients[NAMES[0]] is untouched
