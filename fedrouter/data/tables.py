@@ -21,7 +21,7 @@ def is_saved(path: Path) -> bool:
 
 def parquet_rows(path: Path) -> Iterator[Row]:
     """Yield (file row N, row), N from 1."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from pyarrow import parquet

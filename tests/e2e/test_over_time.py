@@ -21,7 +21,7 @@ SETTINGS = [
     "train.rounds=4",
     "train.steps=2",
     "train.batch_size=4",
-    "train.validation=0.1",
+    "train.validation=0.02",
 ]
 BEFORE = {"a": TASKS[:2], "b": TASKS[1:3], "c": (TASKS[2], TASKS[0]), "d": TASKS[:2]}
 MOVED = {**BEFORE, "d": (TASKS[3], TASKS[1])}
@@ -29,7 +29,7 @@ MOVED = {**BEFORE, "d": (TASKS[3], TASKS[1])}
 
 def write(directory: Path, client: str, tasks: tuple[str, ...]) -> None:
     """Replace a client's file in one step."""
-    records = [r for t in tasks for r in generate(t, "train", 60, ord(client))]
+    records = [r for t in tasks for r in generate(t, "train", 400, ord(client))]
     rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
     (directory / f".{client}").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / f".{client}").replace(directory / f"{client}.jsonl")
