@@ -69,7 +69,7 @@ def find_tasks(
 
     Parameters
     ----------
-    known : what a task explains (``explained_by_a_task``) in a space that stands, whose coordinates rows have.
+    known : what a task explains (``explained_by_a_task``) in a space that stands; rows have its coordinates.
     """
     groups = _collected(map(_alike, federation.summarise(settings.local)))
     if len(groups.counts) > MAX_JOINED:
