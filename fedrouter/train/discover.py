@@ -43,6 +43,7 @@ from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
 SHARE = 0.15  # of an average task's scatter that a split between tasks explains
+NEW_SHARE = 0.4  # of what a task explains, by a split of rows that came later; a task's forms explain less
 FINER = 3  # groups a task cluster while the scatter within them is taken
 SHRINKAGE = 0.5  # half whitened: the isotropic part of the covariance within groups
 MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means unites the closest first
@@ -124,7 +125,7 @@ class Tree:
         if not self.between:
             return 1
         if self._known is not None:
-            few = np.append(self.costs[::-1] / self._weight < SHARE * self._known, True)
+            few = np.append(self.costs[::-1] / self._weight < NEW_SHARE * self._known, True)
             return int(few.argmax()) + 1
         explained = np.arange(2, self._num + 1) * self.costs[::-1] / self.between  # by the split into 2, 3 …
         most = self._num // 2  # a task cluster has two groups or more

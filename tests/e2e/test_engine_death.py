@@ -44,7 +44,7 @@ def test_the_engine_killed_in_the_middle_of_a_stream(small_bundle: Bundle, tmp_p
         assert any("error" in json.loads(event) for event in events[2:] if event != "[DONE]"), events[-3:]
         assert process.wait(60) == 1
         last = log.read_text().strip().splitlines()[-1]
-        assert last.startswith("error: vLLM ended by itself"), last
+        assert "error: vLLM ended by itself" in last, last  # another process may have left half a line
         assert "exit code 0" not in last
         assert not group & running(), "fedrouter serve left processes behind"
     finally:
