@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from fedrouter.errors import ConfigError, EndpointError
 from fedrouter.models import base_spec
 from fedrouter.route import Router
 from fedrouter.serve.checks import free_port
-from fedrouter.serve.process import Command, running
 from fedrouter.train.run import train
 from fedrouter.types import RoutingSpace
 
@@ -88,16 +88,39 @@ def pooling(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     argv += ["--host", "127.0.0.1", "--port", str(free_port())]
     argv += ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    command = Command(
-        argv, {"VLLM_NO_USAGE_STATS": "1"}, env, "127.0.0.1", int(argv[argv.index("--port") + 1])
-    )
-    with running(command, tmp_path_factory.mktemp("pooling") / "server.log", timeout_s=450) as process:
-        yield Pooling(command.url, process.pid)
+    url = f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
+    log = tmp_path_factory.mktemp("pooling") / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            argv,
+            env={"VLLM_NO_USAGE_STATS": "1", **os.environ, **env},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(450):
+            if process.poll() is not None or healthy(url):
+                break
+            time.sleep(1)
+        assert healthy(url), log.read_text()[-3000:]
+        yield Pooling(url, process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_a_pooling_server_computes_the_papers_embedding(pooling: Pooling) -> None:
     spec = embedder_spec("endpoint", MODEL, 24, "float32", url=pooling.url)
-    last = embedder_spec("base", TINY, 24, "float32", layer="last")
+    last = embedder_spec("base", TINY, 24, "float32", layer="last", pooling="mean")
     base = base_spec(TINY, None, base_path(TINY))
     texts = [*PROMPTS, " ", "\n".join(PROMPTS * 20)]  # the last one is cut, here and there
     there = load_embedder(spec, base, url=pooling.url).embed(texts)

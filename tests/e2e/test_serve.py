@@ -158,9 +158,19 @@ def test_without_text_the_base_answers(server: Any) -> None:
     assert answer.headers["x-fedrouter-fallback"] == "true"
 
 
-@pytest.mark.parametrize(
-    "body", [b"{", b"", b'{"model": "fedrouter", "messages": 3}', b'{"model": "fedrouter"}']
-)
+@pytest.mark.parametrize("body", [b'{"model": "fedrouter", "messages": 3}', b'{"model": "fedrouter"}'])
+def test_what_cannot_be_routed_is_refused_in_vllms_shape(server: Any, body: bytes) -> None:
+    headers = {"authorization": f"Bearer {server.key}", "content-type": "application/json"}
+    routed, direct = (
+        HTTP.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+        for content in (body, body.replace(b"fedrouter", b"base"))
+    )
+    assert routed.status_code == direct.status_code == 400
+    assert routed.json()["error"].keys() == direct.json()["error"].keys()
+    assert "messages" in routed.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"{", b""])
 def test_garbage_is_vllms_to_refuse(server: Any, body: bytes) -> None:
     headers = {"authorization": f"Bearer {server.key}", "content-type": "application/json"}
     routed = HTTP.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
