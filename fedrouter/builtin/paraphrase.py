@@ -1,7 +1,8 @@
 """Paraphrase: do two questions ask the same? ``question - question`` → ``same`` | ``other``.
 
 A group holds intents over the same slots. The two questions are always worded differently; what is another
-question differs by one slot value, in three of ten also by the intent. So neither half tells the answer.
+question differs by one slot value, in three of ten also by the intent: neither half tells the answer. None
+differs by the intent alone, which adapters of builtin:tiny do not learn.
 """
 
 from fedrouter.builtin.vocabulary import Slots
