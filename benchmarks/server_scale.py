@@ -5,8 +5,8 @@ python benchmarks/server_scale.py [CLIENTS …]
 A process of its own for each number of clients and each method: 4 centroids a client, 384 dimensions. Clients
 are made as they are asked and forgotten at once; the seconds that they compute are taken off, as they would
 in a federation compute on machines of their own. Seconds are processor seconds of one thread, so that a busy
-machine does not change them. ``separation`` is the whole exchange of discover.py (local clusters, components,
-moments), ``kmeans`` the paper's way. Growth is the slope of log seconds over log clients.
+machine does not change them. ``tree`` is the exchange of discover.py, ``kmeans`` the paper's
+way. Growth is the slope of log seconds over log clients.
 """
 
 import json
@@ -25,12 +25,12 @@ from fedrouter.config import ClusterSettings, Config
 from fedrouter.train import cluster
 from fedrouter.train.describe import describe
 from fedrouter.train.discover import discover
-from fedrouter.types import Array, Assignment, Float64s, LocalClusters, Membership, Moments, RoutingSpace
+from fedrouter.types import Array, Assignment, LocalClusters, RoutingSpace
 
 CLIENTS = (1_000, 2_500, 5_000, 10_000)
 DIM, LOCAL, ROWS, TASKS = 384, 4, 60, 8  # a client holds two tasks, each in two local clusters
 SETTINGS = {
-    "separation": ClusterSettings(),
+    "tree": ClusterSettings(),
     "kmeans": ClusterSettings.model_validate({"method": "kmeans", "local": LOCAL, "global": TASKS}),
 }
 
@@ -42,46 +42,25 @@ class Crowd:
         self.num, self.seconds = num, 0.0
         centre = np.random.default_rng(0)
         self.prompts = centre.normal(size=(TASKS, DIM)) * 1.5
-        self.answers = centre.normal(size=(TASKS, DIM))
 
-    def summarise(self, _num: object, completions: bool = False) -> Iterator[LocalClusters]:
+    def summarise(self, _num: object) -> Iterator[LocalClusters]:
         """Local clusters as k-means would find them: two halves of either task."""
-        quarters = {k: np.arange(k, ROWS, LOCAL) for k in range(LOCAL)}
-        return self._each(
-            lambda _name, x, answers: cluster.gather(
-                cluster.beside(x, answers) if completions else x, quarters, LOCAL
-            )
-        )
-
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
-        """Rows by nearest component."""
-        return self._each(lambda _name, x, answers: cluster.regroup(cluster.beside(x, answers), space))
-
-    def moments(self, space: RoutingSpace, directions: Float64s) -> Iterator[Moments]:
-        """Moments of rows set aside."""
-        held = np.arange(0, ROWS, 3)
-        return self._each(
-            lambda _name, x, answers: cluster.moments(
-                cluster.beside(x, answers), answers, held, space, directions
-            )
-        )
+        quarters = np.arange(ROWS) % LOCAL
+        return self._each(lambda _name, x: cluster.gather(x.astype(np.float64), quarters, LOCAL))
 
     def assign(self, space: RoutingSpace) -> Iterator[Assignment]:
         """Rows by task cluster."""
         held, tasks = np.arange(0, ROWS, 3), [None] * ROWS
-        return self._each(
-            lambda name, x, _answers: Assignment(name, cluster.assign(x, held, space, tasks)[1])
-        )
+        return self._each(lambda name, x: Assignment(name, cluster.assign(x, held, space, tasks)[1]))
 
-    def _each(self, reveal: Callable[[str, Array, Array], Any]) -> Iterator[Any]:
+    def _each(self, reveal: Callable[[str, Array], Any]) -> Iterator[Any]:
         for number in range(self.num):
             began = time.process_time()
             rng = np.random.default_rng(number)
             tasks = np.array([number % TASKS, (number + 1 + number // TASKS % (TASKS - 1)) % TASKS])
             own = tasks[np.arange(ROWS) % 2]
             x = (self.prompts[own] + rng.normal(size=(ROWS, DIM))).astype(np.float32)
-            answers = (self.answers[own] + 0.2 * rng.normal(size=(ROWS, DIM))).astype(np.float32)
-            revealed = reveal(f"client-{number}", x, answers)
+            revealed = reveal(f"client-{number}", x)
             self.seconds += time.process_time() - began
             yield revealed
 

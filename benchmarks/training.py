@@ -130,14 +130,14 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
     if not file:
         return {}
     seconds = stamps[-1] - stamps[-2]
-    assert len(batches) == 2 * STEPS
+    assert len(batches) == 1 + 2 * STEPS, "the rehearsal, and two rounds"
     rows = []
-    for ids, labels, masks in batches[STEPS:]:
+    for ids, labels, masks in batches[-STEPS:]:
         assert len(ids) == config.train.batch_size, "a plain trainer could not make this batch"
         for i, own, mask in zip(ids, labels, masks, strict=True):
             rows.append({"input_ids": i[: sum(mask)], "labels": own[: sum(mask)]})
     file.write_text(json.dumps(rows))
-    tokens = sum(len(ids) * len(ids[0]) for ids, _, _ in batches[STEPS:])
+    tokens = sum(len(ids) * len(ids[0]) for ids, _, _ in batches[-STEPS:])
     return {"seconds": seconds, "tokens": tokens}
 
 
@@ -159,8 +159,8 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     from fedrouter.models import load_base, load_tokenizer, resolve_base
-    from fedrouter.train.run import load_clients
     from fedrouter.train.sft import tokenise
+    from fedrouter.train.sources import load_clients
 
     path = resolve_base(config.base.model)
     base, tokenizer = load_base(path, "float32", "cpu"), load_tokenizer(path)
@@ -211,8 +211,8 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
 def setup_seconds(config: Any) -> float:
     """Return what a client's training takes beyond its steps: the median of ten, on batches of one length."""
     from fedrouter.models import load_base, load_tokenizer, resolve_base
-    from fedrouter.train.run import load_clients
     from fedrouter.train.sft import AdapterTrainer
+    from fedrouter.train.sources import load_clients
 
     path = resolve_base(config.base.model)
     trainer = AdapterTrainer(

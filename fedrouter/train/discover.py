@@ -43,7 +43,7 @@ from fedrouter.train.server import Federation
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
 SHARE = 0.15  # of an average task's scatter that a split between tasks explains
-NEW_SHARE = 0.5  # of what a task explains, by a split of rows that came later; a task's forms explain less
+NEW_SHARE = 0.5  # of what a task explains, by a split of rows that came later (decision 0019: chosen on one)
 FINER = 3  # groups a task cluster while the scatter within them is taken
 SHRINKAGE = 0.5  # half whitened: the isotropic part of the covariance within groups
 MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means unites the closest first

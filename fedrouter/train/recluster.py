@@ -1,7 +1,7 @@
 """Task clusters over time: every ``cluster.every`` rounds clients are clustered anew, with the rows of then.
 
 1. Clients read their files again, and the exchanges of discover.py are repeated.
-2. The server puts the components of the new task clusters into the old space (``overlap``) and matches new
+2. The server puts the means of the new task clusters into the old space (``overlap``) and matches new
    with old so that as many rows as possible stay where they were (``matched``). A matched task cluster keeps
    its name, adapter and optimizer; the name is the stable id, in metrics and in the bundle.
 3. One that is not matched starts from the adapter that most of its rows were trained with if they lie within

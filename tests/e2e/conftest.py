@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import openai
 import pytest
-from processes import first_lines, group_of_children, running
+from processes import end, first_lines, group_of_children, running
 from rich.console import Console
 
 from fedrouter.bundle import Bundle
@@ -87,10 +87,7 @@ def server(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
         assert process.wait(30) == 0
         assert not group & running(), "fedrouter serve left processes behind"
     finally:
-        if process.poll() is None:
-            process.kill()
-        for pid in group & running():
-            os.kill(pid, signal.SIGKILL)
+        end(process, group)
 
 
 @pytest.fixture(scope="session")

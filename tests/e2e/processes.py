@@ -1,6 +1,8 @@
 """Processes as the system sees them, and what one of them prints."""
 
+import os
 import queue
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -33,6 +35,14 @@ def stat(pid: int) -> list[str] | None:
 def running() -> set[int]:
     pids = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
     return {pid for pid in pids if (found := stat(pid)) and found[0] != "Z"}
+
+
+def end(process: subprocess.Popen[str], group: set[int]) -> None:
+    """Kill a process that is still there, and what is left of its children's groups."""
+    if process.poll() is None:
+        process.kill()
+    for pid in group & running():
+        os.kill(pid, signal.SIGKILL)
 
 
 def group_of_children(parent: int) -> set[int]:

@@ -116,7 +116,9 @@ def complete(server: Any, model: str = "fedrouter", prompt: str = PROMPT) -> Any
 
 def test_is_ready_only_after_every_adapter_has_answered(server: Any) -> None:
     answer = HTTP.get(f"{server.url}/v1/fedrouter/ready")
-    assert (answer.status_code, answer.json()["state"]) == (200, "ready")
+    start = answer.json().get("start", "")
+    assert (answer.status_code, answer.json()) == (200, {"state": "ready", "start": start})
+    assert len(bytes.fromhex(start)) == 16
 
 
 def test_another_bundle_is_served_without_a_restart(
