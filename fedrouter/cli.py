@@ -289,6 +289,30 @@ def evaluate(
         raise typer.Exit(1)
 
 
+@app.command()
+def experiment(
+    config: Annotated[Path, typer.Argument(help="TOML: worlds, methods, scenarios, seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Where cells go; goes on with what is there.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each a process.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Cells to run: WORLD/SCENARIO/METHOD/SEED.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Their results; without: in --out.")
+    ] = None,
+) -> None:
+    """Run an evaluation like the paper's: methods × scenarios × seeds, cell by cell."""
+    from fedrouter.experiment import load_experiment, run_experiment
+
+    settings = load_experiment(config)
+    directory = out or Path("runs") / config.stem
+    try:
+        run_experiment(settings, directory, console, jobs=jobs, only=only or (), results=results)
+    except KeyboardInterrupt:
+        stderr.print(f"interrupted; the same command goes on with the cells in {directory}")
+        raise typer.Exit(130) from None
+
+
 @app.command("eval-routing")
 def evaluate_routing(
     bundle: BundleDir,

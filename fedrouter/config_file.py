@@ -35,7 +35,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"configuration {path}: no such file") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path}: {error}") from error
-        _resolve_paths(values, path.parent)
+        resolve_paths(values, path.parent)
     for override in overrides:
         _apply(values, override)
     try:
@@ -90,7 +90,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
+def resolve_paths(values: dict[str, Any], directory: Path) -> None:
     """Make the file's relative paths absolute where such a path exists; other names are hub ids."""
 
     def resolve(name: Any) -> Any:

@@ -13,9 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
     {"types", "config", "config_file", "errors"},
-    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route"},
+    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route", "stacked"},
     {"train", "serve", "evaluate"},
-    {"cli", "demo", "inspect", "push", "__main__"},
+    {"cli", "demo", "experiment", "inspect", "push", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract

@@ -32,6 +32,7 @@ from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.rounds import train_rounds
 from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.side_by_side import StackedFederation, StackedTrainer
 from fedrouter.train.start import rereading, start
 from fedrouter.train.targets import check_targets
 from fedrouter.train.targets import left_out as left_out_of
@@ -122,7 +123,10 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         model = quantised(config, path, model)
         trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed, input_.tokeniser)
         trainer.rehearse([r for name in left_out.others for r in records[name]], config.train.learning_rate)
-        federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
+        if config.train.stacked:
+            federation: LocalFederation = StackedFederation(clients, StackedTrainer(trainer))
+        else:
+            federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         anew = rereading(config, records, embedder, federation, trainer, left_out, console)
         fresh = trainer.state()
         clustering, state, digest = left_out.without(

@@ -1,0 +1,305 @@
+"""One cell: train, decide who answers each test prompt, have it answered, score; one line of results.
+
+Every test prompt is asked as every client would ask it. An *evaluation* is a pair:
+
+- routing ``global``: the nearest of all task clusters answers, whoever asks; ``local``: the nearest of those
+  that the asking client holds rows of. Of method ``local`` that is the client's own adapter.
+- tests ``own``: a client asks for the tasks that it holds; ``all``: for every task.
+
+A prompt's score is the mean over the clients that ask it, a task's over its prompts, a cell's over tasks.
+Beyond a radius the nearest adapter answers all the same, so that no method is helped by the base.
+"""
+
+import importlib.metadata
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from sklearn.manifold import TSNE
+
+from fedrouter import __version__
+from fedrouter.bundle import Bundle, find_base, find_embedder
+from fedrouter.config import Config
+from fedrouter.decide import decide
+from fedrouter.embed import Embedder, routing_text
+from fedrouter.evaluate import TaggedRecord
+from fedrouter.evaluate.endpoint import Answer
+from fedrouter.evaluate.scores import Result, score
+from fedrouter.experiment.compose import mix_of, write_mixes
+from fedrouter.experiment.engine import Engine, Transformers
+from fedrouter.experiment.grid import Cell, config_of, tests_of, unseen_of
+from fedrouter.experiment.results import Line
+from fedrouter.experiment.settings import Settings, World
+from fedrouter.route import BASE_NAME, Router
+from fedrouter.train.run import train
+from fedrouter.train.sources import load_clients
+from fedrouter.types import Array, Decision
+
+ROUTINGS, TESTS = ("global", "local"), ("own", "all")
+METRICS = ("rouge_1", "rouge_l", "exact_match")
+BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
+PLACES = 4  # digits of a score that are kept
+MAPPED = 400  # rows in a map of embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A cell after its training: what there is to ask."""
+
+    cell: Cell
+    config: Config
+    bundle: Bundle
+    directory: Path
+    seconds: float
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The adapters' directories by name."""
+        return self.bundle.adapter_paths
+
+
+def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
+    """Train a cell below ``out``, or go on with what is there."""
+    directory = out / cell.key
+    directory.mkdir(parents=True, exist_ok=True)
+    num_tasks = len({record.task for record in tests_of(settings.worlds[cell.world])})
+    config = config_of(settings, cell, num_tasks)
+    began = time.perf_counter()
+    with (directory / "train.log").open("a", encoding="utf-8") as log:
+        bundle = train(config, directory / "run", Console(file=log, width=110))
+    return Trained(cell, config, bundle, directory, time.perf_counter() - began)
+
+
+def searched(trained: Trained) -> Line:
+    """Return the line of a cell that judges its learning rate: the mean loss on rows held back."""
+    best: dict[str, float] = {}
+    for line in _metrics(trained):
+        if line.get("validation") is not None:
+            best[line["cluster"]] = min(best.get(line["cluster"], np.inf), line["validation"])
+    return {
+        **_facts(trained),
+        "loss": round(float(np.mean(list(best.values()))), 5) if best else None,
+        "rounds": _rounds(trained),
+    }
+
+
+def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
+    """Have a cell's adapters answer and return its line."""
+    world = settings.worlds[trained.cell.world]
+    tests, bundle = tests_of(world), trained.bundle
+    embedder = engine.embedder(bundle) if isinstance(engine, Transformers) else None
+    embedder = embedder or find_embedder(bundle, find_base(bundle))
+    clients = load_clients(trained.config, lambda _: None)
+    held = {client: {record.task for record in records} for client, records in clients.items()}
+    texts = [routing_text(one.record.turns) for one in tests]
+    everywhere = decide(Router(bundle, "nearest"), embedder, texts)
+    chosen = {"global": dict.fromkeys(held, everywhere)}
+    chosen["local"] = {c: decide(Router(bundle, "nearest", c), embedder, texts) for c in held}
+    asked = sorted({(d.model, i) for by in chosen.values() for own in by.values() for i, d in enumerate(own)})
+    began = time.perf_counter()
+    results = answered(engine, trained.adapters, tests, asked, world.max_tokens)
+    seconds = time.perf_counter() - began
+    (trained.directory / "answers.jsonl").write_text(
+        "".join(
+            json.dumps({"adapter": name, "prompt": i, "answer": results[name, i].answer.text}) + "\n"
+            for name, i in asked
+        ),
+        encoding="utf-8",
+    )
+    line = {
+        **_facts(trained),
+        "engine": engine.name,
+        "answer_seconds": round(seconds, 1),
+        "num_tests": len(tests),
+        "scores": evaluations(tests, held, chosen, results, world),
+        "routing": _routing(bundle, tests, everywhere),
+        "rounds": _rounds(trained),
+        "traffic": _traffic(trained),
+    }
+    if trained.config.method == "fedrouter":
+        if world.unseen:
+            line["unseen"] = beyond(trained, unseen_of(world), embedder, engine, world)
+        line["map"] = _map(clients, embedder)
+    return line
+
+
+def answered(
+    engine: Engine,
+    adapters: Mapping[str, Path],
+    tests: Sequence[TaggedRecord],
+    asked: Sequence[tuple[str, int]],
+    max_tokens: int,
+) -> dict[tuple[str, int], Result]:
+    """Ask each (adapter, test record) and score what is answered."""
+    if not asked:
+        return {}
+    texts = engine.answers(adapters, [(name, tests[i].record.turns) for name, i in asked], max_tokens)
+    return {
+        (name, i): score(tests[i], Answer(text, name)) for (name, i), text in zip(asked, texts, strict=True)
+    }
+
+
+def evaluations(
+    tests: Sequence[TaggedRecord],
+    held: Mapping[str, set[str | None]],
+    chosen: Mapping[str, Mapping[str, Sequence[Decision]]],
+    results: Mapping[tuple[str, int], Result],
+    world: World,
+) -> Line:
+    """Return the scores of each evaluation: by task and metric; by prompt in the world's metric."""
+    found: Line = {}
+    for routing in ROUTINGS:
+        for kind in TESTS:
+            if (routing, kind) == ("global", "own"):
+                continue  # all clients hold equally many tasks, so it is the same as "all"
+            means: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
+            for i, one in enumerate(tests):
+                askers = [c for c in held if kind == "all" or one.record.task in held[c]]
+                own = [results[chosen[routing][client][i].model, i] for client in askers]
+                for metric in METRICS:
+                    means[metric].append([getattr(result, metric) for result in own])
+            by_prompt = {metric: [float(np.mean(each)) for each in means[metric]] for metric in METRICS}
+            tasks: dict[str, list[int]] = defaultdict(list)
+            for i, one in enumerate(tests):
+                tasks[one.task].append(i)
+            found[f"{routing}/{kind}"] = {
+                "tasks": {
+                    task: {
+                        metric: round(float(np.mean([by_prompt[metric][i] for i in rows])), PLACES)
+                        for metric in METRICS
+                    }
+                    for task, rows in tasks.items()
+                },
+                "prompts": {
+                    task: [round(by_prompt[world.metric][i], 3) for i in rows] for task, rows in tasks.items()
+                },
+            }
+    found["global/own"] = {"same as": "global/all"}
+    return found
+
+
+def beyond(
+    trained: Trained, tests: Sequence[TaggedRecord], embedder: Embedder, engine: Engine, world: World
+) -> Line:
+    """Return how prompts of tasks that nobody trained are answered, by who answers beyond the radius."""
+    bundle = trained.bundle
+    decisions = decide(Router(bundle, "nearest"), embedder, [routing_text(t.record.turns) for t in tests])
+    names: dict[str, list[str]] = {"base": [], "nearest": [], "generalist": [], "composed": []}
+    mixes = {}
+    for decision in decisions:
+        mix = mix_of(bundle, decision)
+        merged = "+".join(f"{weight}-{adapter}" for adapter, weight in mix)
+        mixes[merged] = mix
+        nearest = decision.model
+        names["nearest"].append(nearest)
+        names["base"].append(BASE_NAME if decision.fallback else nearest)
+        names["generalist"].append((bundle.generalist or nearest) if decision.fallback else nearest)
+        names["composed"].append(merged if decision.fallback else nearest)
+    plain = sorted({(n, i) for kind in BEYOND[:3] for i, n in enumerate(names[kind])})
+    merged_only = sorted({(n, i) for i, n in enumerate(names["composed"]) if n in mixes})
+    results = answered(engine, trained.adapters, tests, plain, world.max_tokens)
+    if merged_only:
+        used = {n: mixes[n] for n, _ in merged_only}
+        paths = write_mixes(bundle, used, trained.directory / "mixes")
+        results |= answered(engine, paths, tests, merged_only, world.max_tokens)
+    tasks: dict[str, list[int]] = defaultdict(list)
+    for i, one in enumerate(tests):
+        tasks[one.task].append(i)
+    return {
+        task: {
+            "beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES),
+            **{
+                kind: {
+                    metric: round(float(np.mean([getattr(results[names[kind][i], i], metric) for i in rows])), PLACES)
+                    for metric in METRICS
+                }
+                for kind in BEYOND
+            },
+        }
+        for task, rows in tasks.items()
+    }
+
+
+def _facts(trained: Trained) -> Line:
+    cell, config = trained.cell, trained.config
+    return {
+        "key": cell.key,
+        "world": cell.world,
+        "scenario": cell.scenario,
+        "method": cell.method,
+        "seed": cell.seed,
+        "learning_rate": config.train.learning_rate,
+        "adapters": len(trained.bundle.clusters),
+        "train_seconds": round(trained.seconds, 1),
+        "versions": {
+            "fedrouter": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
+    }
+
+
+def _metrics(trained: Trained) -> list[Line]:
+    text = (trained.directory / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if "cluster" in line]
+
+
+def _rounds(trained: Trained) -> list[Line]:
+    """Return each round's loss, and validation loss where rows are held back: means over examples."""
+    rounds: dict[int, list[Line]] = defaultdict(list)
+    for line in _metrics(trained):
+        rounds[line["round"]].append(line)
+    found = []
+    for number in sorted(rounds):
+        lines = [line for line in rounds[number] if line["loss"] is not None]
+        weights = [line["num_examples"] for line in lines]
+        one: Line = {"round": number}
+        for key in ("loss", "validation"):
+            values = [line.get(key) for line in lines]
+            if values and None not in values:
+                one[key] = round(float(np.average(values, weights=weights)), 5)
+        found.append(one)
+    return found
+
+
+def _traffic(trained: Trained) -> Line:
+    """Return the bytes that all clients send and receive in a round, before it and in it."""
+    size = sum(4 * int(np.prod(shape)) for shape in trained.bundle.shapes.values())
+    if trained.config.method == "feddpa":  # the bundle's mixes are of twice the rank
+        size //= 2
+    by_round = Counter[int]()
+    for line in _metrics(trained):
+        by_round[line["round"]] += line["num_clients"]
+    if trained.config.method == "local":
+        by_round.clear()  # nothing leaves a client
+    each = float(np.mean(list(by_round.values()))) if by_round else 0.0
+    return {"adapter_bytes": size, "bytes_per_round": round(2 * each * size)}  # there and back
+
+
+def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[Decision]) -> Line:
+    task_of = {
+        c.name: max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in bundle.clusters
+    }
+    right = [task_of[d.cluster] == one.task for d, one in zip(decisions, tests, strict=True)]
+    rejected = [d.fallback for d in decisions]
+    return {
+        "accuracy": round(float(np.mean(right)), PLACES),
+        "beyond": round(float(np.mean(rejected)), PLACES),
+    }
+
+
+def _map(clients: Mapping[str, Sequence[Any]], embedder: Embedder) -> list[list[Any]]:
+    """Return some clients' rows on a map (t-SNE): x, y, task, client."""
+    rows = [(client, record) for client, records in clients.items() for record in records]
+    drawn = np.random.default_rng(0).permutation(len(rows))[:MAPPED]
+    vectors: Array = embedder.embed([routing_text(rows[i][1].turns) for i in drawn])
+    flat = TSNE(perplexity=min(30, len(drawn) // 4), random_state=0, init="pca").fit_transform(vectors)
+    return [
+        [round(float(x), 1), round(float(y), 1), rows[i][1].task, rows[i][0]]
+        for (x, y), i in zip(flat, drawn, strict=True)
+    ]

@@ -1,0 +1,149 @@
+"""All cells of an experiment, side by side in processes of their own; gone on with where they stopped."""
+
+import gc
+import multiprocessing
+import os
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fedrouter.bundle import find_base
+from fedrouter.errors import TrainingError
+from fedrouter.experiment.cell import searched, tested, train_cell
+from fedrouter.experiment.engine import Transformers
+from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
+from fedrouter.experiment.results import Line, read_results, write_results
+from fedrouter.experiment.settings import Settings
+from fedrouter.train.machine import device_and_dtype
+
+RESULTS = "results.jsonl"
+
+
+def run_experiment(
+    settings: Settings,
+    out: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    only: Sequence[str] = (),
+    results: Path | None = None,
+) -> dict[str, Line]:
+    """Run the cells that have no line of results yet; return all lines by cell.
+
+    Parameters
+    ----------
+    out : what cells leave on disk, one directory each; an interrupted one goes on there.
+    jobs : cells at a time, each in a process of its own; on a GPU they share it.
+    only : patterns of cells (``english-6m/dual/*``).
+    results : the lines; ``results.jsonl`` in ``out`` if not given.
+
+    Raises
+    ------
+    TrainingError
+        At the end, if cells failed; all others have their lines.
+    """
+    file = results or out / RESULTS
+    lines = read_results(file)
+    cells = cells_of(settings, only)
+    failed: dict[str, str] = {}
+
+    def work(todo: Sequence[Cell]) -> None:
+        missing = [cell for cell in todo if cell.key not in lines]
+        console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
+        for cell, line in _side_by_side(settings, missing, out, jobs):
+            if isinstance(line, str):
+                failed[cell.key] = line
+                console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
+                continue
+            lines[cell.key] = line
+            write_results(file, lines)
+            console.print(_told(line), highlight=False, soft_wrap=True, markup=False)
+
+    search = search_of(settings, cells)
+    if search:
+        work(search)
+    losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for cell in search:
+        found = lines.get(cell.key, {}).get("loss")
+        if found is not None and cell.rate is not None:
+            losses[cell.world, cell.method][cell.rate] = found
+    work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells])
+    if failed:
+        first = next(iter(failed))
+        raise TrainingError(
+            f"{len(failed)} cells failed, the first {first}: {failed[first]}; its train.log and error.txt in "
+            f"{out / first} say more; the same command tries them again"
+        )
+    return lines
+
+
+def _side_by_side(
+    settings: Settings, cells: Sequence[Cell], out: Path, jobs: int
+) -> Iterator[tuple[Cell, Line | str]]:
+    """Yield each cell with its line, or with what went wrong, as they end."""
+    if jobs == 1 or len(cells) < 2:
+        for cell in cells:
+            yield cell, run_cell(settings, cell, out)
+        return
+    spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(min(jobs, len(cells)), spawning, _begin, (threads,)) as pool:
+        waiting: dict[Future[Line | str], Cell] = {
+            pool.submit(run_cell, settings, cell, out): cell for cell in cells
+        }
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
+    """Run one cell to its line, or to what went wrong: one cell must not end the others."""
+    try:
+        trained = train_cell(settings, cell, out)
+        if cell.search:
+            return searched(trained)
+        path = find_base(trained.bundle)
+        device, dtype = device_and_dtype(trained.config)
+        return tested(settings, trained, _engine(path, dtype, device, trained.config.base.chat_template))
+    except Exception as error:
+        (out / cell.key).mkdir(parents=True, exist_ok=True)
+        (out / cell.key / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    finally:
+        gc.unfreeze()  # each training freezes what was there; the next cell needs the room
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@cache
+def _engine(path: Path, dtype: str, device: str, chat_template: str | None) -> Transformers:
+    return Transformers(path, dtype, device, chat_template)
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _told(line: Line) -> str:
+    if "loss" in line:
+        return f"{line['key']}: loss {line['loss']}, {line['train_seconds']} s"
+    means = {
+        name: sum(sum(p) / len(p) for p in own["prompts"].values()) / len(own["prompts"])
+        for name, own in line["scores"].items()
+        if "prompts" in own
+    }
+    scores = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    return (
+        f"{line['key']}: {line['adapters']} adapters, {scores}; "
+        f"{line['train_seconds']} + {line['answer_seconds']} s"
+    )
