@@ -13,7 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
     {"types", "config", "config_file", "errors"},
-    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route", "stacked"},
+    {
+        *("builtin", "bundle", "data", "decide", "embed", "embed_endpoint"),
+        *("models", "partition", "route", "stacked"),
+    },
     {"train", "serve", "evaluate"},
     {"cli", "demo", "experiment", "inspect", "push", "__main__"},
 )

@@ -26,7 +26,6 @@ from sklearn.manifold import TSNE
 from fedrouter import __version__
 from fedrouter.bundle import Bundle, find_base, find_embedder
 from fedrouter.config import Config
-from fedrouter.decide import decide
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.evaluate import TaggedRecord
 from fedrouter.evaluate.endpoint import Answer
@@ -97,10 +96,10 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
     embedder = embedder or find_embedder(bundle, find_base(bundle))
     clients = load_clients(trained.config, lambda _: None)
     held = {client: {record.task for record in records} for client, records in clients.items()}
-    texts = [routing_text(one.record.turns) for one in tests]
-    everywhere = decide(Router(bundle, "nearest"), embedder, texts)
+    vectors = embedder.embed([routing_text(one.record.turns) for one in tests])
+    everywhere = Router(bundle, "nearest").route(vectors)
     chosen = {"global": dict.fromkeys(held, everywhere)}
-    chosen["local"] = {c: decide(Router(bundle, "nearest", c), embedder, texts) for c in held}
+    chosen["local"] = {c: Router(bundle, "nearest", c).route(vectors) for c in held}
     asked = sorted({(d.model, i) for by in chosen.values() for own in by.values() for i, d in enumerate(own)})
     began = time.perf_counter()
     results = answered(engine, trained.adapters, tests, asked, world.max_tokens)
@@ -125,7 +124,8 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
     if trained.config.method == "fedrouter":
         if world.unseen:
             line["unseen"] = beyond(trained, unseen_of(world), embedder, engine, world)
-        line["map"] = _map(clients, embedder)
+        if (trained.cell.scenario, trained.cell.seed) == ("dual", (world.seeds or settings.seeds)[0]):
+            line["map"] = _map(clients, embedder)
     return line
 
 
@@ -189,7 +189,7 @@ def beyond(
 ) -> Line:
     """Return how prompts of tasks that nobody trained are answered, by who answers beyond the radius."""
     bundle = trained.bundle
-    decisions = decide(Router(bundle, "nearest"), embedder, [routing_text(t.record.turns) for t in tests])
+    decisions = Router(bundle, "nearest").route(embedder.embed([routing_text(t.record.turns) for t in tests]))
     names: dict[str, list[str]] = {"base": [], "nearest": [], "generalist": [], "composed": []}
     mixes = {}
     for decision in decisions:
@@ -216,7 +216,9 @@ def beyond(
             "beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES),
             **{
                 kind: {
-                    metric: round(float(np.mean([getattr(results[names[kind][i], i], metric) for i in rows])), PLACES)
+                    metric: round(
+                        float(np.mean([getattr(results[names[kind][i], i], metric) for i in rows])), PLACES
+                    )
                     for metric in METRICS
                 }
                 for kind in BEYOND
@@ -260,8 +262,8 @@ def _rounds(trained: Trained) -> list[Line]:
         weights = [line["num_examples"] for line in lines]
         one: Line = {"round": number}
         for key in ("loss", "validation"):
-            values = [line.get(key) for line in lines]
-            if values and None not in values:
+            values = [line[key] for line in lines if line.get(key) is not None]
+            if values and len(values) == len(lines):
                 one[key] = round(float(np.average(values, weights=weights)), 5)
         found.append(one)
     return found

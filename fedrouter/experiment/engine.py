@@ -65,7 +65,9 @@ class Transformers:
         self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
     ) -> list[str]:
         """Return the answers, in the order of ``asked``; see ``Engine``."""
-        states = {name: dict(load_file(path / "adapter_model.safetensors")) for name, path in adapters.items()}
+        states = {
+            name: dict(load_file(path / "adapter_model.safetensors")) for name, path in adapters.items()
+        }
         like = next(iter(states.values()))
         base: AdapterState = {name: 0 * array for name, array in like.items()}
         stack = StackedAdapters(self._model, like, _scale(next(iter(adapters.values()))))

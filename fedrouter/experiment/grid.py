@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,11 +60,13 @@ def search_of(settings: Settings, cells: Sequence[Cell]) -> list[Cell]:
     search = settings.search
     if search is None:
         return []
-    pairs = dict.fromkeys((c.world, c.method) for c in cells if c.method not in settings.worlds[c.world].rates)
+    pairs = dict.fromkeys(
+        (c.world, c.method) for c in cells if c.method not in settings.worlds[c.world].rates
+    )
     return [
         Cell(world, search.scenario, method, search.seed, rate, search=True)
         for world, method in pairs
-        for rate in search.learning_rates
+        for rate in settings.worlds[world].learning_rates or search.learning_rates
     ]
 
 
@@ -110,12 +113,12 @@ def config_of(settings: Settings, cell: Cell, num_tasks: int) -> Config:
 
 def tests_of(world: World) -> list[TaggedRecord]:
     """Return a world's test records."""
-    return _records(world.tests, world)
+    return _records(tuple(world.tests), world.num_per_task)
 
 
 def unseen_of(world: World) -> list[TaggedRecord]:
     """Return its test records of other tasks."""
-    return _records(world.unseen, world)
+    return _records(tuple(world.unseen), world.num_per_task)
 
 
 def merge(values: Values, more: Mapping[str, Any]) -> None:
@@ -127,5 +130,6 @@ def merge(values: Values, more: Mapping[str, Any]) -> None:
             values[key] = copy.deepcopy(value)
 
 
-def _records(sources: Sequence[str], world: World) -> list[TaggedRecord]:
-    return first_of_each_task(load(sources, num_per_task=world.num_per_task), world.num_per_task)
+@cache
+def _records(sources: tuple[str, ...], num_per_task: int) -> list[TaggedRecord]:
+    return first_of_each_task(load(sources, num_per_task=num_per_task), num_per_task)

@@ -6,7 +6,8 @@ import os
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from fedrouter.experiment.settings import Settings
 from fedrouter.train.machine import device_and_dtype
 
 RESULTS = "results.jsonl"
+
+Pool = ProcessPoolExecutor | None
 
 
 def run_experiment(
@@ -53,10 +56,10 @@ def run_experiment(
     cells = cells_of(settings, only)
     failed: dict[str, str] = {}
 
-    def work(todo: Sequence[Cell]) -> None:
+    def work(todo: Sequence[Cell], pool: Pool) -> None:
         missing = [cell for cell in todo if cell.key not in lines]
         console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
-        for cell, line in _side_by_side(settings, missing, out, jobs):
+        for cell, line in _side_by_side(settings, missing, out, pool):
             if isinstance(line, str):
                 failed[cell.key] = line
                 console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
@@ -65,15 +68,16 @@ def run_experiment(
             write_results(file, lines)
             console.print(_told(line), highlight=False, soft_wrap=True, markup=False)
 
-    search = search_of(settings, cells)
-    if search:
-        work(search)
-    losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for cell in search:
-        found = lines.get(cell.key, {}).get("loss")
-        if found is not None and cell.rate is not None:
-            losses[cell.world, cell.method][cell.rate] = found
-    work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells])
+    with _pool(jobs) as pool:
+        search = search_of(settings, cells)
+        if search:
+            work(search, pool)
+        losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+        for cell in search:
+            found = lines.get(cell.key, {}).get("loss")
+            if found is not None and cell.rate is not None:
+                losses[cell.world, cell.method][cell.rate] = found
+        work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells], pool)
     if failed:
         first = next(iter(failed))
         raise TrainingError(
@@ -84,25 +88,31 @@ def run_experiment(
 
 
 def _side_by_side(
-    settings: Settings, cells: Sequence[Cell], out: Path, jobs: int
+    settings: Settings, cells: Sequence[Cell], out: Path, pool: Pool
 ) -> Iterator[tuple[Cell, Line | str]]:
     """Yield each cell with its line, or with what went wrong, as they end."""
-    if jobs == 1 or len(cells) < 2:
+    if pool is None:
         for cell in cells:
             yield cell, run_cell(settings, cell, out)
         return
+    waiting = {pool.submit(run_cell, settings, cell, out): cell for cell in cells}
+    try:
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[Pool]:
+    if jobs == 1:
+        yield None
+        return
     spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(min(jobs, len(cells)), spawning, _begin, (threads,)) as pool:
-        waiting: dict[Future[Line | str], Cell] = {
-            pool.submit(run_cell, settings, cell, out): cell for cell in cells
-        }
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ProcessPoolExecutor(jobs, spawning, _begin, (threads,)) as pool:
+        yield pool
 
 
 def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:

@@ -40,6 +40,8 @@ class World(_Section):
     seeds: list[int] | None = None
     rates: dict[str, float] = Field(default_factory=dict)
     """Learning rates by method, found before; without, ``search`` finds them."""
+    learning_rates: list[float] | None = None
+    """Those that are searched here, instead of the search's own."""
     run: Values = Field(default_factory=dict)
     """Sections of a training configuration, over the experiment's own."""
 

@@ -121,10 +121,11 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         except ClientError as failed:
             left_out.add(failed)
         model = quantised(config, path, model)
-        trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed, input_.tokeniser)
+        kind = StackedTrainer if config.train.stacked else AdapterTrainer
+        trainer = kind(model, tokenizer, config.lora, config.train, config.seed, input_.tokeniser)
         trainer.rehearse([r for name in left_out.others for r in records[name]], config.train.learning_rate)
-        if config.train.stacked:
-            federation: LocalFederation = StackedFederation(clients, StackedTrainer(trainer))
+        if isinstance(trainer, StackedTrainer):
+            federation: LocalFederation = StackedFederation(clients, trainer)
         else:
             federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
         anew = rereading(config, records, embedder, federation, trainer, left_out, console)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.stacked import StackedAdapters
 from fedrouter.train.client import Client, Trainer
 from fedrouter.train.local import LocalFederation, tried
+from fedrouter.train.rows import Tokeniser
 from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained
 from fedrouter.types import (
     AdapterState,
@@ -32,8 +34,11 @@ from fedrouter.types import (
     ValidationRequest,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 TOKENS = 32_768  # padded tokens in one forward pass, at most; fewer for a larger base
-LARGE = 80_000_000  # parameters of a base that gets fewer
+LARGE = 40_000_000  # parameters of a base that gets fewer
 LONGEST = 1.0  # L2 norm that a gradient is cut to, as the Trainer's default
 
 Request = TypeVar("Request", TrainRequest, ValidationRequest)
@@ -51,26 +56,41 @@ class Job:
     seed: int = 0
 
 
-class StackedTrainer:
-    """Trains and judges many adapters at once on the model of an ``AdapterTrainer``."""
+class StackedTrainer(AdapterTrainer):
+    """Trains and judges many adapters at once on the resident base; parameters as ``AdapterTrainer``."""
 
-    def __init__(self, trainer: AdapterTrainer):
-        self.alone = trainer
-        self._model: Any = trainer.model
-        self._base = self._model.get_base_model()
-        self._fresh = trainer.state()
-        lora = self._model.peft_config["default"]
-        self._stack = StackedAdapters(self._base, self._fresh, lora.lora_alpha / lora.r, lora.lora_dropout)
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        lora: LoraSettings,
+        settings: TrainSettings,
+        seed: int,
+        tokeniser: Tokeniser | None = None,
+    ):
+        super().__init__(model, tokenizer, lora, settings, seed, tokeniser)
+        self._base = self.model.get_base_model()
+        self._stack = StackedAdapters(self._base, self.state(), lora.alpha / lora.rank, lora.dropout)
         parameters = sum(p.numel() for p in self._base.parameters())
         self._tokens = int(TOKENS * min(1.0, LARGE / parameters))
         self._decoder, self._head = self._base.get_decoder(), self._base.get_output_embeddings()
         self._plain = self._head_is_all()
 
-    def train(self, jobs: Sequence[Job]) -> list[Trained]:
+    def train(
+        self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int
+    ) -> Trained:
+        """Train one adapter; see ``AdapterTrainer.train``."""
+        return self.train_all([Job(adapter, data, steps, learning_rate, seed)])[0]
+
+    def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
+        """Return one adapter's mean loss on ``data``; see ``AdapterTrainer.loss``."""
+        return self.losses([Job(adapter, data)])[0]
+
+    def train_all(self, jobs: Sequence[Job]) -> list[Trained]:
         """Train every job's adapter for its steps; results in the jobs' order."""
         began = perf_counter()
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)  # who is done first lies last
-        settings = self.alone.settings
+        settings = self.settings
         batches = [_batches(jobs[i], settings.step_size) for i in order]
         sent = self._stack.matrix([jobs[i].adapter for i in order], self._base.device)
         weights = torch.nn.Parameter(sent.clone())
@@ -114,7 +134,7 @@ class StackedTrainer:
         rows = [_rows(job) for job in jobs]
         totals = torch.zeros(len(jobs), device=weights.device)
         counts = [sum(sum(t != IGNORED for t in labels[1:]) for _, labels in own) for own in rows]
-        size = self.alone.settings.step_size
+        size = self.settings.step_size
         self._stack.training = False
         with self._in_place():
             for start in range(0, max(map(len, rows)), size):
@@ -184,20 +204,20 @@ class StackedTrainer:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Have our adapters in the base instead of PEFT's."""
-        self._model.disable_adapter_layers()
-        self._model.eval()  # nothing but dropout asks for it, and adapters have their own
+        self.model.disable_adapter_layers()
+        self.model.eval()  # nothing but dropout asks for it, and adapters have their own
         try:
             with self._stack.attached():
                 yield
         finally:
-            self._model.enable_adapter_layers()
+            self.model.enable_adapter_layers()
 
 
 class StackedFederation(LocalFederation):
     """Clients in this process whose adapters are trained side by side."""
 
     def __init__(self, clients: Sequence[Client], trainer: StackedTrainer):
-        super().__init__(clients, trainer.alone)
+        super().__init__(clients, trainer)
         self._stacked = trainer
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
@@ -220,7 +240,7 @@ class StackedFederation(LocalFederation):
             try:
                 jobs = [job for job, _ in table.jobs]
                 if jobs:
-                    what = self._stacked.train if jobs[0].steps else self._stacked.losses
+                    what = self._stacked.train_all if jobs[0].steps else self._stacked.losses
                     for (_, promise), result in zip(table.jobs, what(jobs), strict=True):
                         promise.set_result(result)
             except BaseException as error:
@@ -259,7 +279,7 @@ class _Seat:
     """A trainer as clients see it: what they ask for waits for the others."""
 
     def __init__(self, stacked: StackedTrainer, table: _Table):
-        self._alone, self._table = stacked.alone, table
+        self._alone, self._table = stacked, table
 
     @property
     def validation(self) -> float:
