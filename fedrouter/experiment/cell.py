@@ -12,6 +12,7 @@ Beyond a radius the nearest adapter answers all the same, so that no method is h
 
 import importlib.metadata
 import json
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from fedrouter.evaluate.endpoint import Answer
 from fedrouter.evaluate.scores import Result, score
 from fedrouter.experiment.compose import mix_of, write_mixes
 from fedrouter.experiment.engine import Engine, Transformers
-from fedrouter.experiment.grid import Cell, config_of, tests_of, unseen_of
+from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, tests_of, unseen_of
 from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings, World
 from fedrouter.route import BASE_NAME, Router
@@ -121,10 +122,12 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
         "rounds": _rounds(trained),
         "traffic": _traffic(trained),
     }
+    if has_curve(settings, trained.cell):
+        line["curve"] = curve(trained, tests, [d.model for d in everywhere], engine, world)
     if trained.config.method == "fedrouter":
         if world.unseen:
             line["unseen"] = beyond(trained, unseen_of(world), embedder, engine, world)
-        if (trained.cell.scenario, trained.cell.seed) == ("dual", (world.seeds or settings.seeds)[0]):
+        if is_shown(settings, trained.cell):
             line["map"] = _map(clients, embedder)
     return line
 
@@ -226,6 +229,29 @@ def beyond(
         }
         for task, rows in tasks.items()
     }
+
+
+def curve(
+    trained: Trained, tests: Sequence[TaggedRecord], names: Sequence[str], engine: Engine, world: World
+) -> list[float]:
+    """Return the score after each round, of the adapters that checkpoints hold; routed as in the end."""
+    bundle, found = trained.bundle, []
+    for checkpoint in sorted((trained.directory / "run" / "checkpoints").glob("round-*")):
+        paths = {}
+        for k, cluster in enumerate(bundle.clusters):
+            paths[cluster.adapter] = trained.directory / "curve" / checkpoint.name / cluster.adapter
+            paths[cluster.adapter].mkdir(parents=True, exist_ok=True)
+            shutil.copy(bundle.adapter_path(cluster) / "adapter_config.json", paths[cluster.adapter])
+            shutil.copy(
+                checkpoint / f"cluster-{k}.safetensors", paths[cluster.adapter] / "adapter_model.safetensors"
+            )
+        asked = [(name, i) for i, name in enumerate(names)]
+        results = answered(engine, paths, tests, asked, world.max_tokens)
+        tasks: dict[str, list[float]] = defaultdict(list)
+        for key in asked:
+            tasks[tests[key[1]].task].append(getattr(results[key], world.metric))
+        found.append(round(float(np.mean([np.mean(own) for own in tasks.values()])), PLACES))
+    return found
 
 
 def _facts(trained: Trained) -> Line:

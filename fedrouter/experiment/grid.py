@@ -15,6 +15,7 @@ from fedrouter.evaluate import TaggedRecord, first_of_each_task, load
 from fedrouter.experiment.settings import Settings, Values, World
 
 OURS = ("given", "told")  # keys of a method that are none of a training configuration's
+MANY = 1000  # checkpoints: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def config_of(settings: Settings, cell: Cell, num_tasks: int) -> Config:
     if cell.rate is not None:
         rates = {"learning_rate": cell.rate, "learning_rate_end": settings.rate_end * cell.rate}
         merge(values, {"train": rates})
+    if has_curve(settings, cell):
+        merge(values, {"train": {"keep_checkpoints": MANY}})
     if cell.search and settings.search:
         merge(values, {"train": {"validation": settings.search.validation}})
     try:
@@ -109,6 +112,17 @@ def config_of(settings: Settings, cell: Cell, num_tasks: int) -> Config:
             for e in error.errors()
         )
         raise ConfigError(f"cell {cell.key}: {said}") from error
+
+
+def is_shown(settings: Settings, cell: Cell) -> bool:
+    """Tell whether a cell is the one of its method that pictures show: scenario dual, the first seed."""
+    first = (settings.worlds[cell.world].seeds or settings.seeds)[0]
+    return (cell.scenario, cell.seed, cell.search) == ("dual", first, False)
+
+
+def has_curve(settings: Settings, cell: Cell) -> bool:
+    """Tell whether a cell is tested after every round."""
+    return cell.method in settings.worlds[cell.world].curve and is_shown(settings, cell)
 
 
 def tests_of(world: World) -> list[TaggedRecord]:

@@ -34,6 +34,10 @@ class World(_Section):
     """Most tokens of an answer."""
     label: str = ""
     """What tables call it."""
+    parameters: int | None = Field(None, ge=1)
+    """Of the base, for the picture of scores over sizes."""
+    curve: list[str] = Field(default_factory=list)
+    """Methods that are tested after every round too, with the first seed, scenario dual."""
     methods: list[str] | None = None
     """Of all methods those; without: all."""
     scenarios: list[Scenario] | None = None
@@ -76,7 +80,7 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _names_fit(self) -> "Settings":
         for name, world in self.worlds.items():
-            unknown = {*(world.methods or ()), *world.rates} - self.methods.keys()
+            unknown = {*(world.methods or ()), *world.rates, *world.curve} - self.methods.keys()
             if unknown:
                 raise ValueError(f"worlds.{name} names no method of this experiment: {sorted(unknown)}")
         for name in (*self.worlds, *self.methods):
