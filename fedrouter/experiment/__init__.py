@@ -10,6 +10,7 @@ run.py        all cells, side by side; gone on with where they stopped
 compare.py    means over seeds, the best baseline, paired bootstrap
 tables.py     Markdown, LaTeX, CSV
 pictures.py   the paper's figures as SVG
+report.py     all of it as one page, and the paper's claims beside what was measured
 """
 
 from fedrouter.experiment.run import run_experiment

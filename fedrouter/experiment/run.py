@@ -19,6 +19,7 @@ from fedrouter.errors import TrainingError
 from fedrouter.experiment.cell import searched, tested, train_cell
 from fedrouter.experiment.engine import Transformers
 from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
+from fedrouter.experiment.report import write_report
 from fedrouter.experiment.results import Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
 from fedrouter.train.machine import device_and_dtype
@@ -41,7 +42,7 @@ def run_experiment(
 
     Parameters
     ----------
-    out : what cells leave on disk, one directory each; an interrupted one goes on there.
+    out : what cells leave on disk, one directory each, and the report; an interrupted one goes on there.
     jobs : cells at a time, each in a process of its own; on a GPU they share it.
     only : patterns of cells (``english-6m/dual/*``).
     results : the lines; ``results.jsonl`` in ``out`` if not given.
@@ -78,6 +79,7 @@ def run_experiment(
             if found is not None and cell.rate is not None:
                 losses[cell.world, cell.method][cell.rate] = found
         work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells], pool)
+    write_report(settings, lines, out)
     if failed:
         first = next(iter(failed))
         raise TrainingError(
