@@ -33,7 +33,7 @@ from fedrouter.evaluate.endpoint import Answer
 from fedrouter.evaluate.scores import Result, score
 from fedrouter.experiment.compose import mix_of, write_mixes
 from fedrouter.experiment.engine import Engine, Transformers
-from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, tests_of, unseen_of
+from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, questions_of, unseen_of
 from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings, World
 from fedrouter.route import BASE_NAME, Router
@@ -68,7 +68,7 @@ def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
     """Train a cell below ``out``, or go on with what is there."""
     directory = out / cell.key
     directory.mkdir(parents=True, exist_ok=True)
-    num_tasks = len({record.task for record in tests_of(settings.worlds[cell.world])})
+    num_tasks = len({record.task for record in questions_of(settings.worlds[cell.world])})
     config = config_of(settings, cell, num_tasks)
     began = time.perf_counter()
     with (directory / "train.log").open("a", encoding="utf-8") as log:
@@ -92,7 +92,7 @@ def searched(trained: Trained) -> Line:
 def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
     """Have a cell's adapters answer and return its line."""
     world = settings.worlds[trained.cell.world]
-    tests, bundle = tests_of(world), trained.bundle
+    tests, bundle = questions_of(world), trained.bundle
     embedder = engine.embedder(bundle) if isinstance(engine, Transformers) else None
     embedder = embedder or find_embedder(bundle, find_base(bundle))
     clients = load_clients(trained.config, lambda _: None)

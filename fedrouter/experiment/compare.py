@@ -156,7 +156,7 @@ def drawn_gains(a: Scores, b: Scores, num: int = DRAWS, seed: int = 0) -> Float6
 
 
 def _weights(draw: np.random.Generator, num: int, size: int) -> Float64s:
-    """Return what drawing ``size`` of as many with replacement makes each count: (num, size), rows sum to 1."""
+    """Return what each counts when ``size`` are drawn with replacement: (num, size), rows sum to 1."""
     return draw.multinomial(size, np.full(size, 1 / size), num) / size
 
 

@@ -97,6 +97,9 @@ def config_of(settings: Settings, cell: Cell, num_tasks: int) -> Config:
         values.pop("cluster", None)
     elif own.get("given"):
         merge(values, {"cluster": {"global": num_tasks}})
+        if values["cluster"].get("method") == "kmeans":  # as many local clusters as tasks that a client holds
+            held = {"single": 1, "dual": 2}.get(cell.scenario, num_tasks)
+            merge(values, {"cluster": {"local": held}})
     if cell.rate is not None:
         rates = {"learning_rate": cell.rate, "learning_rate_end": settings.rate_end * cell.rate}
         merge(values, {"train": rates})
@@ -125,7 +128,7 @@ def has_curve(settings: Settings, cell: Cell) -> bool:
     return cell.method in settings.worlds[cell.world].curve and is_shown(settings, cell)
 
 
-def tests_of(world: World) -> list[TaggedRecord]:
+def questions_of(world: World) -> list[TaggedRecord]:
     """Return a world's test records."""
     return _records(tuple(world.tests), world.num_per_task)
 

@@ -67,7 +67,8 @@ class Settings(_Section):
     scenarios: list[Scenario] = ["single", "dual", "all"]
     methods: dict[str, Values] = Field(min_length=1)
     """By name: sections of a training configuration. ``method`` is the name if not given; ``given = true``
-    sets ``cluster.global`` to the number of tasks; ``told = true``: it knows more than clients would."""
+    sets ``cluster.global`` to the number of tasks (for k-means ``cluster.local`` too); ``told = true``: it
+    knows more than clients would, and is no baseline."""
     worlds: dict[str, World] = Field(min_length=1)
     search: Search | None = None
     rate_end: float = Field(0.05, ge=0, le=1)
