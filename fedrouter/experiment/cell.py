@@ -31,7 +31,7 @@ from fedrouter.embed import Embedder, routing_text
 from fedrouter.evaluate import TaggedRecord
 from fedrouter.evaluate.endpoint import Answer
 from fedrouter.evaluate.scores import Result, score
-from fedrouter.experiment.compose import mix_of, write_mixes
+from fedrouter.experiment.compose import Mix, mix_of, name_of, write_mixes
 from fedrouter.experiment.engine import Engine, Transformers
 from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, questions_of, unseen_of
 from fedrouter.experiment.results import Line
@@ -93,8 +93,7 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
     """Have a cell's adapters answer and return its line."""
     world = settings.worlds[trained.cell.world]
     tests, bundle = questions_of(world), trained.bundle
-    embedder = engine.embedder(bundle) if isinstance(engine, Transformers) else None
-    embedder = embedder or find_embedder(bundle, find_base(bundle))
+    embedder = embedder_of(bundle, engine)
     clients = load_clients(trained.config, lambda _: None)
     held = {client: {record.task for record in records} for client, records in clients.items()}
     vectors = embedder.embed([routing_text(one.record.turns) for one in tests])
@@ -126,10 +125,16 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
         line["curve"] = curve(trained, tests, [d.model for d in everywhere], engine, world)
     if trained.config.method == "fedrouter":
         if world.unseen:
-            line["unseen"] = beyond(trained, unseen_of(world), embedder, engine, world)
+            line["unseen"] = beyond(trained, embedder, engine, world)
         if is_shown(settings, trained.cell):
             line["map"] = _map(clients, embedder)
     return line
+
+
+def embedder_of(bundle: Bundle, engine: Engine | None = None) -> Embedder:
+    """Return a bundle's embedder, from the engine where that has it already."""
+    there = engine.embedder(bundle) if isinstance(engine, Transformers) else None
+    return there or find_embedder(bundle, find_base(bundle))
 
 
 def answered(
@@ -187,48 +192,46 @@ def evaluations(
     return found
 
 
-def beyond(
-    trained: Trained, tests: Sequence[TaggedRecord], embedder: Embedder, engine: Engine, world: World
-) -> Line:
+def merged(trained: Trained, world: World, embedder: Embedder) -> tuple[list[Decision], dict[str, Mix]]:
+    """Return where prompts of tasks that nobody trained go, and which merges could answer them."""
+    vectors = embedder.embed([routing_text(one.record.turns) for one in unseen_of(world)])
+    decisions = Router(trained.bundle, "nearest").route(vectors)
+    mixes = [mix_of(trained.bundle, decision) for decision in decisions if decision.fallback]
+    return decisions, {name_of(mix): mix for mix in mixes}
+
+
+def beyond(trained: Trained, embedder: Embedder, engine: Engine, world: World) -> Line:
     """Return how prompts of tasks that nobody trained are answered, by who answers beyond the radius."""
-    bundle = trained.bundle
-    decisions = Router(bundle, "nearest").route(embedder.embed([routing_text(t.record.turns) for t in tests]))
-    names: dict[str, list[str]] = {"base": [], "nearest": [], "generalist": [], "composed": []}
-    mixes = {}
-    for decision in decisions:
-        mix = mix_of(bundle, decision)
-        merged = "+".join(f"{weight}-{adapter}" for adapter, weight in mix)
-        mixes[merged] = mix
-        nearest = decision.model
-        names["nearest"].append(nearest)
-        names["base"].append(BASE_NAME if decision.fallback else nearest)
-        names["generalist"].append((bundle.generalist or nearest) if decision.fallback else nearest)
-        names["composed"].append(merged if decision.fallback else nearest)
-    plain = sorted({(n, i) for kind in BEYOND[:3] for i, n in enumerate(names[kind])})
-    merged_only = sorted({(n, i) for i, n in enumerate(names["composed"]) if n in mixes})
+    bundle, tests = trained.bundle, unseen_of(world)
+    decisions, mixes = merged(trained, world, embedder)
+    by: dict[str, list[str]] = {}  # who answers each prompt
+    for kind in BEYOND:
+        by[kind] = [
+            d.model
+            if not d.fallback or kind == "nearest"
+            else {"base": BASE_NAME, "generalist": bundle.generalist or BASE_NAME}.get(kind)
+            or name_of(mix_of(bundle, d))
+            for d in decisions
+        ]
+    asked = sorted({(name, i) for own in by.values() for i, name in enumerate(own)})
+    plain = [(name, i) for name, i in asked if name not in mixes]
     results = answered(engine, trained.adapters, tests, plain, world.max_tokens)
-    if merged_only:
-        used = {n: mixes[n] for n, _ in merged_only}
-        paths = write_mixes(bundle, used, trained.directory / "mixes")
-        results |= answered(engine, paths, tests, merged_only, world.max_tokens)
-    tasks: dict[str, list[int]] = defaultdict(list)
-    for i, one in enumerate(tests):
-        tasks[one.task].append(i)
-    return {
-        task: {
-            "beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES),
-            **{
-                kind: {
-                    metric: round(
-                        float(np.mean([getattr(results[names[kind][i], i], metric) for i in rows])), PLACES
-                    )
-                    for metric in METRICS
-                }
-                for kind in BEYOND
-            },
-        }
-        for task, rows in tasks.items()
-    }
+    if mixes:
+        paths = write_mixes(bundle, mixes, trained.directory / "mixes")
+        results |= answered(
+            engine, paths, tests, [pair for pair in asked if pair[0] in mixes], world.max_tokens
+        )
+    found: Line = {}
+    for task in sorted({one.task for one in tests}):
+        rows = [i for i, one in enumerate(tests) if one.task == task]
+        found[task] = {"beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES)}
+        for kind, names in by.items():
+            own = [results[names[i], i] for i in rows]
+            found[task][kind] = {
+                metric: round(float(np.mean([getattr(result, metric) for result in own])), PLACES)
+                for metric in METRICS
+            }
+    return found
 
 
 def curve(

@@ -14,7 +14,7 @@ from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings
 from fedrouter.types import Float64s
 
-DRAWS = 4000  # of the bootstrap
+DRAWS = 2000  # of the bootstrap
 SURE = 95.0  # per cent that an interval holds
 OURS = "fedrouter"
 ONE_ADAPTER = ("fedavg", "fedprox")  # whoever asks, whatever is routed

@@ -32,6 +32,11 @@ def mix_of(bundle: Bundle, decision: Decision) -> Mix:
     return tuple((adapter_of[name], w) for (name, _), w in zip(nearest, weights, strict=False) if w)
 
 
+def name_of(mix: Mix) -> str:
+    """Return a name for a merged adapter."""
+    return "--".join(f"{weight}-{adapter}" for adapter, weight in mix)
+
+
 def write_mixes(bundle: Bundle, mixes: Mapping[str, Mix], directory: Path) -> dict[str, Path]:
     """Write merged adapters, all of rank 2r, as PEFT does; return their directories by name."""
     paths = {}

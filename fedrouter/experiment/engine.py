@@ -5,6 +5,7 @@ same batches (stacked.py). ``Vllm`` asks a server that holds the adapters of man
 results which of them answered: their arithmetic differs, and so does a word here and there.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ from safetensors.numpy import load_file
 
 from fedrouter.bundle import Bundle
 from fedrouter.embed import Embedder, HiddenStateEmbedder
+from fedrouter.errors import ServingError
+from fedrouter.evaluate.endpoint import Endpoint
 from fedrouter.models import load_base, load_tokenizer, render_prompt
+from fedrouter.route import BASE_NAME
 from fedrouter.stacked import StackedAdapters
 from fedrouter.types import AdapterState, Turn
 
 ROWS = 16  # prompts of one adapter that lie together
 TOKENS_CPU, TOKENS_GPU = 16_384, 131_072  # of prompts and answers in one batch, padding counted
+AT_ONCE, TIMEOUT_S = 32, 300.0  # requests to a server
 
 Conversation = Sequence[Turn]
 
@@ -123,6 +128,48 @@ class Transformers:
         )
         texts: list[str] = self._tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
         return texts
+
+
+class Vllm:
+    """A server that holds all adapters that will be asked for, by the same names.
+
+    Parameters
+    ----------
+    url : of ``fedrouter serve``, or of vLLM itself.
+    """
+
+    name = "vllm"
+
+    def __init__(self, url: str):
+        self._url = url
+
+    def answers(
+        self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
+    ) -> list[str]:
+        """Return the answers, in the order of ``asked``; see ``Engine``.
+
+        Raises
+        ------
+        ServingError
+            If a prompt gets none, after retries.
+        """
+        names = [name if name in adapters else BASE_NAME for name, _ in asked]
+        return asyncio.run(
+            self._ask([(n, turns) for n, (_, turns) in zip(names, asked, strict=True)], max_tokens)
+        )
+
+    async def _ask(self, asked: Sequence[tuple[str, Conversation]], max_tokens: int) -> list[str]:
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with Endpoint(self._url, api_key=None, timeout_s=TIMEOUT_S, retries=3) as endpoint:
+
+            async def one(name: str, turns: Conversation) -> str:
+                async with gate:
+                    answer = await endpoint.ask(name, turns, max_tokens=max_tokens, temperature=0.0)
+                if answer.error is not None:
+                    raise ServingError(f"{name} did not answer: {answer.error}")
+                return answer.text
+
+            return list(await asyncio.gather(*(one(name, turns) for name, turns in asked)))
 
 
 def _scale(directory: Path) -> float:

@@ -5,10 +5,11 @@ import multiprocessing
 import os
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,16 @@ from rich.console import Console
 
 from fedrouter.bundle import find_base
 from fedrouter.errors import TrainingError
-from fedrouter.experiment.cell import searched, tested, train_cell
-from fedrouter.experiment.engine import Transformers
+from fedrouter.experiment.cell import Trained, embedder_of, merged, searched, tested, train_cell
+from fedrouter.experiment.compare import OURS
+from fedrouter.experiment.compose import write_mixes
+from fedrouter.experiment.engine import Transformers, Vllm
 from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
 from fedrouter.experiment.report import write_report
 from fedrouter.experiment.results import Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.machine import device_and_dtype
 
 RESULTS = "results.jsonl"
@@ -60,7 +65,10 @@ def run_experiment(
     def work(todo: Sequence[Cell], pool: Pool) -> None:
         missing = [cell for cell in todo if cell.key not in lines]
         console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
-        for cell, line in _side_by_side(settings, missing, out, pool):
+        ended = _side_by_side(settings, missing, out, pool)
+        if settings.engine == "vllm" and not todo[0].search:
+            ended = _asked_of_vllm(settings, ended, out)
+        for cell, line in ended:
             if isinstance(line, str):
                 failed[cell.key] = line
                 console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
@@ -117,24 +125,64 @@ def _pool(jobs: int) -> Iterator[Pool]:
         yield pool
 
 
+def _asked_of_vllm(
+    settings: Settings, ended: Iterator[tuple[Cell, Line | str]], out: Path
+) -> Iterator[tuple[Cell, Line | str]]:
+    """Have trained cells answered: one server for all cells over the same base."""
+    groups: dict[Path, list[Trained]] = defaultdict(list)
+    for cell, line in ended:
+        if isinstance(line, str):
+            yield cell, line
+            continue
+        trained = train_cell(settings, cell, out)  # it is there; this only loads it
+        trained = replace(trained, seconds=line["train_seconds"])
+        groups[find_base(trained.bundle)].append(trained)
+    for cells in groups.values():
+        adapters = {name: path for trained in cells for name, path in trained.adapters.items()}
+        for trained in cells:
+            world = settings.worlds[trained.cell.world]
+            if world.unseen and trained.config.method == OURS:
+                _, mixes = merged(trained, world, embedder_of(trained.bundle))
+                adapters |= write_mixes(trained.bundle, mixes, trained.directory / "mixes")
+        first = cells[0].bundle
+        others = {name: path for name, path in adapters.items() if name not in first.adapter_paths}
+        serving = Options(port=free_port(), adapters=others)
+        with running_server(first.path, serving, log=out / "server.log") as url:
+            engine = Vllm(url)
+            for trained in cells:
+                yield trained.cell, _line(trained.cell, out, partial(tested, settings, trained, engine))
+
+
 def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
-    """Run one cell to its line, or to what went wrong: one cell must not end the others."""
-    try:
+    """Run one cell to its line, or to what went wrong: one cell must not end the others.
+
+    With vLLM its training alone; the cells are asked together, afterwards.
+    """
+
+    def run() -> Line:
         trained = train_cell(settings, cell, out)
-        if cell.search:
+        if cell.search or settings.engine == "vllm":
             return searched(trained)
-        path = find_base(trained.bundle)
         device, dtype = device_and_dtype(trained.config)
-        return tested(settings, trained, _engine(path, dtype, device, trained.config.base.chat_template))
-    except Exception as error:
-        (out / cell.key).mkdir(parents=True, exist_ok=True)
-        (out / cell.key / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        template = trained.config.base.chat_template
+        return tested(settings, trained, _engine(find_base(trained.bundle), dtype, device, template))
+
+    try:
+        return _line(cell, out, run)
     finally:
         gc.unfreeze()  # each training freezes what was there; the next cell needs the room
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _line(cell: Cell, out: Path, run: Callable[[], Line]) -> Line | str:
+    try:
+        return run()
+    except Exception as error:
+        (out / cell.key).mkdir(parents=True, exist_ok=True)
+        (out / cell.key / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 @cache

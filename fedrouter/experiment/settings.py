@@ -134,6 +134,4 @@ def _found(source: str, directory: Path) -> list[str]:
     if is_builtin(source):
         return [source]
     paths = sorted(glob.glob(str(directory / source)))  # noqa: PTH207 - the pattern may begin with ..
-    if not paths and "*" in source:
-        raise ConfigError(f"experiment: no file is named like {source}")
-    return [str(Path(p).resolve()) for p in paths] or [source]
+    return [str(Path(p).resolve()) for p in paths] or [source]  # a hub id, or refused when it is read

@@ -63,8 +63,9 @@ def tables(settings: Settings, results: Results, searched: Sequence[Line]) -> It
             found = scores(settings, results, world, scenario)
             if found.rows:
                 yield found
-        if tasks := by_task(settings, results, world, "single", "all"):
-            yield tasks
+        for scenario, kind in (("dual", "own"), ("all", "own"), ("single", "all")):
+            if tasks := by_task(settings, results, world, scenario, kind):
+                yield tasks
         if told := routing(settings, results, world):
             yield told
         if more := beyond(settings, results, world):
@@ -104,6 +105,19 @@ def scores(settings: Settings, results: Results, world: str, scenario: str) -> T
         ["method", "seeds", "own tests", "all tests", "FedRouter's gain, own", "FedRouter's gain, all"],
         rows,
     )
+
+
+def summary(settings: Settings, results: Results, world: str) -> Table:
+    """Return one row a method: clients' own tasks in dual and all, all tasks in single."""
+    columns = [("dual", "own"), ("all", "own"), ("single", "all")]
+    rows = []
+    for method in settings.worlds[world].methods or settings.methods:
+        found = [results.scores(world, s, native(method, tests, settings)) for s, tests in columns]
+        if any(found):
+            rows.append([f"`{method}`", *(spread(f.mean, f.spread) if f else "–" for f in found)])
+    shown = settings.worlds[world]
+    names = [f"{scenario}, {tests} tasks" for scenario, tests in columns]
+    return Table(f"{shown.label or world}: {METRICS[shown.metric]}", ["method", *names], rows)
 
 
 def by_task(settings: Settings, results: Results, world: str, scenario: str, tests: str) -> Table | None:
