@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255")
-HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 360, 60, 40, 50, 150
+HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 380, 60, 52, 50, 150
 PLOT = HEIGHT - TOP - BOTTOM
 
 Point = tuple[float, float]
@@ -23,9 +23,9 @@ def bars(path: Path, title: str, values: Mapping[str, Mapping[str, tuple[float, 
     """
     series = list(dict.fromkeys(name for group in values.values() for name in group))
     width = max(14, min(26, 640 // max(1, len(values) * (len(series) + 1))))
-    right = LEFT + len(values) * (len(series) + 1) * width
+    right = LEFT + max(360, len(values) * (len(series) + 1) * width)
     top = _ceiling(m + (0 if math.isnan(d) else d) for group in values.values() for m, d in group.values())
-    body = [_text(LEFT, 20, title, bold=True), *_scale(top, right, unit)]
+    body = [_text(14, 18, title, bold=True), *_scale(top, right, unit)]
     for g, (group, own) in enumerate(values.items()):
         start = LEFT + g * (len(series) + 1) * width + width / 2
         body.append(_text(start, HEIGHT - BOTTOM + 18, group))
@@ -53,7 +53,7 @@ def lines(path: Path, title: str, series: Series, along: str, unit: str, logarit
     least, most = min(xs), max(xs)
     top = _ceiling(y for _, y in points)
     right = LEFT + 520
-    body = [_text(LEFT, 20, title, bold=True), *_scale(top, right, unit), _text(LEFT, HEIGHT - 12, along)]
+    body = [_text(14, 18, title, bold=True), *_scale(top, right, unit), _text(LEFT, HEIGHT - 12, along)]
 
     def at(x: float) -> float:
         return LEFT + 20 + (place(x) - least) / max(most - least, 1e-9) * (right - LEFT - 40)
@@ -75,7 +75,7 @@ def embedding_map(path: Path, title: str, rows: Sequence[Sequence[Any]]) -> None
     tasks = sorted({str(row[2]) for row in rows})
     xs, ys = [float(row[0]) for row in rows], [float(row[1]) for row in rows]
     right = LEFT + PLOT * 1.4
-    body = [_text(LEFT, 20, title, bold=True)]
+    body = [_text(14, 18, title, bold=True)]
     for x, y, task, client in rows:
         left = LEFT + (x - min(xs)) / max(max(xs) - min(xs), 1e-9) * (right - LEFT)
         down = _y((y - min(ys)) / max(max(ys) - min(ys), 1e-9))
@@ -87,7 +87,7 @@ def embedding_map(path: Path, title: str, rows: Sequence[Sequence[Any]]) -> None
 
 
 def _scale(top: float, right: float, unit: str) -> list[str]:
-    body = [_text(6, TOP - 8, unit)]
+    body = [_text(14, TOP - 12, unit)]
     for step in range(6):
         y = _y(step / 5)
         body.append(f'<line x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')

@@ -70,6 +70,8 @@ def tables(settings: Settings, results: Results, searched: Sequence[Line]) -> It
             yield told
         if more := beyond(settings, results, world):
             yield more
+        if lowest := convergence(settings, results, world):
+            yield lowest
         if rates := searches(searched, world, label):
             yield rates
         if sent := traffic(settings, results, world):
@@ -186,6 +188,27 @@ def beyond(settings: Settings, results: Results, world: str) -> Table | None:
     label = settings.worlds[world].label or world
     title = f"{label}: prompts of a task that nobody trained, by who answers beyond the radius"
     return Table(title, ["scenario", "task", "share beyond", *BEYOND], rows) if rows else None
+
+
+def convergence(settings: Settings, results: Results, world: str) -> Table | None:
+    """Return the round in which a method's validation loss was lowest: the last one means too few."""
+    scenarios = settings.worlds[world].scenarios or settings.scenarios
+    rows, last = [], 0
+    for method in settings.worlds[world].methods or settings.methods:
+        cells = []
+        for scenario in scenarios:
+            told = [
+                [one["validation"] for one in line["rounds"]]
+                for line in results.of(world, scenario, method)
+                if line["rounds"] and all("validation" in one for one in line["rounds"])
+            ]
+            last = max([last, *map(len, told)])
+            cells.append(f"{np.mean([np.argmin(own) + 1 for own in told]):.1f}" if told else "–")
+        if any(cell != "–" for cell in cells):
+            rows.append([method, *cells])
+    label = settings.worlds[world].label or world
+    title = f"{label}: the round of {last} with the lowest validation loss, mean over seeds"
+    return Table(title, ["method", *scenarios], rows) if rows else None
 
 
 def searches(searched: Iterable[Line], world: str, label: str) -> Table | None:
