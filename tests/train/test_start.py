@@ -65,7 +65,7 @@ def test_the_client_whose_file_has_changed_is_made_anew(
     assert records == load_sources(config.data.clients, config, None)
     fresh = made_by(config)
     for name, client in fresh.clients.items():
-        np.testing.assert_array_equal(federation.clients[name]._held, client._held)
+        np.testing.assert_array_equal(federation.clients[name]._vectors, client._vectors)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "", "x" * 201, "\x1b[31mred"])
