@@ -13,12 +13,12 @@ from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.bundle import Bundle
 from fedrouter.config import ClusterSettings, Count, PrivacySettings, RoutingSettings
 from fedrouter.route import Router
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.cluster import nearest
 from fedrouter.train.join import placed
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
 from fedrouter.types import (
     Assignment,
     BaseSpec,

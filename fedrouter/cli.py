@@ -107,7 +107,7 @@ def check(
 
     from fedrouter.config_file import load_config
     from fedrouter.train.check import check as run
-    from fedrouter.train.check_view import show
+    from fedrouter.train.show.check_view import show
 
     try:
         report = run(load_config(config, set_ or []))

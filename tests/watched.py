@@ -11,11 +11,11 @@ import numpy as np
 from fakes import adapter
 
 from fedrouter.config import Config, PrivacySettings, TrainSettings
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import FEW
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.cluster import FEW
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.methods import group
-from fedrouter.train.server import run_rounds
+from fedrouter.train.server.loop import run_rounds
+from fedrouter.train.server.methods import group
 from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"

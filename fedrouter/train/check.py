@@ -18,9 +18,9 @@ from fedrouter.config import Config
 from fedrouter.data import Read
 from fedrouter.errors import ConfigError
 from fedrouter.models import load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.train.client.rows import Tokeniser, TokenRow, load_rows, positions_of
+from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
-from fedrouter.train.rows import Tokeniser, TokenRow, load_rows, positions_of
-from fedrouter.train.sources import read_clients
 from fedrouter.types import Record
 
 NUM_SHOWN = 3  # rows a client
@@ -234,7 +234,7 @@ def _sizes(config: Config, path: Path) -> tuple[int, int, float, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fedrouter.train.targets import adapted, check_targets
+    from fedrouter.train.client.targets import adapted, check_targets
 
     settings = load_config(path)
     with torch.device("meta"):
@@ -270,7 +270,7 @@ def _flops() -> float:
 
 def _reveals(dim: int) -> dict[str, int]:
     """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
-    from fedrouter.train.cluster import MAX_LOCAL
+    from fedrouter.train.client.cluster import MAX_LOCAL
 
     groups = 8 * (MAX_LOCAL * (1 + dim) + dim * dim)
     return {"LocalClusters": groups, "Assignment (a task cluster)": 8 * 103}

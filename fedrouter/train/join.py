@@ -26,24 +26,24 @@ from fedrouter.config_file import read_resolved
 from fedrouter.embed import Embedder, HiddenStateEmbedder, load_embedder
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.models import resolve_base
-from fedrouter.train.aggregate import mean
-from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.check import tokenised
-from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint
-from fedrouter.train.client import Client
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import explained_by_a_task, find_tasks
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.sources import load_sources
+from fedrouter.train.client.workers import start_workers
+from fedrouter.train.disk.cache import CachedEmbedder
+from fedrouter.train.disk.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.files import write_atomically
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.recluster import Clustering
 from fedrouter.train.rounds import train_rounds
 from fedrouter.train.run import load_model, quantised, unclaimed, versions
-from fedrouter.train.server import Federation, fresh_state
-from fedrouter.train.sft import AdapterTrainer
-from fedrouter.train.sources import load_sources
-from fedrouter.train.workers import start_workers
+from fedrouter.train.server.aggregate import mean
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import explained_by_a_task, find_tasks
+from fedrouter.train.server.loop import Federation, fresh_state
+from fedrouter.train.server.recluster import Clustering
 from fedrouter.types import AdapterState, Array, Assignment, RoutingSpace
 
 MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius

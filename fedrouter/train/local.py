@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from fedrouter.config import Count
 from fedrouter.errors import ClientError, FedRouterError, WorkerError
-from fedrouter.train.client import Client, Trainer, failure, reason_of
+from fedrouter.train.client.client import Client, Trainer, failure, reason_of
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,

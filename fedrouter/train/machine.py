@@ -7,7 +7,7 @@ import torch
 
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.train.trackers import check_trackers
+from fedrouter.train.show.trackers import check_trackers
 
 
 def check_machine(config: Config) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fedrouter.config import Config, PrivacySettings
 from fedrouter.errors import ConfigError
-from fedrouter.train.noise import DISCOVERY_RELEASES
-from fedrouter.train.server import plan
+from fedrouter.train.client.noise import DISCOVERY_RELEASES
+from fedrouter.train.server.loop import plan
 from fedrouter.types import Assignment, Guarantee
 
 KEY = "noise.key"

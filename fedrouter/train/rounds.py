@@ -9,13 +9,13 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.errors import TrainingError
-from fedrouter.train.checkpoint import save_checkpoint
+from fedrouter.train.disk.checkpoint import save_checkpoint
 from fedrouter.train.files import write_atomically
-from fedrouter.train.left_out import read_left_out
-from fedrouter.train.progress import TrainProgress
-from fedrouter.train.recluster import Clustering
-from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
-from fedrouter.train.trackers import Trackers
+from fedrouter.train.server.left_out import read_left_out
+from fedrouter.train.server.loop import Federation, RoundResult, RunState, exhausted, plan, run_rounds
+from fedrouter.train.server.recluster import Clustering
+from fedrouter.train.show.progress import TrainProgress
+from fedrouter.train.show.trackers import Trackers
 
 Anew = Callable[[Clustering, RunState], tuple[Clustering, RunState, str]]
 

@@ -19,23 +19,23 @@ from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
 from fedrouter.errors import ClientError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base
-from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.check import loaded
-from fedrouter.train.client import Client
-from fedrouter.train.describe import doubt
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.targets import check_targets
+from fedrouter.train.client.targets import left_out as left_out_of
+from fedrouter.train.client.workers import start_workers
+from fedrouter.train.disk.cache import CachedEmbedder
 from fedrouter.train.files import write_atomically
-from fedrouter.train.left_out import LeftOut
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import device_and_dtype, share_out
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.methods import finish
 from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.rounds import train_rounds
-from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.server.describe import doubt
+from fedrouter.train.server.left_out import LeftOut
+from fedrouter.train.server.methods import finish
 from fedrouter.train.start import rereading, start
-from fedrouter.train.targets import check_targets
-from fedrouter.train.targets import left_out as left_out_of
-from fedrouter.train.workers import start_workers
 from fedrouter.types import TaskCluster
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")

@@ -10,18 +10,18 @@ from rich.console import Console
 from fedrouter.config import Config
 from fedrouter.embed import Embedder
 from fedrouter.errors import FedRouterError
-from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
-from fedrouter.train.client import Client
-from fedrouter.train.describe import describe
-from fedrouter.train.left_out import LeftOut
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.rows import load_rows
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.sources import load_sources
+from fedrouter.train.disk.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.methods import group
-from fedrouter.train.recluster import Clustering, changes, recluster
 from fedrouter.train.rounds import Anew
-from fedrouter.train.rows import load_rows
-from fedrouter.train.server import Federation, RunState
-from fedrouter.train.sft import AdapterTrainer
-from fedrouter.train.sources import load_sources
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.left_out import LeftOut
+from fedrouter.train.server.loop import Federation, RunState
+from fedrouter.train.server.methods import group
+from fedrouter.train.server.recluster import Clustering, changes, recluster
 from fedrouter.types import AdapterState, Record
 
 Told = TypeVar("Told")

@@ -26,11 +26,11 @@ from watched import (
 from fedrouter.config import ClusterSettings, Config, PrivacySettings, TrainSettings
 from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import join
-from fedrouter.train.client import Client
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.methods import group
-from fedrouter.train.server import fresh_state, run_rounds
+from fedrouter.train.server.discover import discover
+from fedrouter.train.server.loop import fresh_state, run_rounds
+from fedrouter.train.server.methods import group
 from fedrouter.types import Array, Record, RoutingSpace
 
 

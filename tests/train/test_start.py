@@ -16,11 +16,11 @@ from fedrouter.config import Config, DataSettings
 from fedrouter.errors import DataError
 from fedrouter.models import load_tokenizer
 from fedrouter.train import start
-from fedrouter.train.client import Client
-from fedrouter.train.left_out import LeftOut
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.rows import Tokeniser
+from fedrouter.train.client.sources import load_sources
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.rows import Tokeniser
-from fedrouter.train.sources import load_sources
+from fedrouter.train.server.left_out import LeftOut
 
 NAMES = ["c0", "c1", "c2"]
 
