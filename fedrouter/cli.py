@@ -403,7 +403,7 @@ def demo(
         raise ConfigError("demo: --config and --data belong together")
     config = load_config(config_file)
     console.rule("1 · train: clients that share no data, one adapter per task")
-    bundle = run_train(config, out, console, side_by_side(config))
+    bundle = run_train(config, out, console, side_by_side(config.base))
     console.rule("2 · serve: vLLM with one adapter per task")
     with running_server(bundle.path, log=out / "server.log") as url:
         console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)

@@ -46,7 +46,7 @@ class WorkerError(TrainingError):
 
 
 class ClientError(FedRouterError):
-    """Clients could not do their part before the rounds; without them the others can (``train/left_out.py``).
+    """Clients could not do their part before the rounds; without them the others can (``train/server/left_out.py``).
 
     Parameters
     ----------
@@ -64,3 +64,8 @@ class BundleError(FedRouterError):
 
 class ServingError(FedRouterError):
     """A server cannot start, or an endpoint cannot be reached."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,24 +2,28 @@
 
 import copy
 import hashlib
+import hmac
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedrouter.config import Count, PrivacySettings
 from fedrouter.embed import probe, routing_text
-from fedrouter.errors import DataError, TrainingError
+from fedrouter.errors import DataError, TrainingError, first_line
 from fedrouter.train.client import cluster, noise
 from fedrouter.train.client.noise import Noise
+from fedrouter.train.federation import Trainer, num_validation
+from fedrouter.train.space import Labels
 from fedrouter.types import (
-    AdapterState,
     Array,
     Assignment,
+    Comparison,
     LocalClusters,
+    Member,
     Membership,
     Record,
     RoutingSpace,
@@ -34,42 +38,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedrouter.embed import Embedder
-    from fedrouter.train.client.sft import Trained
 
 LOG = logging.getLogger("fedrouter.client")  # on the client's machine
-
-
-class Trainer(Protocol):
-    """Trains and judges adapters on tokenised rows: in this process (sft.py) or in another (workers.py)."""
-
-    @property
-    def validation(self) -> float:
-        """Share of a subset's rows that is not trained on."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """Rows an optimizer step."""
-        ...
-
-    @property
-    def trained(self) -> list[str]:
-        """Names of the tensors that training changes."""
-        ...
-
-    def tokenise(self, records: Sequence[Record]) -> "Dataset":
-        """Tokenise records for the base model."""
-        ...
-
-    def train(
-        self, adapter: AdapterState, data: "Dataset", steps: int, learning_rate: float, seed: int
-    ) -> "Trained":
-        """Train ``adapter`` on ``data``."""
-        ...
-
-    def loss(self, adapter: AdapterState, data: "Dataset") -> tuple[float, int]:
-        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
-        ...
 
 
 class Client:
@@ -82,33 +52,53 @@ class Client:
         embedder: "Embedder",
         seed: int,
         privacy: PrivacySettings | None = None,
-        noise_key: bytes = b"",
+        secret: bytes = b"",
+        read: Callable[[], Sequence[Record]] | None = None,
     ):
         self._privacy = privacy or PrivacySettings()
         self._least = self._privacy.min_cluster_size
-        self._noise = Noise(noise_key, name)
-        if len(records) < (needed := max(2, self._least)):
-            raise DataError(
-                f"client {name}: {len(records)} rows; with privacy.min_cluster_size = {self._least} "
-                f"it needs at least {needed}"
-            )
+        self._secret, self._noise = secret, Noise(secret, name)
+        self._embedder, self._seed, self._read = embedder, seed, read
         self.name = name
-        self._records = records
-        self._tasks = [record.task for record in records]
-        self._seed = seed
-        self._vectors: Array = embedder.embed([routing_text(record.turns) for record in records])
-        if not np.isfinite(self._vectors).all():
-            raise TrainingError(f"client {name}: embeddings are not finite; set base.dtype to float32")
+        self._take(records)
         if self._privacy.centroid_noise:
             self._centre = probe(embedder).mean(0, dtype=np.float64)  # the same for all: no row is in it
-        self._fit, self._held = cluster.set_aside(len(records), derive_seed(seed, name, "set aside"))
-        self._rows: dict[int, cluster.Labels] = {}  # by task cluster, once assigned
+
+    def _take(self, records: Sequence[Record]) -> None:
+        """Embed records and hold them from now on, or raise and hold what was there."""
+        if len(records) < (needed := max(2, self._least)):
+            raise DataError(
+                f"client {self.name}: {len(records)} rows; with privacy.min_cluster_size = {self._least} "
+                f"it needs at least {needed}"
+            )
+        vectors: Array = self._embedder.embed([routing_text(record.turns) for record in records])
+        if not np.isfinite(vectors).all():
+            raise TrainingError(f"client {self.name}: embeddings are not finite; set base.dtype to float32")
+        self._records, self._vectors = records, vectors
+        self._tasks = [record.task for record in records]
+        self._fit, self._held = cluster.set_aside(
+            len(records), derive_seed(self._seed, self.name, "set aside")
+        )
+        self._rows: dict[int, Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
+        self.beyond: Client | None = None  # the client with its rows beyond every radius, once compared
 
     @property
     def num_rows(self) -> int:
         """Rows it holds."""
         return len(self._records)
+
+    def member(self) -> Member:
+        """Say who this is."""
+        digest = hmac.digest(self._secret, repr((self.name, list(self._records))).encode(), "sha256")
+        return Member(self.name, self.num_rows, digest.hex()[:32])
+
+    def reread(self) -> None:
+        """Read the rows again; if they have changed, go on as a client that starts with them."""
+        assert self._read is not None, "whoever asks for this gives clients a way to read"
+        records = self._read()
+        if records != self._records:
+            self._take(records)
 
     @property
     def may_summarise(self) -> bool:
@@ -146,24 +136,27 @@ class Client:
         self._subsets.clear()
         return Assignment(self.name, subsets)
 
-    def compare(self, space: RoutingSpace, radii: Sequence[float]) -> "tuple[Mapping[int, int], Client]":
-        """Compare the rows with task clusters that stand.
+    def compare(self, space: RoutingSpace, radii: Sequence[float]) -> Comparison:
+        """Compare the rows with task clusters that already exist.
 
-        Returns
-        -------
-        within : how many rows lie within each task cluster's radius, where they are no fewer than
-            ``privacy.min_cluster_size``; this is revealed.
-        beyond : the client with its other rows alone, in coordinates of ``space``; it stays where it is.
+        Counts of rows are revealed where they are no fewer than ``privacy.min_cluster_size``. The rows beyond
+        every radius stay here, as ``beyond``, in coordinates of ``space``.
         """
         labels, outside = cluster.compare(self._vectors, space, radii)
         rest = copy.copy(self)
         rest._fit, rest._held = (np.flatnonzero(np.isin(outside, own)) for own in (self._fit, self._held))
-        rest._vectors = ((self._vectors[outside] - space.mean) @ space.transform).astype(np.float32)
+        rest._vectors = space.project(self._vectors[outside]).astype(np.float32)
         rest._records = [self._records[i] for i in outside]
         rest._tasks = [self._tasks[i] for i in outside]
         rest._rows, rest._subsets = {}, {}
+        self.beyond = rest
         counts = zip(*(a.tolist() for a in np.unique(labels, return_counts=True)), strict=True)
-        return {k: count for k, count in counts if count >= self._least}, rest
+        return Comparison(
+            self.name,
+            {k: count for k, count in counts if count >= self._least},
+            rest.num_rows if rest.num_rows >= self._least else 0,
+            rest.may_summarise,
+        )
 
     def train(self, request: TrainRequest, trainer: Trainer) -> TrainReply:
         """Train the adapter that came with ``request`` on the rows of its task cluster."""
@@ -207,7 +200,7 @@ class Client:
         if number not in self._subsets:
             rows = self._rows[number]
             order = np.random.default_rng(derive_seed(self._seed, self.name, number, "validation"))
-            num = cluster.num_validation(len(rows), trainer.validation)
+            num = num_validation(len(rows), trainer.validation)
             held = set(order.permutation(rows)[:num])
             train = trainer.tokenise([self._records[i] for i in rows if i not in held])
             judge = trainer.tokenise([self._records[i] for i in sorted(held)]) if held else None
@@ -222,7 +215,7 @@ def failure(request: TrainRequest | ValidationRequest, error: Exception) -> Trai
 
 def reason_of(client: str, error: Exception) -> str:
     """Say where a client failed, in no word of its rows; log the rest."""
-    LOG.warning("client %s: %s: %s", client, type(error).__name__, str(error).partition("\n")[0])
+    LOG.warning("client %s: %s: %s", client, type(error).__name__, first_line(error))
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}; its own log says more"
 

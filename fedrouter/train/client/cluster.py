@@ -4,11 +4,10 @@ The server's half is discover.py; its docstring tells the exchanges in order.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.interpolate import make_interp_spline
 from scipy.stats import norm
 from sklearn.cluster import KMeans
@@ -16,17 +15,15 @@ from sklearn.metrics import euclidean_distances
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
+from fedrouter.train.federation import FEW, QUANTILES
+from fedrouter.train.space import Labels, nearest, only
 from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingSpace, Subset
-
-Labels = NDArray[np.int64]
 
 MAX_LOCAL = 128  # local clusters of "auto": 200 KB of float32 at d = 384
 LOCAL_ROWS = 2  # rows in a local cluster of "auto" on average, before small ones are united
 TRIM = 0.25  # share of the rows that the scatter leaves out: those farthest from their centroid
 SET_ASIDE = 3  # every third row makes the radii, not the space
 SMALL = 100  # rows; a client of fewer sets none aside: all of them are needed to tell its tasks apart
-FEW = "few rows"  # stands for all labels that too few rows of a client carry
-QUANTILES = np.linspace(0, 1, 101)
 
 
 def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
@@ -34,11 +31,6 @@ def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
     order = np.random.default_rng(seed).permutation(num_rows)
     cut = num_rows // SET_ASIDE if num_rows >= SMALL else 0
     return np.sort(order[cut:]), np.sort(order[:cut])
-
-
-def num_validation(num_rows: int, share: float) -> int:
-    """Return how many of a subset's rows are not trained on; one row at least is."""
-    return min(int(share * num_rows), num_rows - 1)
 
 
 def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
@@ -163,20 +155,6 @@ def quantiles(distances: Float64s, least: int) -> Array:
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 
-def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
-    """Return each row's nearest centroid and the distance to it."""
-    squared = _squared(x, space)
-    found = squared.argmin(1)
-    return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
-
-
-def only(space: RoutingSpace, wanted: Collection[int]) -> RoutingSpace:
-    """Return the space with the centroids of some task clusters; all of them where these have none."""
-    own = [i for i, k in enumerate(space.cluster_of) if k in wanted]
-    cluster_of = tuple(space.cluster_of[i] for i in own)
-    return replace(space, centroids=space.centroids[own], cluster_of=cluster_of) if own else space
-
-
 def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labels, Labels]:
     """Return the task cluster of each row within its radius, and the numbers of the rows beyond."""
     centroid, distance = nearest(x, space)
@@ -191,13 +169,6 @@ def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Ma
     told = {task: count for task, count in sorted(counts.items()) if count >= least}
     few = counts.total() - sum(told.values())
     return {**told, FEW: few} if few else told
-
-
-def _squared(x: Array, space: RoutingSpace) -> Float64s:
-    """(n, m) squared distances between rows and centroids."""
-    z = (x.astype(np.float64) - space.mean) @ space.transform
-    centroids = space.centroids.astype(np.float64)
-    return np.asarray((z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T)
 
 
 def _united(z: Float64s, labels: Labels, least: int) -> Labels:

@@ -15,13 +15,12 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import pairwise_distances_argmin
 
 from fedrouter.config import PrivacySettings
-from fedrouter.train.client.cluster import QUANTILES, Labels, nearest, only
-from fedrouter.train.server.aggregate import clip
+from fedrouter.train.federation import NOISY_STEPS, QUANTILES
+from fedrouter.train.lora import clip
+from fedrouter.train.space import Labels, nearest, only
 from fedrouter.types import AdapterState, Array, Float64s, LocalClusters, RoutingSpace, Subset
 
-STEPS = 3  # of Lloyd's algorithm
 NUM_BINS = 40  # of distances, up to the largest between two clipped rows
-DISCOVERY_RELEASES = 1 + STEPS + 1  # the mean, each step, the subsets
 
 
 class Noise:
@@ -79,7 +78,7 @@ def summarise(
     _, mean = step(np.zeros(len(z), dtype=np.int64), 1, "mean")
     directions = np.random.default_rng(seed).normal(size=(num, z.shape[1]))
     means = mean + 1e-6 * directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    for number in range(STEPS):
+    for number in range(NOISY_STEPS):
         labels = pairwise_distances_argmin(z, means)
         counts, moved = step(labels, num, number)
         means = np.where((counts >= privacy.min_cluster_size)[:, None], moved, means)
@@ -102,7 +101,7 @@ def assign(
     """
     assert privacy.clip_embeddings is not None, "the configuration refuses this"
     centroid, distance = nearest(x, space)
-    labels, num = np.asarray(space.cluster_of)[centroid], max(space.cluster_of) + 1
+    labels, num = np.asarray(space.cluster_of)[centroid], space.num_clusters
     edges = np.linspace(0, 2 * privacy.clip_embeddings, NUM_BINS + 1)
     bins = np.clip(np.searchsorted(edges, distance, side="right") - 1, 0, NUM_BINS - 1)
     aside = np.isin(np.arange(len(x)), held)

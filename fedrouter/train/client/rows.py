@@ -9,6 +9,7 @@ say), each answer gets a row of its own, with the prompt that a server would hav
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -268,6 +269,15 @@ class Tokeniser:
 
     def _refusal(self, record: Record, reason: str) -> DataError:
         return DataError(f"{_place(record)}: the base's chat template cannot render this row: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A base's tokenizer, and the rows that it has rendered and tokenised."""
+
+    path: Path  # of the base
+    tokenizer: "PreTrainedTokenizerBase"
+    tokeniser: Tokeniser
 
 
 def positions_of(config: Any) -> int | None:

@@ -6,7 +6,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,27 +18,18 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from fedrouter.config import LoraSettings, TrainSettings
-from fedrouter.errors import ModelError
+from fedrouter.errors import ModelError, first_line
 from fedrouter.train.client.rows import Tokeniser, TokenRow, labels_of, positions_of
 from fedrouter.train.client.targets import for_peft, outside
+from fedrouter.train.federation import Trained
+from fedrouter.train.lora import average, cut, rank_of
 from fedrouter.train.memory import out_of_memory
-from fedrouter.train.server.aggregate import cut, mean, rank_of
 from fedrouter.types import AdapterState, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # label of tokens without loss, as in PyTorch
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What one local training gave."""
-
-    adapter: AdapterState
-    num_examples: int  # examples that went through the model
-    loss: float  # mean over the steps, nats a token
-    seconds: float
 
 
 def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Dataset:
@@ -85,9 +75,7 @@ class AdapterTrainer:
         try:
             self._model: Any = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(
-                f"lora.target_modules {lora.target_modules}: {str(error).splitlines()[0]}"
-            ) from error
+            raise ModelError(f"lora.target_modules {lora.target_modules}: {first_line(error)}") from error
         self._tokenizer = tokenizer
         self.tokeniser = tokeniser or Tokeniser(
             tokenizer, settings.max_length, positions_of(model.config), settings.loss == "last"
@@ -153,13 +141,13 @@ class AdapterTrainer:
         fresh = self.state()
         try:
             trained = self.train(fresh, _dataset(rows), 1, learning_rate, seed=0)
-            merged, _ = mean([trained.adapter, fresh], [1, 1], "average")
+            merged = average([trained.adapter, fresh], [1, 1])
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise ModelError(
                 f"one training step on the longest rows failed: {type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}; this base cannot be trained with these settings"
+                f"{first_line(error)}; this base cannot be trained with these settings"
             ) from error
         finally:
             self._put_in(fresh)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedrouter.config import Config
-from fedrouter.errors import TrainingError, WorkerError
+from fedrouter.errors import TrainingError, WorkerError, first_line
 from fedrouter.models import load_base, load_tokenizer
-from fedrouter.train.client.sft import AdapterTrainer, Trained
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.federation import Trained
 from fedrouter.train.machine import device_and_dtype
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import AdapterState, Record
@@ -49,7 +50,7 @@ class Worker:
         self._here = here
         spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
         self._connection, there = spawning.Pipe()
-        arguments = there, config, path, *device_and_dtype(config), torch.get_num_threads()
+        arguments = there, config, path, *device_and_dtype(config.base), torch.get_num_threads()
         self._process = spawning.Process(target=_work, args=arguments, daemon=True)
         with _only_gpu(number):
             self._process.start()
@@ -143,8 +144,7 @@ def _answer(trainer: AdapterTrainer, what: str, arguments: Sequence[Any]) -> Any
     except Exception as error:
         gpu = isinstance(error, torch.OutOfMemoryError)
         memory = (torch.OutOfMemoryError if gpu else MemoryError) if out_of_memory(error) else None
-        line = str(error).partition("\n")[0]
-        return Failed(f"{type(error).__name__}: {line}", memory)
+        return Failed(f"{type(error).__name__}: {first_line(error)}", memory)
 
 
 def _end_with_parent() -> None:

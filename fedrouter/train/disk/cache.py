@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fedrouter.embed import Embedder, probe
+from fedrouter.files import write_atomically
 from fedrouter.types import Array
 
 
@@ -56,7 +57,5 @@ def _read(file: Path, shape: tuple[int, int]) -> Array | None:
 
 def _write(file: Path, vectors: Array) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
     digest = np.frombuffer(hashlib.sha256(vectors.tobytes()).digest(), dtype=np.uint8)
-    save_file({"vectors": vectors, "sha256": digest}, partial)
-    partial.replace(file)
+    write_atomically(file, save({"vectors": vectors, "sha256": digest}))

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedrouter.train.server.loop import Best, RunState
-from fedrouter.train.server.recluster import Clustering
-from fedrouter.types import AdapterState, Assignment, Record, RoutingSpace, TaskCluster
+from fedrouter.files import partial_directory
+from fedrouter.train.state import Best, Clustering, RunState, Start
+from fedrouter.types import AdapterState, Assignment, Member, RoutingSpace, TaskCluster
 
 
 def save_checkpoint(
@@ -27,9 +27,7 @@ def save_checkpoint(
     clustering : kept too, where it cannot be made again from the first one.
     """
     final = directory / f"round-{state.number - 1:05d}"
-    partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = partial_directory(final)
     for k, (adapter, moments) in enumerate(zip(state.adapters, state.moments, strict=True)):
         save_file(dict(adapter), partial / f"cluster-{k}.safetensors")
         if moments:
@@ -70,8 +68,8 @@ def latest_checkpoint(directory: Path, digest: str) -> RunState | None:
     return None
 
 
-def latest_clustering(directory: Path) -> tuple[Clustering, RunState, str] | None:
-    """Return the newest checkpoint's task clusters, without assignments; its state; the digest of both."""
+def latest_clustering(directory: Path) -> Start | None:
+    """Return where the newest checkpoint that holds its task clusters stands, without assignments."""
     for path in sorted(directory.glob("round-*"), reverse=True):
         try:
             saved, arrays = _record(path), load_file(path / "space.safetensors")
@@ -80,7 +78,7 @@ def latest_clustering(directory: Path) -> tuple[Clustering, RunState, str] | Non
             clustering = Clustering(
                 RoutingSpace(**arrays, cluster_of=cluster_of), (), clusters, tuple(saved["ended"])
             )
-            return clustering, _state(path, saved), str(saved["clustering"])
+            return Start(clustering, _state(path, saved), str(saved["clustering"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
     return None
@@ -89,7 +87,7 @@ def latest_clustering(directory: Path) -> tuple[Clustering, RunState, str] | Non
 def clustering_digest(
     space: RoutingSpace,
     assignments: Sequence[Assignment],
-    records: Mapping[str, Sequence[Record]] | None = None,
+    members: Sequence[Member] = (),
 ) -> str:
     """Return a hash that tells whether a checkpoint belongs to this clustering, and to these rows."""
     digest = hashlib.sha256(space.centroids.tobytes() + space.transform.tobytes())
@@ -97,8 +95,8 @@ def clustering_digest(
         digest.update(
             repr([(assignment.client, s.cluster, s.num_examples) for s in assignment.subsets]).encode()
         )
-    for client, rows in sorted((records or {}).items()):
-        digest.update(repr((client, rows)).encode())
+    for member in sorted(members, key=lambda member: member.client):
+        digest.update(repr((member.client, member.digest)).encode())
     return digest.hexdigest()[:16]
 
 

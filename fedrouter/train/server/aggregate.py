@@ -1,7 +1,6 @@
 """One adapter out of many, within a task cluster: means, exact and robust ones. Pure arrays.
 
-Clients may train a lower rank than the task cluster has: the first *slices* of its adapter, a slice being one
-row of A with its column of B. Each slice is then averaged over those who have it.
+Clients may train a lower rank than the task cluster has: see lora.py for *slices* and the plain mean.
 """
 
 import math
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedrouter.config import AggregateSettings
+from fedrouter.train.lora import average, rank_of, shares_of, stacked
 from fedrouter.types import AdapterState, Float64s
 
 FLOOR = 0.1  # least singular value of the new A's coordinates, relative to the largest
@@ -44,21 +44,6 @@ def mean(
     return exact(adapters, weights) if method == "exact" else (average(adapters, weights), None)
 
 
-def average(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
-    """Return the weighted mean of A and of B (paper section 3, as FedAvg), each slice over those who have it.
-
-    Not the mean of the products BA: see ``exact`` and docs/decisions.
-    """
-    shares = _shares(adapters, weights)
-    return {
-        name: np.einsum("kr,krn->rn" if ".lora_A." in name else "kr,kmr->mr", shares, stacked).astype(
-            np.float32
-        )
-        for name in sorted(adapters[0])
-        for stacked in [_stacked(adapters, name)]
-    }
-
-
 def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[AdapterState, float]:
     """Return the adapter whose product BA comes closest to the weighted mean of the products.
 
@@ -72,30 +57,20 @@ def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[A
     adapter : same names and shapes as the given ones, of the highest rank among them.
     residual : ‖mean − BA‖ / ‖mean‖, Frobenius, all modules together: what the rank leaves out.
     """
-    shares = _shares(adapters, weights)
+    shares = shares_of(adapters, weights)
     result: dict[str, np.ndarray] = {}
     left_out = total = 0.0
     for name_a in sorted(name for name in adapters[0] if ".lora_A." in name):
         name_b = name_a.replace(".lora_A.", ".lora_B.")
-        each_a = _stacked(adapters, name_a)  # (k, r, n)
+        each_a = stacked(adapters, name_a)  # (k, r, n)
         stack_a = np.concatenate(each_a)  # (k r, n)
-        stack_b = np.concatenate(list(shares[:, None] * _stacked(adapters, name_b)), axis=1)  # (m, k r)
+        stack_b = np.concatenate(list(shares[:, None] * stacked(adapters, name_b)), axis=1)  # (m, k r)
         like = np.asarray(np.einsum("kr,krn->rn", shares, each_a))
         b, a, values = _closest(stack_b, stack_a, like)
         result[name_a], result[name_b] = a.astype(np.float32), b.astype(np.float32)
         left_out += float((values[len(like) :] ** 2).sum())
         total += float((values**2).sum())
     return {name: result[name] for name in sorted(result)}, math.sqrt(left_out / total) if total else 0.0
-
-
-def stack(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
-    """Return the adapter whose product is exactly Σ wᵢ BᵢAᵢ; its rank is the sum of the ranks (FLoRA)."""
-    return {
-        name: np.concatenate([s[name] for s in adapters])
-        if ".lora_A." in name
-        else np.concatenate([np.float32(w) * s[name] for s, w in zip(adapters, weights, strict=True)], axis=1)
-        for name in sorted(adapters[0])
-    }
 
 
 def robust_mean(adapters: Sequence[AdapterState], trim: float) -> AdapterState:
@@ -110,44 +85,9 @@ def robust_mean(adapters: Sequence[AdapterState], trim: float) -> AdapterState:
     num = len(adapters)
     cut = min(math.ceil(trim * num), (num - 1) // 2)
     return {
-        name: np.sort(_stacked(adapters, name), axis=0)[cut : num - cut].mean(axis=0).astype(np.float32)
+        name: np.sort(stacked(adapters, name), axis=0)[cut : num - cut].mean(axis=0).astype(np.float32)
         for name in sorted(adapters[0])
     }
-
-
-def rank_of(adapter: AdapterState) -> int:
-    """Return an adapter's rank."""
-    return next(len(array) for name, array in adapter.items() if ".lora_A." in name)
-
-
-def cut(adapter: AdapterState, rank: int) -> AdapterState:
-    """Return the first ``rank`` slices: what a client of that rank is sent."""
-    return {name: array[:rank] if ".lora_A." in name else array[:, :rank] for name, array in adapter.items()}
-
-
-def completed(adapter: AdapterState, whole: AdapterState) -> AdapterState:
-    """Return an adapter of fewer slices with the others of ``whole``."""
-    rank = rank_of(adapter)
-    return {
-        name: np.concatenate([array, whole[name][rank:]])
-        if ".lora_A." in name
-        else np.concatenate([array, whole[name][:, rank:]], axis=1)
-        for name, array in adapter.items()
-    }
-
-
-def clip(sent: AdapterState, adapter: AdapterState, norm: float) -> AdapterState:
-    """Shorten an update that is longer than ``norm`` (L2, all weights together)."""
-    length = distance(sent, adapter)
-    if length <= norm:
-        return adapter
-    share = np.float32(norm / length)
-    return {name: sent[name] + share * (array - sent[name]) for name, array in adapter.items()}
-
-
-def distance(old: AdapterState, new: AdapterState) -> float:
-    """Return the L2 norm of the difference, all weights together."""
-    return math.sqrt(sum(float(((new[n].astype(np.float64) - old[n]) ** 2).sum()) for n in old))
 
 
 def _closest(stack_b: Float64s, stack_a: Float64s, like: Float64s) -> tuple[Float64s, Float64s, Float64s]:
@@ -166,27 +106,3 @@ def _closest(stack_b: Float64s, stack_a: Float64s, like: Float64s) -> tuple[Floa
     scale = np.maximum(scale, FLOOR * scale[0])
     b = (left @ u[:, :num] * values[:num]) @ ((q.T / scale) @ p.T)[:num]
     return np.asarray(b), np.asarray((p * scale) @ q @ rows), values
-
-
-def _shares(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Float64s:
-    """(k, r): each adapter's share in each slice, 0 where it has none; slices sum to 1.
-
-    A weight of 0 counts only in slices that nobody else has.
-    """
-    ranks = np.array([rank_of(adapter) for adapter in adapters])
-    has = np.arange(ranks.max()) < ranks[:, None]
-    shares = has * np.asarray(weights, dtype=np.float64)[:, None]
-    total = shares.sum(0)
-    return np.asarray(np.where(total > 0, shares, has) / np.where(total > 0, total, has.sum(0)))
-
-
-def _stacked(adapters: Sequence[AdapterState], name: str) -> Float64s:
-    """Return all adapters' factors, the smaller ones filled up with zeros: (k, r, n) or (k, m, r)."""
-    axis = 0 if ".lora_A." in name else 1
-    rank = max(state[name].shape[axis] for state in adapters)
-    filled = []
-    for array in (state[name] for state in adapters):
-        missing = [(0, 0), (0, 0)]
-        missing[axis] = (0, rank - array.shape[axis])
-        filled.append(np.pad(array, missing))
-    return np.stack(filled).astype(np.float64)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedrouter.bundle import GENERALIST
 from fedrouter.config import Config, RoutingSettings
-from fedrouter.train.client.cluster import FEW
+from fedrouter.train.federation import FEW
 from fedrouter.train.server.discover import radius
 from fedrouter.types import Assignment, Subset, TaskCluster
 

@@ -38,8 +38,8 @@ from sklearn.cluster import KMeans
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.client.cluster import QUANTILES, Labels
-from fedrouter.train.server.loop import Federation
+from fedrouter.train.federation import QUANTILES, Summaries
+from fedrouter.train.space import Labels
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
 SHARE = 0.15  # of an average task's scatter that a split between tasks explains
@@ -50,7 +50,7 @@ MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means uni
 MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random
 
 
-def discover(federation: Federation, settings: ClusterSettings, seed: int) -> RoutingSpace:
+def discover(federation: Summaries, settings: ClusterSettings, seed: int) -> RoutingSpace:
     """Find the task clusters of a federation.
 
     Raises
@@ -63,9 +63,7 @@ def discover(federation: Federation, settings: ClusterSettings, seed: int) -> Ro
     return routing_space(find_tasks(federation, settings))
 
 
-def find_tasks(
-    federation: Federation, settings: ClusterSettings, known: float | None = None
-) -> LocalClusters:
+def find_tasks(federation: Summaries, settings: ClusterSettings, known: float | None = None) -> LocalClusters:
     """Return the task clusters as groups of rows: counts, centroids, scatter (exchanges 1 and 2).
 
     Parameters

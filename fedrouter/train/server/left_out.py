@@ -12,16 +12,11 @@ from typing import TypeVar
 from rich.console import Console
 
 from fedrouter.errors import ClientError, TrainingError
-from fedrouter.train.files import write_atomically
-from fedrouter.train.server.loop import Federation
+from fedrouter.files import write_atomically
+from fedrouter.train.disk.metrics import read_left_out
+from fedrouter.train.federation import Federation
 
 Found = TypeVar("Found")
-
-
-def read_left_out(run: Path) -> dict[str, str]:
-    """Return who is left out of a run, and why."""
-    file = run / "left_out.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 class LeftOut:

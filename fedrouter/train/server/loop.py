@@ -2,23 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from fedrouter.config import AggregateSettings, Config, Count, TrainSettings
-from fedrouter.train.client.cluster import num_validation
-from fedrouter.train.server.aggregate import aggregate, clip, cut, distance, rank_of
+from fedrouter.config import AggregateSettings, Config, TrainSettings
+from fedrouter.train.federation import Federation, num_validation
+from fedrouter.train.lora import clip, cut, distance, rank_of
+from fedrouter.train.server.aggregate import aggregate
 from fedrouter.train.server.optimizer import server_step
 from fedrouter.train.server.screen import refusals
+from fedrouter.train.state import Best, ClusterRound, RoundResult, RunState, exhausted
 from fedrouter.types import (
     AdapterState,
     Assignment,
-    LocalClusters,
-    Membership,
-    RoutingSpace,
     TrainFailure,
     TrainReply,
     TrainRequest,
@@ -27,97 +26,21 @@ from fedrouter.types import (
 )
 
 
-class Federation(Protocol):
-    """The clients, wherever they run: in this process (local.py) or on other machines.
+class Planned(NamedTuple):
+    """What one client trains in one round."""
 
-    Replies come one by one, in the clients' order: thousands of them need not fit into memory together. What
-    comes before the rounds raises ``ClientError`` once all were asked and some could not answer.
-    """
-
-    def summarise(self, num: Count) -> Iterable[LocalClusters]:
-        """Have every client cluster its own rows."""
-        ...
-
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterable[LocalClusters]:
-        """Have every client give its rows to the nearest centroid, or where it is told."""
-        ...
-
-    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
-        """Tell every client the task clusters, and, in a baseline, which its rows belong to."""
-        ...
-
-    def leave(self, names: Collection[str]) -> None:
-        """Go on without these clients."""
-        ...
-
-    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        """Have the named clients train; yield replies as they come, or that a client could not."""
-        ...
-
-    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
-        """Have the named clients judge adapters; asked for only with ``train.validation``."""
-        ...
+    client: str
+    cluster: int  # the task cluster
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
-    """The round in which a task cluster's adapter did best on validation rows."""
+class Combined:
+    """What one round makes of a task cluster."""
 
-    round: int  # from 0
-    loss: float
     adapter: AdapterState
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What one round hands to the next, and all that a checkpoint holds. Sequences run over task clusters."""
-
-    number: int  # rounds done
-    adapters: tuple[AdapterState, ...]
-    moments: tuple[AdapterState, ...]  # of the server optimizer; empty without one
-    losses: tuple[float | None, ...]  # of the last round in which each trained
-    best: tuple[Best | None, ...]  # None: not validated
-
-    @property
-    def best_adapters(self) -> tuple[AdapterState, ...]:
-        """What goes into the bundle: each task cluster's best adapter, or its last one."""
-        return tuple(
-            best.adapter if best else last for best, last in zip(self.best, self.adapters, strict=True)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterRound:
-    """One task cluster's part in one round."""
-
-    cluster: int
-    loss: float | None  # mean over clients, weighted by examples, nats a token; None: nobody told one
-    num_examples: int
-    num_clients: int
-    drift: float  # relative L2 distance of the new adapter from the old one
-    norm: float  # L2, of the longest update that was taken
-    residual: float | None  # of the exact mean: what the rank leaves out
-    refused: Mapping[str, str]  # client → why its update was not taken, or why it could not train
-    validation: float | None = None  # mean loss of the new adapter on rows held back, nats a token
-
-
-@dataclass(frozen=True, slots=True)
-class RoundResult:
-    """What a round leaves behind."""
-
-    state: RunState
-    clusters: tuple[ClusterRound, ...]  # those that were asked to train
-
-    @property
-    def number(self) -> int:
-        """The round's number, from 0."""
-        return self.state.number - 1
-
-
-def fresh_state(adapters: Sequence[AdapterState]) -> RunState:
-    """Return the state before the first round."""
-    num = len(adapters)
-    return RunState(0, tuple(adapters), ({},) * num, (None,) * num, (None,) * num)
+    moments: AdapterState  # of the server optimizer
+    result: ClusterRound
 
 
 def run_rounds(
@@ -143,9 +66,10 @@ def run_rounds(
         for k in sorted({request.cluster for request in requests}):
             group = [(request, replies[request.client, k]) for request in requests if request.cluster == k]
             group.sort(key=lambda pair: pair[0].client)  # the order of clients must not change the sum
-            adapters[k], moments[k], result = combine(group, adapters[k], moments[k], config)
-            losses[k] = losses[k] if result.loss is None else result.loss
-            results.append(result)
+            combined = combine(group, adapters[k], moments[k], config)
+            adapters[k], moments[k] = combined.adapter, combined.moments
+            losses[k] = losses[k] if combined.result.loss is None else combined.result.loss
+            results.append(combined.result)
         best = state.best
         if config.train.validation:
             found = validate(federation, assignments, adapters)
@@ -153,12 +77,6 @@ def run_rounds(
             results = [replace(result, validation=found[result.cluster]) for result in results]
         state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses), best)
         yield RoundResult(state, tuple(results))
-
-
-def exhausted(state: RunState, patience: int | None) -> bool:
-    """Tell whether no task cluster's validation loss fell in the last ``patience`` rounds."""
-    rounds = [best.round for best in state.best if best]
-    return patience is not None and bool(rounds) and state.number - 1 - max(rounds) >= patience
 
 
 def validate(
@@ -210,8 +128,8 @@ def combine(
     old: AdapterState,
     moments: AdapterState,
     config: Config,
-) -> tuple[AdapterState, AdapterState, ClusterRound]:
-    """Make one adapter of a task cluster's replies; return it, the optimizer's moments and what happened."""
+) -> Combined:
+    """Make one adapter of a task cluster's replies."""
     cluster = group[0][0].cluster
     refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
     answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
@@ -230,7 +148,7 @@ def combine(
         else:
             refused[reply.client] = reason
     if not pairs:
-        return old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused)
+        return Combined(old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused))
     taken = [reply for _, reply in pairs]
     weights = [reply.num_examples for reply in taken]
     wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
@@ -246,7 +164,7 @@ def combine(
         residual=residual,
         refused=refused,
     )
-    return new, moments, result
+    return Combined(new, moments, result)
 
 
 def requests_of(
@@ -261,16 +179,15 @@ def requests_of(
 
     return [
         TrainRequest(client, cluster, number, sent(client, adapters[cluster]), steps, rate)
-        for client, cluster, steps in plan(assignments, config, number)
+        for client, cluster, steps in plan(assignments, config.train, config.seed, number)
     ]
 
 
-def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list[tuple[str, int, int]]:
-    """Return a round's (client, task cluster, steps): the same on every call."""
-    settings = config.train
+def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, number: int) -> list[Planned]:
+    """Return what is trained in a round: the same on every call."""
     first = first_turns(assignments) if settings.schedule == "one" else {}
-    planned = []
-    for assignment in participants(assignments, settings.participation, config.seed, number):
+    planned: list[Planned] = []
+    for assignment in participants(assignments, settings.participation, seed, number):
         subsets = assignment.subsets
         if settings.schedule == "one":
             subsets = (subsets[(first[assignment.client] + number) % len(subsets)],)
@@ -280,7 +197,9 @@ def plan(assignments: Sequence[Assignment], config: Config, number: int) -> list
         else:
             trained = [s.num_examples - num_validation(s.num_examples, settings.validation) for s in subsets]
             steps = [settings.epochs * math.ceil(rows / settings.step_size) for rows in trained]
-        planned += [(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n]
+        planned += [
+            Planned(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n
+        ]
     return planned
 
 

@@ -23,10 +23,13 @@ from sklearn.metrics import silhouette_score
 
 from fedrouter.config import Config, Count
 from fedrouter.errors import ClientError, TrainingError
-from fedrouter.train.client.cluster import FEW, Labels
-from fedrouter.train.server.aggregate import completed, mean, stack
+from fedrouter.train.federation import FEW, Federation
+from fedrouter.train.lora import completed, stack
+from fedrouter.train.server.aggregate import mean
 from fedrouter.train.server.discover import discover, pool, routing_space
-from fedrouter.train.server.loop import Federation, RunState, fresh_state, run_rounds
+from fedrouter.train.server.loop import run_rounds
+from fedrouter.train.space import Labels
+from fedrouter.train.state import RunState, fresh_state
 from fedrouter.types import (
     AdapterState,
     Assignment,
@@ -51,8 +54,21 @@ class Grouping:
     state: RunState
 
 
-def group(federation: Federation, config: Config, fresh: AdapterState) -> Grouping:
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What goes into the bundle."""
+
+    adapters: Sequence[AdapterState]  # one a task cluster
+    generalist: AdapterState | None
+    adapter_config: Mapping[str, object]
+
+
+def group(federation: Federation, config: Config, fresh: AdapterState, dim: int) -> Grouping:
     """Return who trains what, by ``config.method``; every adapter starts as ``fresh``.
+
+    Parameters
+    ----------
+    dim : of the embedder.
 
     Raises
     ------
@@ -63,10 +79,8 @@ def group(federation: Federation, config: Config, fresh: AdapterState) -> Groupi
     """
     if config.method == "fedrouter":
         space = discover(federation, config.cluster, config.seed)
-        return Grouping(
-            space, federation.assign(space), None, fresh_state([fresh] * len(set(space.cluster_of)))
-        )
-    point = _point(federation)
+        return Grouping(space, federation.assign(space), None, fresh_state([fresh] * space.num_clusters))
+    point = _point(dim)
     known = federation.assign(point)  # they say who they are and what labels they hold
     clients = [assignment.client for assignment in known]
     everything = Membership(dict.fromkeys(clients, (0,)), {}, 1)
@@ -96,8 +110,8 @@ def group(federation: Federation, config: Config, fresh: AdapterState) -> Groupi
 
 def finish(
     config: Config, state: RunState, clusters: Sequence[TaskCluster], adapter_config: Mapping[str, object]
-) -> tuple[Sequence[AdapterState], AdapterState | None, Mapping[str, object]]:
-    """Return what goes into the bundle: an adapter a task cluster, the generalist, their configuration.
+) -> Finished:
+    """Return what goes into the bundle.
 
     ``local``, ``fedavg`` and ``fedprox`` have no generalist: nothing is shared, or everything is. FedDPA's is
     its global adapter; its mixes are exact, of twice the rank.
@@ -107,11 +121,11 @@ def finish(
         shared, shares = adapters[-1], (GLOBAL_SHARE, 1 - GLOBAL_SHARE)
         double = {"r": 2 * config.lora.rank, "lora_alpha": 2 * config.lora.alpha}
         mixed = [stack([shared, own], shares) for own in adapters[:-1]]
-        return mixed, stack([shared, shared], shares), {**adapter_config, **double}
+        return Finished(mixed, stack([shared, shared], shares), {**adapter_config, **double})
     if config.method in ("local", "fedavg", "fedprox"):
-        return adapters, None, adapter_config
+        return Finished(adapters, None, adapter_config)
     general, _ = mean(adapters, [c.num_examples for c in clusters], config.aggregate.method)
-    return adapters, general, adapter_config
+    return Finished(adapters, general, adapter_config)
 
 
 def group_clients(updates: Sequence[Float64s], num: Count) -> Labels:
@@ -175,9 +189,8 @@ def _warm_up(
     }
 
 
-def _point(federation: Federation) -> RoutingSpace:
+def _point(dim: int) -> RoutingSpace:
     """Return a space with one centroid, so that nothing is told apart."""
-    dim = next(iter(federation.summarise(1))).centroids.shape[1]
     zeros = np.zeros(dim, dtype=np.float32)
     return RoutingSpace(zeros, np.eye(dim, dtype=np.float32), zeros[None], (0,))
 

@@ -11,30 +11,18 @@
 A client whose data has drifted thus moves: its rows belong where they now lie.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from fedrouter.config import Config
 from fedrouter.errors import TrainingError
-from fedrouter.train.client.cluster import nearest
+from fedrouter.train.federation import Federation
 from fedrouter.train.server.aggregate import mean
 from fedrouter.train.server.describe import describe
 from fedrouter.train.server.discover import discover, pool
-from fedrouter.train.server.loop import Federation, RunState
-from fedrouter.types import Assignment, Float64s, LocalClusters, RoutingSpace, TaskCluster
-
-
-@dataclass(frozen=True, slots=True)
-class Clustering:
-    """Who trains what, until clients are clustered anew."""
-
-    space: RoutingSpace
-    assignments: Sequence[Assignment]
-    clusters: Sequence[TaskCluster]
-    ended: tuple[str, ...] = ()  # names of task clusters that are no more; not given again
+from fedrouter.train.space import nearest, renumbered
+from fedrouter.train.state import Clustering, RunState
+from fedrouter.types import Float64s, LocalClusters, RoutingSpace
 
 
 def recluster(
@@ -87,7 +75,7 @@ def overlap(components: LocalClusters, space: RoutingSpace, old: Clustering) -> 
     was = np.asarray(old.space.cluster_of)[centroid]
     radii = np.array([c.radius for c in old.clusters])
     inside = distance**2 + spread <= radii[was] ** 2
-    shared = np.zeros((len(old.clusters), max(space.cluster_of) + 1))
+    shared = np.zeros((len(old.clusters), space.num_clusters))
     np.add.at(shared, (was, np.asarray(space.cluster_of)), components.counts * inside)
     return shared
 
@@ -118,12 +106,6 @@ def matched(shared: Float64s, rows: Float64s) -> tuple[list[int | None], list[in
 def rows_by_cluster(components: LocalClusters, space: RoutingSpace) -> Float64s:
     """Return the rows of each task cluster: (k,)."""
     return np.asarray(np.bincount(np.asarray(space.cluster_of), weights=components.counts), dtype=np.float64)
-
-
-def renumbered(space: RoutingSpace, order: Sequence[int]) -> RoutingSpace:
-    """Return the space with task cluster ``order[k]`` as number k."""
-    number = {old: new for new, old in enumerate(order)}
-    return replace(space, cluster_of=tuple(number[k] for k in space.cluster_of))
 
 
 def changes(old: Clustering, new: Clustering) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrouter.train.server.aggregate import distance
+from fedrouter.train.lora import distance
 from fedrouter.types import AdapterState, TrainReply, TrainRequest
 
 MIN_JUDGED = 4  # updates of a task cluster in one round; of fewer, none is told to be far out

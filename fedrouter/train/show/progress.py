@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedrouter.train.server.loop import RoundResult
+from fedrouter.train.state import RoundResult
 from fedrouter.types import TrainFailure, TrainReply
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from fedrouter.config import Config
-from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.train.server.loop import ClusterRound, RoundResult
+from fedrouter.errors import ConfigError, TrainingError, first_line
+from fedrouter.train.state import ClusterRound, RoundResult
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ class Trackers:
                     callback.logging_dir = str(self._out / "tensorboard")
                 callback.on_train_begin(self._arguments, self._state, self._control)
             except Exception as error:
-                raise TrainingError(f"train.report_to {name}: {_first_line(error)}") from error
+                raise TrainingError(f"train.report_to {name}: {first_line(error)}") from error
         return self
 
     def __exit__(
@@ -105,7 +105,7 @@ class Trackers:
                 getattr(callback, what)(self._arguments, self._state, self._control, **values)
             except Exception as error:  # a tracker's server that is down must not cost a night's training
                 del self._callbacks[name]
-                text = f"train.report_to {name}: left out from here on: {_first_line(error)}"
+                text = f"train.report_to {name}: left out from here on: {first_line(error)}"
                 self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -114,7 +114,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -35,8 +35,10 @@ from fedrouter.errors import TrainingError
 from fedrouter.train.client import noise
 from fedrouter.train.client.cluster import set_aside
 from fedrouter.train.client.noise import Noise
-from fedrouter.train.privacy import epsilon, guarantees, keep_promises, noise_key
-from fedrouter.train.server.aggregate import distance
+from fedrouter.train.disk.promises import keep_promises, noise_key
+from fedrouter.train.federation import DISCOVERY_RELEASES
+from fedrouter.train.lora import distance
+from fedrouter.train.server.accountant import epsilon, guarantees
 from fedrouter.types import Array, Assignment, Float64s, RoutingSpace, Subset
 
 PRIVACY = PrivacySettings(clip_embeddings=30.0, centroid_noise=1.0, clip_updates=0.5, update_noise=2.0)
@@ -114,7 +116,7 @@ def test_another_row_in_its_place_changes_no_release_by_more_than_its_bound(
     tell(x, first)
     second = Replay(first.given)
     tell(other, second)
-    assert len(first.values) == noise.DISCOVERY_RELEASES
+    assert len(first.values) == DISCOVERY_RELEASES
     moved = [float(np.linalg.norm(a - b)) for a, b in zip(first.values, second.values, strict=True)]
     assert all(m <= bound + 1e-9 for m, bound in zip(moved, first.bounds, strict=True))
     assert max(moved) > 0 or row in set_aside(40, 0)[1], "rows set aside appear in the last release only"

@@ -15,9 +15,10 @@ from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.data import builtin_records
 from fedrouter.errors import ModelError
 from fedrouter.models import load_tokenizer
-from fedrouter.train.client.sft import IGNORED, AdapterTrainer, Trained
+from fedrouter.train.client.sft import IGNORED, AdapterTrainer
 from fedrouter.train.client.targets import check_targets
-from fedrouter.train.server.aggregate import cut, distance
+from fedrouter.train.federation import Trained
+from fedrouter.train.lora import cut, distance
 from fedrouter.types import AdapterState
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 2, 0)

@@ -6,7 +6,7 @@ import numpy as np
 from fakes import LetterEmbedder, adapter, space
 
 from fedrouter.train.client.client import Client
-from fedrouter.train.client.sft import Trained
+from fedrouter.train.federation import Trained
 from fedrouter.types import AdapterState, Record, TrainRequest, Turn, ValidationRequest
 
 ROWS = [Record((Turn("user", task * 5),), str(i), task) for task in "ab" for i in range(20)]

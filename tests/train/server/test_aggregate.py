@@ -5,17 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings
-from fedrouter.train.server.aggregate import (
-    aggregate,
-    average,
-    clip,
-    completed,
-    cut,
-    distance,
-    exact,
-    rank_of,
-    robust_mean,
-)
+from fedrouter.train.lora import average, clip, completed, cut, distance, rank_of
+from fedrouter.train.server.aggregate import aggregate, exact, robust_mean
 from fedrouter.types import AdapterState, Array
 
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedrouter.config import Config, RoutingSettings
-from fedrouter.train.client.cluster import QUANTILES
+from fedrouter.train.federation import QUANTILES
 from fedrouter.train.server.describe import MIN_RADIUS, describe, doubt
 from fedrouter.types import Assignment, Subset
 

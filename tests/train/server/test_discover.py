@@ -11,16 +11,10 @@ from sklearn.metrics import adjusted_rand_score
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
-from fedrouter.train.client.cluster import (
-    QUANTILES,
-    assign,
-    nearest,
-    quantiles,
-    regroup,
-    set_aside,
-    summarise,
-)
+from fedrouter.train.client.cluster import assign, quantiles, regroup, set_aside, summarise
+from fedrouter.train.federation import QUANTILES
 from fedrouter.train.server.discover import Tree, discover, metric, radius, united
+from fedrouter.train.space import nearest
 from fedrouter.types import Array, LocalClusters, RoutingSpace, Subset
 
 DIM = 64

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from fakes import adapter
 from rich.console import Console
-from watched import CONFIG, Trainer, clients
+from watched import CONFIG, DIM, Trainer, clients
 
 from fedrouter import inspect
 from fedrouter.config import Config, TrainSettings
 from fedrouter.errors import ClientError, TrainingError
 from fedrouter.train.client.client import Client
+from fedrouter.train.disk.metrics import Metrics
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.rounds import Metrics
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.methods import Grouping, group
 from fedrouter.types import Record
@@ -50,12 +50,12 @@ def assert_same(found: Grouping, want: Grouping) -> None:
 @pytest.mark.parametrize("exchange", ["summarise", "assign"])
 def test_whatever_it_fails_in_the_others_find_what_they_find_alone(exchange: str, tmp_path: Path) -> None:
     others = federation([c for c in clients() if c.name != "bern"])
-    want = group(others, CONFIG, adapter(0))
+    want = group(others, CONFIG, adapter(0), DIM)
     members = clients()
     break_in(members[1], exchange)
     among, console = federation(members), Console(record=True, width=200)
     out = LeftOut(tmp_path, NAMES, console, once=False)
-    assert_same(out.without(among, lambda: group(among, CONFIG, adapter(0))), want)
+    assert_same(out.without(among, lambda: group(among, CONFIG, adapter(0), DIM)), want)
     assert out.others == ["ulm", "graz"]
     text = console.export_text()
     assert text.startswith("client bern is left out: OSError at test_left_out.py:")
@@ -70,14 +70,14 @@ def test_whatever_it_fails_in_the_others_find_what_they_find_alone(exchange: str
 def test_in_the_baselines_too_and_in_the_warm_up(method: str, tmp_path: Path) -> None:
     settings = Config(method=method, train=TrainSettings(rounds=2, steps=4))  # type: ignore[arg-type]
     others = federation([c for c in clients() if c.name != "bern"])
-    want = group(others, settings, adapter(0))
+    want = group(others, settings, adapter(0), DIM)
     members = clients()
     if method == "clustered":
         members[1]._records = [Record(r.turns, "poison", r.task) for r in members[1]._records]
     else:
         break_in(members[1], "regroup")
     among = federation(members)
-    found = left_out(tmp_path).without(among, lambda: group(among, settings, adapter(0)))
+    found = left_out(tmp_path).without(among, lambda: group(among, settings, adapter(0), DIM))
     assert_same(found, want)
     assert found.names == want.names
 
@@ -88,7 +88,7 @@ def test_when_nobody_is_left_the_run_ends_and_says_why(tmp_path: Path) -> None:
         break_in(member, "summarise")
     among = federation(members)
     with pytest.raises(TrainingError, match=r"no client is left: client ulm: OSError at .*client graz: OSE"):
-        left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0)))
+        left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0), DIM))
 
 
 def test_a_run_with_checkpoints_does_not_lose_them_to_a_client_that_fails_now(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_run_with_checkpoints_does_not_lose_them_to_a_client_that_fails_now(tm
     break_in(members[0], "assign")
     among = federation(members)
     with pytest.raises(TrainingError, match=r"client ulm: OSError .* give the command again once it works"):
-        left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0)))
+        left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0), DIM))
     assert not (tmp_path / "left_out.json").exists()
 
 
@@ -108,7 +108,7 @@ def test_where_noise_covers_one_answer_nobody_is_asked_again(tmp_path: Path) -> 
 
     def find() -> Grouping:
         asked.append(1)
-        return group(among, CONFIG, adapter(0))
+        return group(among, CONFIG, adapter(0), DIM)
 
     with pytest.raises(TrainingError, match=r"client ulm: .*centroid_noise covers one answer"):
         left_out(tmp_path, once=True).without(among, find)

@@ -8,7 +8,7 @@ from fedrouter.config import ClusterSettings, Config, TrainSettings
 from fedrouter.errors import TrainingError
 from fedrouter.train.client import cluster
 from fedrouter.train.client.client import Client
-from fedrouter.train.server.aggregate import stack
+from fedrouter.train.lora import stack
 from fedrouter.train.server.loop import run_rounds
 from fedrouter.train.server.methods import finish, group, group_clients
 from fedrouter.types import (
@@ -94,7 +94,7 @@ def test_who_trains_what(
     federation: Federation, method: str, names: tuple[str, ...], want: dict[str, dict[int, int]]
 ) -> None:
     settings = config(method, **({"global": 2} if method == "clustered" else {}))
-    found = group(federation, settings, adapter(0))
+    found = group(federation, settings, adapter(0), 8)
     assert found.names == names
     assert members(found.assignments) == want
     assert set(found.space.cluster_of) == set(range(len(names)))
@@ -109,7 +109,7 @@ def test_a_prompt_goes_to_the_task_or_client_whose_rows_are_nearest(federation: 
         "oracle": ["aaaaaaaa", "bbbbbbbb", "cccccccc"],
         "local": ["aaaabbbb", "", "cccccccc"],
     }.items():
-        space = group(federation, config(method), adapter(0)).space
+        space = group(federation, config(method), adapter(0), 8).space
         for k, text in enumerate(texts):
             if text:
                 nearest, _ = cluster.nearest(LetterEmbedder().embed([text]), space)
@@ -118,16 +118,16 @@ def test_a_prompt_goes_to_the_task_or_client_whose_rows_are_nearest(federation: 
 
 
 def test_clustered_goes_on_from_the_warm_up(federation: Federation) -> None:
-    found = group(federation, config("clustered", **{"global": 2}), adapter(0))
+    found = group(federation, config("clustered", **{"global": 2}), adapter(0), 8)
     assert found.state.adapters[0] is found.state.adapters[1]
     assert any(not np.array_equal(a, adapter(0)[n]) for n, a in found.state.adapters[0].items())
-    automatic = group(federation, config("clustered"), adapter(0))
+    automatic = group(federation, config("clustered"), adapter(0), 8)
     assert automatic.names == ("group-0", "group-1"), "two of three pull alike"
 
 
 def test_oracle_needs_labels() -> None:
     with pytest.raises(TrainingError, match="needs a task label on every row; 16 rows of client north"):
-        group(Federation({}, labelled=False), config("oracle"), adapter(0))
+        group(Federation({}, labelled=False), config("oracle"), adapter(0), 8)
 
 
 def test_groups_follow_direction_not_length() -> None:
@@ -153,9 +153,10 @@ def test_feddpa_mixes_exactly_at_twice_the_rank_and_its_generalist_is_the_global
     federation: Federation,
 ) -> None:
     settings = config("feddpa")
-    found = group(federation, settings, adapter(0))
+    found = group(federation, settings, adapter(0), 8)
     state = list(run_rounds(federation, found.assignments, found.state, settings))[-1].state
-    adapters, generalist, written = finish(settings, state, [], {"r": 8, "lora_alpha": 16})
+    made = finish(settings, state, [], {"r": 8, "lora_alpha": 16})
+    adapters, generalist, written = made.adapters, made.generalist, made.adapter_config
     *own, shared = state.adapters
     for mixed, mine in zip(adapters, own, strict=True):
         np.testing.assert_allclose(
@@ -170,9 +171,9 @@ def test_feddpa_mixes_exactly_at_twice_the_rank_and_its_generalist_is_the_global
 def test_a_generalist_where_task_clusters_are_averaged(
     federation: Federation, method: str, has: bool
 ) -> None:
-    state = group(federation, config(method), adapter(0)).state
+    state = group(federation, config(method), adapter(0), 8).state
     clusters = [TaskCluster(str(k), "", 10, (), {}, 1.0) for k in range(len(state.adapters))]
-    assert (finish(config(method), state, clusters, {})[1] is not None) == has
+    assert (finish(config(method), state, clusters, {}).generalist is not None) == has
 
 
 def test_stacking_is_the_dense_sum() -> None:

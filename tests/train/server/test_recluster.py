@@ -14,8 +14,8 @@ from fedrouter.config import Config
 from fedrouter.train.disk.checkpoint import latest_clustering, save_checkpoint
 from fedrouter.train.server.describe import describe
 from fedrouter.train.server.discover import discover
-from fedrouter.train.server.loop import RunState, fresh_state
-from fedrouter.train.server.recluster import Clustering, changes, matched, recluster
+from fedrouter.train.server.recluster import changes, matched, recluster
+from fedrouter.train.state import Clustering, RunState, fresh_state
 from fedrouter.types import Array
 
 DIM, ROWS = 64, 90
@@ -142,8 +142,8 @@ def test_a_checkpoint_keeps_the_task_clusters(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state, "digest", 2, replace(old, ended=("gone",)))
     found = latest_clustering(tmp_path)
     assert found is not None
-    clustering, loaded, digest = found
-    assert (digest, loaded.number, clustering.ended) == ("digest", 3, ("gone",))
+    clustering, loaded = found.clustering, found.state
+    assert (found.digest, loaded.number, clustering.ended) == ("digest", 3, ("gone",))
     assert list(clustering.clusters) == list(old.clusters)
     for field in ("mean", "transform", "centroids"):
         assert getattr(clustering.space, field).tobytes() == getattr(old.space, field).tobytes()

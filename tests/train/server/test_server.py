@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings, Config, TrainSettings
 from fedrouter.train.disk.checkpoint import latest_checkpoint, save_checkpoint
-from fedrouter.train.server.aggregate import cut, distance, rank_of
-from fedrouter.train.server.loop import ClusterRound, cosine, fresh_state, plan, run_rounds, share
+from fedrouter.train.lora import cut, distance, rank_of
+from fedrouter.train.server.loop import cosine, plan, run_rounds, share
+from fedrouter.train.state import ClusterRound, fresh_state
 from fedrouter.types import (
     AdapterState,
     Assignment,
@@ -219,7 +220,7 @@ def test_a_client_of_a_lower_rank_gets_and_moves_its_slices_only(method: str) ->
 
 def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:
     assignments = [Assignment("a", (subset(0, 30), subset(1, 10))), Assignment("b", (subset(1, 9),))]
-    return [plan(assignments, config(**train), number) for number in range(num_rounds)]
+    return [plan(assignments, TrainSettings(**train), 0, number) for number in range(num_rounds)]
 
 
 def test_the_schedule_takes_all_subsets_or_one_in_turn() -> None:
@@ -234,13 +235,13 @@ def test_in_turn_a_round_s_clients_spread_over_the_task_clusters() -> None:
         Assignment(f"c{i}", tuple(subset(cluster, 10) for cluster in pair)) for i, pair in enumerate(pairs)
     ]
     for number in range(4):
-        planned = plan(assignments, config(steps=4, schedule="one"), number)
+        planned = plan(assignments, TrainSettings(steps=4, schedule="one"), 0, number)
         assert Counter(cluster for _, cluster, _ in planned) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
 def test_in_turn_a_client_with_a_choice_leaves_to_the_others_what_they_alone_have() -> None:
     assignments = [Assignment("a", (subset(0, 10), subset(1, 10))), Assignment("b", (subset(0, 10),))]
-    planned = plan(assignments, config(steps=4, schedule="one"), 0)
+    planned = plan(assignments, TrainSettings(steps=4, schedule="one"), 0, 0)
     assert {client: cluster for client, cluster, _ in planned} == {"a": 1, "b": 0}
 
 

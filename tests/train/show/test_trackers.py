@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.train.server.loop import ClusterRound, RoundResult, fresh_state
 from fedrouter.train.show.trackers import Trackers, check_trackers
+from fedrouter.train.state import ClusterRound, RoundResult, fresh_state
 
 
 def result(number: int) -> RoundResult:

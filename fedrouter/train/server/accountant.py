@@ -1,21 +1,26 @@
-"""What noise promises: (ε, δ) by the accountant, and the secret that the noise is made with."""
+"""What noise promises: (ε, δ) by the accountant."""
 
-import json
 import math
-import os
-import secrets
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from fedrouter.config import Config, PrivacySettings
 from fedrouter.errors import ConfigError
-from fedrouter.train.client.noise import DISCOVERY_RELEASES
+from fedrouter.train.federation import DISCOVERY_RELEASES
 from fedrouter.train.server.loop import plan
 from fedrouter.types import Assignment, Guarantee
 
-KEY = "noise.key"
+
+def check_accountant(settings: PrivacySettings) -> None:
+    """Refuse noise that nobody can account for.
+
+    Raises
+    ------
+    ConfigError
+        Without the accountant.
+    """
+    if settings.noisy:
+        epsilon([1.0], settings.delta)
 
 
 def guarantees(config: Config, assignments: Sequence[Assignment]) -> list[Guarantee]:
@@ -48,7 +53,7 @@ def _updates(config: Config, assignments: Sequence[Assignment]) -> tuple[list[fl
     noise = config.privacy.update_noise
     sent, averaged = defaultdict(list), defaultdict(list)
     for number in range(config.train.rounds):
-        planned = plan(assignments, config, number)
+        planned = plan(assignments, config.train, config.seed, number)
         for client, cluster, steps in planned:
             # Weights go with steps: replies with noise say no more than what was asked for.
             everyone = math.hypot(*(n for _, k, n in planned if k == cluster))
@@ -80,30 +85,3 @@ def epsilon(multipliers: Sequence[float], delta: float) -> float:
     except ImportError as error:
         raise ConfigError('noise needs an accountant: pip install "fedrouter[privacy]"') from error
     return float(get_epsilon_gaussian(1 / math.sqrt(_loss(multipliers)), delta))
-
-
-def noise_key(run: Path, settings: PrivacySettings) -> bytes:
-    """Return the secret of a run's noise: the one that lies there, or one drawn from the operating system.
-
-    Without it a resumed run would answer the same questions with other noise, and who averages both learns
-    more than was promised. The seed would not do: it is known.
-    """
-    if not settings.noisy:
-        return b""
-    epsilon([1.0], settings.delta)  # no accountant, no run
-    file = run / KEY
-    return bytes.fromhex(file.read_text(encoding="utf-8")) if file.exists() else secrets.token_bytes(32)
-
-
-def keep_promises(run: Path, settings: PrivacySettings, promised: Sequence[Guarantee], key: bytes) -> None:
-    """Write what the noise promises beside the run, and its secret, which only the owner may read."""
-    record = {**settings.model_dump(), "guarantees": [asdict(g) for g in promised]}
-    for name, text, mode in (
-        ("privacy.json", json.dumps(record, indent=2) + "\n", 0o644),
-        (KEY, key.hex(), 0o600),
-    ):
-        partial = run / f".{name}.partial"
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(text)
-        partial.replace(run / name)
