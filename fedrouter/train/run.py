@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,9 @@ def admitted(
     session: Session, records: Mapping[str, Sequence[Record]], left_out: LeftOut, secret: bytes
 ) -> list[Client]:
     """Return the clients, without those that fail as they embed."""
-    sources = session.config.data.clients
 
     def admit(name: str) -> Client:
-        read = session.reader(name, sources[name]) if name in sources else None
-        return session.client(name, records[name], secret, read)
+        return session.client(name, records[name], secret, partial(session.read_again, name))
 
     clients: list[Client] = []
     try:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,23 @@ class Session:
         """Make one client: it embeds its rows."""
         return Client(name, records, self.embedder, self.config.seed, self.config.privacy, secret, read)
 
-    def reader(self, name: str, source: str) -> Callable[[], Sequence[Record]]:
-        """Return what reads a client's rows again from its source, ready to be embedded and trained on."""
+    def records(self, name: str, strip: bool = False) -> list[Record]:
+        """Read a client's rows from its source.
 
-        def read() -> Sequence[Record]:
-            self.trainer.take_out()
-            rows = load_sources({name: source}, self.config, self.config.data.max_per_client)
-            load_rows(self._rendered.tokeniser, rows)
-            return rows[name]
+        Parameters
+        ----------
+        strip : take their task labels off.
+        """
+        settings = self.config.data
+        rows = load_sources({name: settings.clients[name]}, self.config, settings.max_per_client)[name]
+        return [replace(row, task=None) for row in rows] if strip else rows
 
-        return read
+    def read_again(self, name: str, strip: bool = False) -> list[Record]:
+        """Read a client's rows once more, ready to be embedded and trained on."""
+        self.trainer.take_out()
+        rows = self.records(name, strip)
+        load_rows(self._rendered.tokeniser, {name: rows})
+        return rows
 
     def load_trainer(self, rows: Sequence[Record]) -> None:
         """Make what trains adapters, and its workers; rehearse on the longest of ``rows``, if any."""
