@@ -107,7 +107,7 @@ def check(
 
     from fedrouter.config_file import load_config
     from fedrouter.train.check import check as run
-    from fedrouter.train.check_view import show
+    from fedrouter.train.show.check_view import show
 
     try:
         report = run(load_config(config, set_ or []))
@@ -403,7 +403,7 @@ def demo(
         raise ConfigError("demo: --config and --data belong together")
     config = load_config(config_file)
     console.rule("1 · train: clients that share no data, one adapter per task")
-    bundle = run_train(config, out, console, side_by_side(config))
+    bundle = run_train(config, out, console, side_by_side(config.base))
     console.rule("2 · serve: vLLM with one adapter per task")
     with running_server(bundle.path, log=out / "server.log") as url:
         console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)

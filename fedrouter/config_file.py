@@ -42,7 +42,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         where = str(path) if path else "configuration"
-        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{where}: " + "; ".join(explained(e, Config) for e in error.errors())) from error
 
 
 def read_resolved(file: Path) -> Config:
@@ -54,16 +54,24 @@ def read_resolved(file: Path) -> Config:
         If it is missing, or this version cannot read it.
     """
     try:
-        # Defaults are left out: an option that was never given may not be given with others.
-        return Config.model_validate(
-            _differing(
-                json.loads(file.read_text(encoding="utf-8")), Config().model_dump(mode="json", by_alias=True)
-            )
-        )
+        return validated(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
+
+
+def validated(resolved: dict[str, Any]) -> Config:
+    """Return resolved settings as a configuration.
+
+    Defaults are left out first: an option that was never given may not be given with others.
+
+    Raises
+    ------
+    ValueError
+        If they are none.
+    """
+    return Config.model_validate(_differing(resolved, Config().model_dump(mode="json", by_alias=True)))
 
 
 def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +117,12 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
             values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}
 
 
-def _explain(error: Any) -> str:
+def explained(error: Any, model: Any) -> str:
+    """Say what one of pydantic's errors about settings of ``model`` means."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(model, location[:-1])
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
@@ -123,8 +132,7 @@ def _explain(error: Any) -> str:
     )
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -62,6 +62,44 @@ class RoutingSpace:
     centroids: Array  # (n, m), in the transformed space
     cluster_of: tuple[int, ...]  # (n,), the task cluster of each centroid
 
+    @property
+    def num_clusters(self) -> int:
+        """How many task clusters the centroids belong to."""
+        return max(self.cluster_of) + 1
+
+    def project(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return embedded prompts (n, d) in the space's coordinates: (n, m), in the wider dtype of both."""
+        return np.asarray((x - self.mean) @ self.transform)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a client says of itself when it is asked who is there."""
+
+    client: str
+    num_rows: int
+    digest: (
+        str  # changes with its rows; says nothing else of them, for it is made with a secret of the client
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """What came of a client that was asked to read its rows again."""
+
+    client: str
+    problem: str | None  # why it goes on with the rows it had, in no word of them
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a client's rows lie among task clusters that already exist."""
+
+    client: str
+    within: Mapping[int, int]  # task cluster → rows within its radius, where they are enough to be revealed
+    num_beyond: int  # rows beyond every radius; 0 where they are too few to be revealed
+    may_summarise: bool  # the rows beyond are enough for a local cluster
+
 
 @dataclass(frozen=True, slots=True)
 class Membership:

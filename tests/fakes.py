@@ -8,7 +8,7 @@ import numpy as np
 
 from fedrouter.bundle import Bundle, write_bundle
 from fedrouter.config import Count
-from fedrouter.train import cluster
+from fedrouter.train.client import cluster
 from fedrouter.types import (
     AdapterState,
     Array,

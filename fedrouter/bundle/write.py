@@ -1,7 +1,6 @@
 """Writing a bundle: whole or not at all, and only what loads."""
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedrouter.bundle.manifest import (
     manifest_bytes,
 )
 from fedrouter.errors import BundleError
+from fedrouter.files import partial_directory
 from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, Guarantee, RoutingSpace, TaskCluster
 
 
@@ -58,9 +58,7 @@ def write_bundle(
     """
     if path.exists():
         raise BundleError(f"{path} exists already; a bundle is never overwritten, choose another directory")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = partial_directory(path)
     files: dict[str, str] = {}
     config = json_bytes(adapter_config)
     named = [
