@@ -48,6 +48,7 @@ ABOVE = 1.25  # times what the split explains that explains least
 NEW_SHARE = 0.5  # of what a task explains, by a split of rows that came later (decision 0019: chosen on one)
 FINER = 3  # groups a task cluster while the scatter within them is taken
 SHRINKAGE = 0.5  # half whitened: the isotropic part of the covariance within groups
+LEVERAGE = 0.1  # of a row's squared distance ÷ all rows, by which its squared radius grows
 MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means unites the closest first
 MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random
 
@@ -215,11 +216,17 @@ def metric(groups: LocalClusters) -> Float64s:
     return np.asarray(vectors / np.sqrt(shrunk) / deviation[:, None])
 
 
-def radius(subsets: Sequence[Subset], quantile: float) -> float:
+def radius(subsets: Sequence[Subset], quantile: float, shaped: int | None = None) -> float:
     """Return the distance within which ``quantile`` of a task cluster's prompts will lie.
 
-    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share. The n
-    rows made the centroid; a new prompt lies farther from it by √((n + 1) / (n - 1)).
+    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share. Then
+    for what the rows made themselves. They made the centroid: a new prompt lies farther from it, by
+    √((n + 1) / (n - 1)) for n rows. They shaped the metric, which shrinks the directions that these very rows
+    vary in: a row at distance r has a leverage in r² / N of all N rows.
+
+    Parameters
+    ----------
+    shaped : N, the rows that the metric was made of; None where it was there before them, or is none.
     """
     weights = [s.num_examples for s in subsets]
     rows = sum(weights)
@@ -228,7 +235,8 @@ def radius(subsets: Sequence[Subset], quantile: float) -> float:
         middle = (low + high) / 2
         within = np.average([np.interp(middle, s.distances, QUANTILES) for s in subsets], weights=weights)
         low, high = (middle, high) if within < quantile else (low, middle)
-    return high * float(np.sqrt((rows + 1) / max(rows - 1, 1)))
+    leverage = LEVERAGE * high**2 / shaped if shaped else 0.0
+    return high * float(np.sqrt((rows + 1) / max(rows - 1, 1) * (1 + leverage)))
 
 
 def _collected(clients: Iterable[LocalClusters]) -> LocalClusters:
