@@ -5,7 +5,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -41,6 +42,30 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
     return Dataset.from_dict(
         {"input_ids": [row.ids for row in rows], "labels": [labels_of(row, IGNORED) for row in rows]}
     )
+
+
+class _StepsByLength(Sampler[int]):
+    """The rows of each optimizer step by length: less padding in its batches, the same gradient."""
+
+    def __init__(self, rows: Sampler[int], lengths: Sequence[int], size: int):
+        self._rows, self._lengths, self._size = rows, lengths, size
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self._rows)
+        for start in range(0, len(order), self._size):
+            yield from sorted(order[start : start + self._size], key=self._lengths.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        sampler, times = super()._get_train_sampler(train_dataset), self.args.gradient_accumulation_steps
+        if times == 1:
+            return sampler
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return _StepsByLength(sampler, lengths, times * self.args.per_device_train_batch_size)
 
 
 class AdapterTrainer:
@@ -205,7 +230,7 @@ class AdapterTrainer:
         )
         # Of several GPUs the Trainer would use all, for batches so many times as large.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = SFTTrainer(
+        trainer = _Trainer(
             model=self._model, args=arguments, train_dataset=data, processing_class=self._tokenizer
         )
         trainer.remove_callback(PrinterCallback)
@@ -234,7 +259,11 @@ class AdapterTrainer:
         self._put_in(adapter)
         self._model.eval()
         total = num_tokens = 0.0
-        for rows in data.batch(self._settings.batch_size):
+        order = np.argsort([len(ids) for ids in data["input_ids"]], kind="stable")  # less padding
+        for chosen in np.split(
+            order, range(self._settings.batch_size, len(order), self._settings.batch_size)
+        ):
+            rows = data[chosen]
             ids = [torch.tensor(row) for row in rows["input_ids"]]
             labels = pad_sequence([torch.tensor(row) for row in rows["labels"]], True, IGNORED)
             mask = pad_sequence([torch.ones_like(row) for row in ids], True)

@@ -1,6 +1,7 @@
 """One adapter trained on a very small model: what the options do to it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fedrouter.train.client.sft import IGNORED, AdapterTrainer
 from fedrouter.train.client.targets import check_targets
 from fedrouter.train.federation import Trained
 from fedrouter.train.lora import cut, distance
-from fedrouter.types import AdapterState
+from fedrouter.types import AdapterState, Record, Turn
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 2, 0)
 Train = Callable[..., tuple[AdapterState, Trained]]
@@ -184,6 +185,26 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     assert found[0].num_examples == found[1].num_examples
     for name, array in found[0].adapter.items():
         np.testing.assert_allclose(found[1].adapter[name], array, atol=2e-5, err_msg=name)
+
+
+def test_rows_of_a_step_come_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [Record((Turn("user", "word " * (1 + 7 * i % 23)),), "yes") for i in range(16)]
+    settings = TrainSettings(batch_size=2, gradient_accumulation=4)
+    trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), settings, seed=0)
+    inner, widths = trainer._model.get_base_model().model, []
+    forward = inner.forward
+
+    def counting(*args: object, **given: Any) -> Any:
+        widths.append(given["input_ids"].shape[1])
+        return forward(*args, **given)
+
+    monkeypatch.setattr(inner, "forward", counting)
+    trainer.train(trainer.state(), trainer.tokenise(texts), 2, 1e-2, seed=0)
+    lengths = sorted(len(row.ids) for row in trainer.tokeniser.rows(texts))
+    steps = widths[:4], widths[4:]
+    assert all(step == sorted(step) for step in steps)
+    assert max(max(step) for step in steps) == lengths[-1]
+    assert 2 * sum(widths) < 1.2 * sum(lengths), "little padding; of rows at random it is half as much again"
 
 
 def test_a_rehearsal_leaves_the_model_as_it_was_and_says_what_would_fail(
