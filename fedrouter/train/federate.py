@@ -20,7 +20,7 @@ from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.run import finished, refuse_another_run, run
 from fedrouter.train.server.accountant import check_accountant
 from fedrouter.train.server.left_out import LeftOut
-from fedrouter.train.server.remote import RemoteFederation, Transport, Waiting
+from fedrouter.train.server.remote import OnAnswer, RemoteFederation, Transport, Waiting
 from fedrouter.train.session import Session
 from fedrouter.train.wire.keys import PublicKey
 from fedrouter.train.wire.messages import Hello
@@ -40,6 +40,7 @@ def train_remote(
     *,
     half: bool = False,
     secure: bool = False,
+    on_answer: OnAnswer = lambda _client, _rows, _what: None,
 ) -> Bundle:
     """Train with the clients that ``transport`` reaches; as ``fedrouter.train.run.train`` otherwise.
 
@@ -48,6 +49,7 @@ def train_remote(
     config : ``data.clients`` names the clients of the roster; what it says of their data is not read.
     half : adapters travel as float16.
     secure : updates are summed so that the server sees no single one.
+    on_answer : gets each client that answers, its rows and to what.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def train_remote(
     hello = Hello(plan(config), session.base.fingerprint, session.embedder.probe, half, secure)
     with session.unclaimed():
         left_out = LeftOut(out, sorted(roster), console, once=bool(config.privacy.centroid_noise))
-        federation = RemoteFederation(transport, roster, _run_id(out), hello, waiting, session.say)
+        federation = RemoteFederation(transport, roster, _run_id(out), hello, waiting, session.say, on_answer)
         federation.leave([name for name in roster if name not in left_out.others])
         bundle = run(session, federation, left_out, b"")
         federation.goodbye("the run is finished")

@@ -91,11 +91,6 @@ class Site:
         """One line a message."""
         return self.directory / "audit.jsonl"
 
-    @property
-    def socket(self) -> Path:
-        """Where the resident client listens."""
-        return self.directory / "client.sock"
-
     def place(self, path: str) -> str:
         """Return a path of ``site.toml`` as seen from its directory; other names stay as they are."""
         here = self.directory / Path(path).expanduser()

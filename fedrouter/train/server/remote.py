@@ -66,6 +66,10 @@ class Arrived:
     error: str = ""  # instead of a body: what the engine says went wrong
 
 
+OnAnswer = Callable[[str, int, str], None]
+"""Gets a client that has answered, its rows and what it was asked."""
+
+
 class Transport(Protocol):
     """Moves bytes to nodes and back. Each node answers one message at a time."""
 
@@ -133,7 +137,9 @@ class RemoteFederation:
         hello: Hello,
         waiting: Waiting,
         say: Callable[[str], None],
+        on_answer: OnAnswer = lambda _client, _rows, _what: None,
     ):
+        self._on_answer = on_answer
         self._transport, self._roster, self._run, self._hello = transport, roster, run, hello
         self._waiting, self._say = waiting, say
         self._names = sorted(roster)
@@ -381,6 +387,8 @@ class RemoteFederation:
                 return None
             return expected, (Failed(_line(arrived.error)),)
         traffic.up += len(arrived.body)
+        last = waiting[name].messages[-1]
+        self._on_answer(name, self._members[name].num_rows, type(last).__name__)
         return name, envelope.messages
 
     def _verified(self, body: bytes) -> tuple[str, Envelope]:
