@@ -59,6 +59,8 @@ def train_remote(
     refuse_another_run(config, out)
     if (bundle := finished(out, console)) is not None:
         return bundle
+    if secure:
+        check_secure(config)
     check_machine(config.base, config.train.report_to)
     check_accountant(config.privacy)
     session = Session(config, out, console)
@@ -73,6 +75,25 @@ def train_remote(
         bundle = run(session, federation, left_out, b"")
         federation.goodbye("the run is finished")
         return bundle
+
+
+def check_secure(config: Config) -> None:
+    """Refuse settings that need to see single updates.
+
+    Raises
+    ------
+    ConfigError
+    """
+    plain = config.aggregate
+    unmet = {
+        f"method {config.method}": config.method not in ("fedrouter", "fedavg", "fedprox", "oracle"),
+        f"aggregate.method {plain.method}": plain.method != "average",
+        f"aggregate.robust {plain.robust}": plain.robust != "none",
+        "aggregate.clip (privacy.clip_updates is done by the sites)": plain.clip is not None,
+        "lora.ranks": bool(config.lora.ranks),
+    }
+    if reasons := [what for what, broken in unmet.items() if broken]:
+        raise ConfigError(f"secure_sum shows the server no single update, which {', '.join(reasons)} needs")
 
 
 def plan(config: Config) -> str:

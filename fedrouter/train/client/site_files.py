@@ -27,6 +27,7 @@ centroid_noise = 0.0  # least noise multipliers (docs/privacy.md)
 update_noise = 0.0
 labels = true  # task labels may be told; false takes them off the rows as these are read
 secure_sum = false  # true: take part only where the server sees sums of updates
+min_sum = 3  # fewest sites of a sum, this one counted
 max_requests_per_day = 10000
 max_mib_per_day = 10000.0
 """
