@@ -116,7 +116,6 @@ class Subset:
 
     cluster: int  # the task cluster
     num_examples: int
-    num_set_aside: int  # rows behind ``distances``: those that the space was not fitted to
     distances: Array  # (101,), to the nearest centroid, at quantiles 0 %, 1 % … 100 %
     task_counts: Mapping[str, int]
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from fedrouter.config import Config
 from fedrouter.data import Read
+from fedrouter.embed import chosen_spec
 from fedrouter.errors import ConfigError
-from fedrouter.models import load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
 from fedrouter.train.client.rows import Rendered, Tokeniser, TokenRow, load_rows, positions_of
 from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
@@ -144,10 +145,14 @@ def check(config: Config) -> Report:
     found = loaded(config, notes.append)
     told = found.rendered.tokeniser.told
     sizes = _sizes(config, found.rendered.path)
+    _, dtype = device_and_dtype(config.base)
+    base = base_spec(config.base.model, config.base.revision, found.rendered.path)
+    embedder, why = chosen_spec(config.embedder, base, found.rendered.path, dtype)
+    if why:
+        notes.append(why)
     steps = {name: _steps(config, len(rows)) for name, rows in found.records.items()}
     mean_length = float(np.mean(np.minimum(told.lengths, found.rendered.tokeniser.limit)))
     tokens = sum(steps.values()) * config.train.step_size * mean_length * config.train.participation
-    _, dtype = device_and_dtype(config.base)
     num = sizes.num_parameters
     weights = num // 2 if config.base.quantization != "none" else num * BYTES[dtype]
     longest = max(told.lengths, default=0)
@@ -174,7 +179,7 @@ def check(config: Config) -> Report:
         round_s=ROUND_PASSES * 2.0 * num * tokens / _flops(),
         bytes_down=4 * sizes.num_adapter,
         bytes_up=4 * sizes.num_adapter,
-        reveals=_reveals(sizes.dim),
+        reveals=_reveals(embedder.dim),
     )
 
 
@@ -236,7 +241,6 @@ class _Sizes:
 
     num_parameters: int  # of the base
     num_adapter: int  # parameters of an adapter
-    dim: int  # of the embedder
 
 
 def _sizes(config: Config, path: Path) -> _Sizes:
@@ -252,7 +256,7 @@ def _sizes(config: Config, path: Path) -> _Sizes:
     modules = adapted(model, config.lora.target_modules)
     adapter = sum(config.lora.rank * sum(shape) for shape in modules.values())
     num = sum(p.numel() for p in model.parameters())
-    return _Sizes(num, adapter, int(settings.get_text_config().hidden_size))
+    return _Sizes(num, adapter)
 
 
 def _activation_bytes(path: Path, dtype: str) -> int:
@@ -281,5 +285,5 @@ def _reveals(dim: int) -> dict[str, int]:
     """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
     from fedrouter.train.client.cluster import MAX_LOCAL
 
-    groups = 8 * (MAX_LOCAL * (1 + dim) + dim * dim)
-    return {"LocalClusters": groups, "Assignment (a task cluster)": 8 * 103}
+    groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # of the scatter one half: it is symmetric
+    return {"LocalClusters": groups, "Assignment (a task cluster)": 4 * 103}

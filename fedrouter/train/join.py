@@ -5,7 +5,7 @@
    A client that was there before is no longer listed where it has no rows now: it has moved.
 2. Rows beyond every radius are looked for new tasks as discover.py does, among the clients that join. A new
    task cluster needs ``MIN_TASK_ROWS`` rows, and more than the radius's quantile leaves outside by chance.
-3. Its mean becomes a centroid in the same space; rows set aside give its radius; its adapter starts from
+3. Its mean becomes a centroid in the same space; its rows give its radius; its adapter starts from
    the generalist and is trained for the configured rounds by the clients that hold such rows.
 4. The bundle of before stays where it is. The new one, old adapters byte for byte, is a run of its own.
 """
@@ -42,7 +42,7 @@ from fedrouter.train.space import narrowed, widened
 from fedrouter.train.state import Clustering, Start, fresh_state
 from fedrouter.types import AdapterState, Assignment, RoutingSpace, TaskCluster
 
-MIN_TASK_ROWS = 30  # over all clients that join: a third is set aside, and ten distances make a radius
+MIN_TASK_ROWS = 30  # over all clients that join: of fewer, the radius is a guess
 CHANCE = 3.0  # standard deviations above what a radius's quantile leaves outside
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedrouter import __version__
 from fedrouter.config import Config
-from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
+from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen_spec, load_embedder
 from fedrouter.errors import FedRouterError
 from fedrouter.files import write_atomically
 from fedrouter.models import base_spec, load_base
@@ -87,20 +87,10 @@ class Session:
         self.embedder = CachedEmbedder(found, Path(directory))
 
     def _chosen_embedder(self, dtype: str) -> EmbedderSpec:
-        wanted, why = chosen(self.config.embedder, self._rendered.path)
+        spec, why = chosen_spec(self.config.embedder, self.base, self._rendered.path, dtype)
         if why:
             self.say(why)
-        model, dtype = (self.base.model, dtype) if wanted.model is None else (wanted.model, "float32")
-        return embedder_spec(
-            "base" if wanted.model is None else wanted.kind,
-            model,
-            wanted.max_tokens,
-            dtype,
-            wanted.layer,
-            self.base.revision if wanted.model is None else None,
-            url=wanted.url,
-            pooling=wanted.pooling,
-        )
+        return spec
 
     def client(
         self,

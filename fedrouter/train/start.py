@@ -32,7 +32,8 @@ def start(session: Session, federation: Federation, anew: Anew) -> Start:
         return anew(clustering, stored.state)
     grouping = group(federation, config, session.trainer.state(), session.embedder.spec.dim)
     num = grouping.space.num_clusters
-    clusters = describe(grouping.assignments, num, config.routing, grouping.names)
+    whitened = config.cluster.method == "tree"
+    clusters = describe(grouping.assignments, num, config.routing, grouping.names, whitened=whitened)
     clustering = Clustering(grouping.space, grouping.assignments, clusters)
     digest = clustering_digest(clustering.space, clustering.assignments, members)
     return Start(clustering, latest_checkpoint(checkpoints, digest) or grouping.state, digest)

@@ -55,7 +55,7 @@ def test_the_client_whose_file_has_changed_becomes_one_that_starts_now(tmp_path:
     assert [a == b for a, b in zip(before, federation.members(), strict=True)] == [True, False, True]
     assert federation.clients[NAMES[0]]._vectors is vectors, "an unchanged client is not embedded again"
     for name, client in fresh.clients.items():
-        np.testing.assert_array_equal(federation.clients[name]._held, client._held)
+        np.testing.assert_array_equal(federation.clients[name]._vectors, client._vectors)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "", "x" * 201, "\x1b[31mred"])

@@ -76,9 +76,6 @@ class Client:
             raise TrainingError(f"client {self.name}: embeddings are not finite; set base.dtype to float32")
         self._records, self._vectors = records, vectors
         self._tasks = [record.task for record in records]
-        self._fit, self._held = cluster.set_aside(
-            len(records), derive_seed(self._seed, self.name, "set aside")
-        )
         self._rows: dict[int, Labels] = {}  # by task cluster, once assigned
         self._subsets: dict[int, tuple[Dataset, Dataset | None]] = {}
         self.beyond: Client | None = None  # the client with its rows beyond every radius, once compared
@@ -103,17 +100,16 @@ class Client:
     @property
     def may_summarise(self) -> bool:
         """Whether there are rows enough to reveal a local cluster."""
-        return len(self._fit) >= self._least
+        return self.num_rows >= self._least
 
     def summarise(self, num: Count) -> LocalClusters:
         """Cluster the client's rows; reveal centroids, counts and one scatter matrix."""
         seed = derive_seed(self._seed, self.name)
         if self._privacy.centroid_noise:
             assert num != "auto", "the configuration refuses this"
-            fit = self._vectors[self._fit]
-            return noise.summarise(fit, self._centre, num, seed, self._privacy, self._noise)
+            return noise.summarise(self._vectors, self._centre, num, seed, self._privacy, self._noise)
         try:
-            return cluster.summarise(self._vectors[self._fit], num, seed, self._least)
+            return cluster.summarise(self._vectors, num, seed, self._least)
         except TrainingError as error:
             raise TrainingError(f"client {self.name}: {error}") from error
 
@@ -121,17 +117,17 @@ class Client:
         """Give each row to the nearest centroid, or where it is told; reveal what came together."""
         self._refuse_without_noise()
         if told is None:
-            return cluster.regroup(self._vectors[self._fit], space, self._least)
+            return cluster.regroup(self._vectors, space, self._least)
         rows = cluster.told_rows(self.name, self._tasks, told)
         return cluster.gather_told(self._vectors, rows, told.num, self._least)
 
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> Assignment:
         """Take the task clusters on; reveal how many rows fall on each, and how far they lie."""
         if self._privacy.centroid_noise:
-            found = noise.assign(self._vectors, self._held, space, self._privacy, self._noise)
+            found = noise.assign(self._vectors, space, self._privacy, self._noise)
         else:
             rows = None if told is None else cluster.told_rows(self.name, self._tasks, told)
-            found = cluster.assign(self._vectors, self._held, space, self._tasks, rows, self._least)
+            found = cluster.assign(self._vectors, space, self._tasks, rows, self._least)
         self._rows, subsets = found
         self._subsets.clear()
         return Assignment(self.name, subsets)
@@ -144,7 +140,6 @@ class Client:
         """
         labels, outside = cluster.compare(self._vectors, space, radii)
         rest = copy.copy(self)
-        rest._fit, rest._held = (np.flatnonzero(np.isin(outside, own)) for own in (self._fit, self._held))
         rest._vectors = space.project(self._vectors[outside]).astype(np.float32)
         rest._records = [self._records[i] for i in outside]
         rest._tasks = [self._tasks[i] for i in outside]

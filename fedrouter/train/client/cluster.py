@@ -22,15 +22,6 @@ from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingS
 MAX_LOCAL = 128  # local clusters of "auto": 200 KB of float32 at d = 384
 LOCAL_ROWS = 2  # rows in a local cluster of "auto" on average, before small ones are united
 TRIM = 0.25  # share of the rows that the scatter leaves out: those farthest from their centroid
-SET_ASIDE = 3  # every third row makes the radii, not the space
-SMALL = 100  # rows; a client of fewer sets none aside: all of them are needed to tell its tasks apart
-
-
-def set_aside(num_rows: int, seed: int) -> tuple[Labels, Labels]:
-    """Return (fit, held): row numbers that the space is fitted to, and those that make the radii."""
-    order = np.random.default_rng(seed).permutation(num_rows)
-    cut = num_rows // SET_ASIDE if num_rows >= SMALL else 0
-    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
@@ -102,7 +93,6 @@ def gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
 
 def assign(
     x: Array,
-    held: Labels,
     space: RoutingSpace,
     tasks: Sequence[str | None],
     told: Mapping[int, Labels] | None = None,
@@ -113,9 +103,9 @@ def assign(
     Returns
     -------
     rows : row numbers by task cluster; stays with the client.
-    subsets : what the client reveals: counts, and quantiles of the distances of rows set aside. Rows of a
-        task cluster that has fewer than ``least`` of them go to the nearest one that has enough; where rows
-        are told their task cluster, fewer take no part.
+    subsets : what the client reveals: counts, and quantiles of the distances. Rows of a task cluster that
+        has fewer than ``least`` of them go to the nearest one that has enough; where rows are told their task
+        cluster, fewer take no part.
     """
     if told is None:
         counts = np.bincount(np.asarray(space.cluster_of)[nearest(x, space)[0]])
@@ -127,11 +117,7 @@ def assign(
     subsets = []
     for k, rows in sorted(found.items()):
         distance = nearest(x[rows], only(space, [k]))[1]
-        aside = distance[np.isin(rows, held)]
-        if len(aside) < least:  # then of all its rows
-            aside = aside[:0]
-        found_quantiles = quantiles(aside if len(aside) else distance, least)
-        subsets.append(Subset(k, len(rows), len(aside), found_quantiles, count_tasks(tasks, rows, least)))
+        subsets.append(Subset(k, len(rows), quantiles(distance, least), count_tasks(tasks, rows, least)))
     return found, tuple(subsets)
 
 

@@ -90,7 +90,7 @@ def summarise(
 
 
 def assign(
-    x: Array, held: Labels, space: RoutingSpace, privacy: PrivacySettings, noise: Noise
+    x: Array, space: RoutingSpace, privacy: PrivacySettings, noise: Noise
 ) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
     """Give each row to the nearest task cluster that it may be revealed for, by counts with noise.
 
@@ -104,9 +104,8 @@ def assign(
     labels, num = np.asarray(space.cluster_of)[centroid], space.num_clusters
     edges = np.linspace(0, 2 * privacy.clip_embeddings, NUM_BINS + 1)
     bins = np.clip(np.searchsorted(edges, distance, side="right") - 1, 0, NUM_BINS - 1)
-    aside = np.isin(np.arange(len(x)), held)
-    counts = np.zeros((num, 1 + NUM_BINS))  # rows not set aside, then those set aside by distance
-    np.add.at(counts, (labels, np.where(aside, 1 + bins, 0)), 1)
+    counts = np.zeros((num, NUM_BINS))
+    np.add.at(counts, (labels, bins), 1)
     # A row adds 1 in one place: put another in its place and two places change by 1.
     counts = noise.release(counts, np.sqrt(2), privacy.centroid_noise, "assign", space.centroids.tobytes())
     sizes = counts.sum(1)
@@ -115,12 +114,10 @@ def assign(
     labels = np.asarray(enough.cluster_of)[nearest(x, enough)[0]]
     subsets = []
     for k in large:
-        below = np.maximum(isotonic_regression(np.r_[0, counts[k, 1:].cumsum()]), 0)
+        below = np.maximum(isotonic_regression(np.r_[0, counts[k].cumsum()]), 0)
         share = below / max(below[-1], 1e-12) + 1e-9 * np.arange(NUM_BINS + 1)  # strictly rising
         quantiles = np.interp(QUANTILES, share, edges).astype(np.float32)
-        subsets.append(
-            Subset(int(k), max(round(sizes[k]), 1), max(round(counts[k, 1:].sum()), 0), quantiles, {})
-        )
+        subsets.append(Subset(int(k), max(round(sizes[k]), 1), quantiles, {}))
     return {int(k): np.flatnonzero(labels == k) for k in large}, tuple(subsets)
 
 

@@ -23,12 +23,15 @@ def describe(
     names: Sequence[str | None] | None = None,
     standing: Sequence[TaskCluster] = (),
     taken: Sequence[str] = (),
+    whitened: bool = True,
 ) -> list[TaskCluster]:
     """Describe each task cluster by what its clients revealed; those beyond the ``standing`` ones, if any.
 
     Without a name in ``names`` it is named after its commonest task label; a name that is ``taken`` gets its
-    number too.
+    number too. ``whitened``: the rows shaped the metric; those beside ``standing`` ones did not.
     """
+    rows = sum(s.num_examples for a in assignments for s in a.subsets)
+    shaped = rows if whitened and not standing else None
     clusters: list[TaskCluster] = []
     used = {GENERALIST, *taken, *(c.name for c in standing)}
     for k in range(len(standing), num_clusters):
@@ -52,7 +55,7 @@ def describe(
                 num_examples=sum(s.num_examples for _, s in members),
                 clients=tuple(client for client, _ in members),
                 task_counts=dict(sorted(counts.items())),
-                radius=radius([s for _, s in members], routing.quantile) if members else 0.0,
+                radius=radius([s for _, s in members], routing.quantile, shaped) if members else 0.0,
             )
         )
     # A task whose rows are much alike would reject its own prompts as soon as these differ a little from

@@ -5,11 +5,12 @@ union adds least scatter (Ward 1963). A split of it is one between tasks while i
 a task explains on average: K · ΔB ≥ SHARE · B, where ΔB is what the split into K groups adds to the scatter B
 between all groups. Why it must work: from task to task whole prompts change (their form, their length, their
 words), within a task only what fills the form. So down to the last split between tasks ΔB stays near B / K,
-and then drops: in a cloud of d directions that vary alike, K · ΔB is about 2 B / d. The rule has no unit: B
-grows with the differences between tasks. Where tasks are many and all alike far from each other, each of the
-first splits explains little; they end in a cliff, a split that explains twice SHARE before one that explains
-less than half of it, and the number is where the last cliff is. Where no split is the last, down to single
-groups, there is one cloud: one task.
+and then drops to what splits of a cloud explain. That depends on the rows: where they differ much within
+tasks, it is more than SHARE; so a split between tasks also explains clearly more, by ``ABOVE``, than the one
+that explains least. In a single cloud the first split explains least: one task. The rule has no unit: B grows
+with the differences between tasks. Where tasks are many and all alike far from each other, each of the first
+splits explains little; they end in a cliff, a split that explains twice SHARE before one that explains less
+than half of it, and the number is where the last cliff is.
 
 The exchanges, in order; no row leaves its client in any of them:
 
@@ -43,9 +44,11 @@ from fedrouter.train.space import Labels
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
 SHARE = 0.15  # of an average task's scatter that a split between tasks explains
+ABOVE = 1.25  # times what the split explains that explains least
 NEW_SHARE = 0.5  # of what a task explains, by a split of rows that came later (decision 0019: chosen on one)
 FINER = 3  # groups a task cluster while the scatter within them is taken
 SHRINKAGE = 0.5  # half whitened: the isotropic part of the covariance within groups
+LEVERAGE = 0.1  # of a row's squared distance ÷ all rows, by which its squared radius grows
 MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means unites the closest first
 MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random
 
@@ -127,8 +130,7 @@ class Tree:
             return int(few.argmax()) + 1
         explained = np.arange(2, self._num + 1) * self.costs[::-1] / self.between  # by the split into 2, 3 …
         most = self._num // 2  # a task cluster has two groups or more
-        ends = np.flatnonzero(np.append(explained, 0) < SHARE)
-        num = int(ends[0]) + 1 if ends[0] < most else 1  # splits without an end are those of a cloud
+        num = int((explained < max(SHARE, ABOVE * explained[:most].min())).argmax()) + 1
         cliffs = np.flatnonzero(
             (explained[:most] >= 2 * SHARE) & (explained[1:][:most] < explained[:most] / 2)
         )
@@ -214,20 +216,27 @@ def metric(groups: LocalClusters) -> Float64s:
     return np.asarray(vectors / np.sqrt(shrunk) / deviation[:, None])
 
 
-def radius(subsets: Sequence[Subset], quantile: float) -> float:
-    """Return the distance within which ``quantile`` of a task cluster's set-aside rows lie, over all clients.
+def radius(subsets: Sequence[Subset], quantile: float, shaped: int | None = None) -> float:
+    """Return the distance within which ``quantile`` of a task cluster's prompts will lie.
 
-    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share.
+    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share. Then
+    for what the rows made themselves. They made the centroid: a new prompt lies farther from it, by
+    √((n + 1) / (n - 1)) for n rows. They shaped the metric, which shrinks the directions that these very rows
+    vary in: a row at distance r has a leverage in r² / N of all N rows.
+
+    Parameters
+    ----------
+    shaped : N, the rows that the metric was made of; None where it was there before them, or is none.
     """
-    weights = (
-        [s.num_set_aside for s in subsets] if any(s.num_set_aside for s in subsets) else [1] * len(subsets)
-    )
+    weights = [s.num_examples for s in subsets]
+    rows = sum(weights)
     low, high = 0.0, float(max(s.distances[-1] for s in subsets))
     for _ in range(60):
         middle = (low + high) / 2
         within = np.average([np.interp(middle, s.distances, QUANTILES) for s in subsets], weights=weights)
         low, high = (middle, high) if within < quantile else (low, middle)
-    return high
+    leverage = LEVERAGE * high**2 / shaped if shaped else 0.0
+    return high * float(np.sqrt((rows + 1) / max(rows - 1, 1) * (1 + leverage)))
 
 
 def _collected(clients: Iterable[LocalClusters]) -> LocalClusters:

@@ -47,7 +47,8 @@ def recluster(
     assignments = list(federation.assign(space))
     kept = [None if o is None else old.clusters[o].name for o in of]
     ended = (*old.ended, *(c.name for c in old.clusters if c.name not in kept))
-    clusters = describe(assignments, len(of), config.routing, kept, taken=ended)
+    whitened = config.cluster.method == "tree"
+    clusters = describe(assignments, len(of), config.routing, kept, taken=ended, whitened=whitened)
     general, _ = mean(state.adapters, [c.num_examples for c in old.clusters], config.aggregate.method)
     return Clustering(space, assignments, clusters, ended), RunState(
         number=state.number,

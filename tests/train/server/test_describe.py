@@ -33,7 +33,7 @@ def test_one_task_cluster_of_many_small_clients_is_doubted(
 def test_no_radius_is_smaller_than_is_usual_among_the_tasks() -> None:
     def radii(*widest: float) -> list[float]:
         subsets = [
-            Subset(k, 50, 50, np.float32(w) * QUANTILES.astype(np.float32), {}) for k, w in enumerate(widest)
+            Subset(k, 10**9, np.float32(w) * QUANTILES.astype(np.float32), {}) for k, w in enumerate(widest)
         ]
         found = describe([Assignment("a", tuple(subsets))], len(widest), RoutingSettings(quantile=1.0))
         return [c.radius for c in found]

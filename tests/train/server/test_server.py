@@ -31,7 +31,7 @@ def config(aggregate: AggregateSettings | None = None, **train: object) -> Confi
 
 
 def subset(cluster: int, num: int) -> Subset:
-    return Subset(cluster, num, num // 3, np.zeros(101, dtype=np.float32), {})
+    return Subset(cluster, num, np.zeros(101, dtype=np.float32), {})
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), total=st.integers(1, 200))
