@@ -13,6 +13,16 @@ from pathlib import Path
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.serve.launch import free_port
 
+PLAN = """\
+[train]
+rounds = 2
+steps = 2
+batch_size = 4
+[lora]
+rank = 4
+[cluster]
+global = 4
+"""
 FEDROUTER = [sys.executable, "-m", "fedrouter"]
 VARIABLES = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

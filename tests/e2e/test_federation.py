@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from processes import START_S
 from rich.console import Console
-from sites import Sites, federation, fedrouter, wait_for
+from sites import PLAN, Sites, federation, fedrouter, wait_for
 
 from fedrouter.bundle import Bundle, load_bundle, read_weights
 from fedrouter.config import Config
@@ -46,13 +47,10 @@ def metrics(sites: Sites, out: str) -> list[dict[str, object]]:
 
 
 def in_one_process(sites: Sites, out: Path, rounds: int) -> Bundle:
-    config = Config.model_validate(
-        {
-            "train": {"rounds": rounds, "steps": 2, "batch_size": 4},
-            "lora": {"rank": 4},
-            "data": {"clients": {name: str(sites.directory / f"{name}.jsonl") for name in NAMES}},
-        }
-    )
+    settings = tomllib.loads(PLAN)
+    settings["train"]["rounds"] = rounds
+    settings["data"] = {"clients": {name: str(sites.directory / f"{name}.jsonl") for name in NAMES}}
+    config = Config.model_validate(settings)
     return train(config, out, Console(quiet=True))
 
 
