@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -106,21 +106,18 @@ def stop(process: subprocess.Popen[str], grace_s: float = 10.0) -> None:
     process.wait()
 
 
-def run(command: Sequence[str], home: Path, extra: Mapping[str, str] | None = None) -> str:
-    """Run a program of the environment to its end; return what it printed.
+def run(command: Sequence[str], home: Path, text: str = "") -> str:
+    """Run a program of the environment to its end, with ``text`` as its input; return what it printed.
 
     Raises
     ------
     ConfigError
         If it fails.
     """
-    finished = subprocess.run(
-        command, env={**variables(home), **(extra or {})}, capture_output=True, text=True
-    )
+    finished = subprocess.run(command, env=variables(home), input=text, capture_output=True, text=True)
     if finished.returncode:
-        lines = [line.strip(" │╭╮╰╯─") for line in (finished.stdout + finished.stderr).splitlines()]
-        said = [line for line in lines if line][-3:]
-        raise ConfigError(f"{Path(command[0]).name} failed: {' '.join(said)[:300]}")
+        said = [line for line in finished.stderr.splitlines() if line.strip()]
+        raise ConfigError(f"the superlink does not answer: {said[-1][:300] if said else 'it says nothing'}")
     return finished.stdout
 
 

@@ -12,9 +12,9 @@ from fedrouter.config_file import explained
 from fedrouter.errors import ConfigError
 from fedrouter.files import write_atomically
 from fedrouter.train.flower.certificates import make_trial
-from fedrouter.train.flower.environment import program, run
+from fedrouter.train.flower.environment import SIDECAR, program, run
 from fedrouter.train.server.remote import Waiting
-from fedrouter.train.wire.keys import PublicKey, load_public
+from fedrouter.train.wire.keys import PublicKey, load_public, public_text
 
 CONNECTION = "fedrouter"  # Flower's name for the superlink of this directory
 
@@ -172,60 +172,20 @@ def load_directory(path: Path) -> Directory:
     return directory
 
 
-def nodes(directory: Directory) -> dict[str, dict[str, object]]:
-    """Return what the superlink knows of each registered node, by node id.
+def nodes(directory: Directory, *, change: bool = False) -> dict[str, dict[str, str]]:
+    """Return what the superlink knows of each node, by public key: id, status, times.
+
+    Parameters
+    ----------
+    change : make it know the keys of the clients, and no longer those that are taken out.
 
     Raises
     ------
     ConfigError
         If the superlink does not answer.
     """
-    printed = run([program("flwr"), "supernode", "list", CONNECTION, "--format", "json"], directory.home)
-    found = json.loads(printed[printed.index("{") :])
-    return {str(node["node-id"]): node for node in found.get("nodes", [])}
-
-
-def registered(directory: Directory) -> dict[str, str]:
-    """Return the node id of each public key that ``register`` has made known."""
-    file = directory.home / "registered.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-
-
-def register(directory: Directory) -> dict[str, str]:
-    """Make the superlink know the keys of the clients, and no longer those that are taken out.
-
-    Returns
-    -------
-    Client by node id.
-
-    Raises
-    ------
-    ConfigError
-        If the superlink does not answer.
-    """
-    wanted = {key.strip(): name for name, key in directory.settings.clients.items()}
-    there = nodes(directory)
-    known = {key: node for key, node in registered(directory).items() if node in there}
-    flwr = program("flwr")
-    for key in [key for key in known if key not in wanted]:
-        run([flwr, "supernode", "unregister", known.pop(key), CONNECTION], directory.home)
-    for number, (key, name) in enumerate(wanted.items()):
-        if key not in known:
-            file = directory.home / f"{number}.pub"
-            write_atomically(file, f"{key}\n")
-            command = [
-                flwr,
-                "supernode",
-                "register",
-                str(file),
-                CONNECTION,
-                "--name",
-                name,
-                "--format",
-                "json",
-            ]
-            printed = run(command, directory.home)
-            known[key] = str(json.loads(printed[printed.index("{") :])["node-id"])
-            file.unlink()
-    write_atomically(directory.home / "registered.json", json.dumps(known))
-    return {known[key]: name for key, name in wanted.items()}
+    wanted = {public_text(key): name for name, key in directory.roster().items()}
+    command = [program("python"), str(SIDECAR / "roster.py"), CONNECTION]
+    printed = run(command, directory.home, json.dumps(wanted if change else None))
+    found = json.loads(printed.splitlines()[-1])
+    return {node["key"]: node for node in found}

@@ -11,7 +11,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.config_file import load_config
 from fedrouter.files import write_atomically
 from fedrouter.train.federate import train_remote
-from fedrouter.train.flower.federation import load_directory, register
+from fedrouter.train.flower.federation import load_directory, nodes
 from fedrouter.train.flower.status import SEEN
 from fedrouter.train.flower.transport import connected
 from fedrouter.train.run import finished
@@ -41,7 +41,7 @@ def train_over_flower(
         seen[client] = {"rows": rows, "time": when, "what": what}
         write_atomically(federation / SEEN, json.dumps(seen))
 
-    register(directory)
+    nodes(directory, change=True)
     with connected(directory) as transport:
         return train_remote(
             resolved,

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from fedrouter.train.flower.federation import load_directory, nodes, registered
+from fedrouter.train.flower.federation import load_directory, nodes
+from fedrouter.train.wire.keys import public_text
 
 SEEN = "seen.json"  # in a federation's directory: by client, rows and the last answer
 
@@ -17,19 +18,19 @@ def status(path: Path) -> list[dict[str, object]]:
         If the superlink does not answer.
     """
     directory = load_directory(path)
-    there, ids = nodes(directory), registered(directory)
+    there = nodes(directory)
     file = path / SEEN
     seen = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     found = []
-    for name, key in directory.settings.clients.items():
-        node = there.get(ids.get(key.strip(), ""), {})
-        state = str(node.get("status", "unknown to the superlink"))
+    for name, key in directory.roster().items():
+        node = there.get(public_text(key), {})
+        state = node.get("status", "unknown to the superlink")
         last = seen.get(name, {})
         found.append(
             {
                 "client": name,
                 "there": state,
-                "since": node.get("online-at", "-") if state == "online" else node.get("offline-at", "-"),
+                "since": node.get("online" if state == "online" else "offline") or "-",
                 "rows": last.get("rows", "-"),
                 "last_answer": last.get("time", "-"),
                 "to": last.get("what", "-"),
