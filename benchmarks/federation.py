@@ -138,11 +138,7 @@ def federation(num: int, hollow: bool) -> Iterator[tuple[Directory, Sites, int]]
         names = [f"site-{i:02d}" for i in range(num)]
         with (root / "fed" / "federation.toml").open("a") as roster:
             for i, name in enumerate(names):
-                rows = [
-                    {"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task}
-                    for r in records
-                ]
-                (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                write_rows(root / f"{name}.jsonl", i)
                 _, public = make_site(root / name, name, f"../{name}.jsonl", f"127.0.0.1:{fleet}")
                 roster.write(f'{name} = "{public}"\n')
                 (root / name / "ca.crt").write_bytes((root / "fed" / "ca.crt").read_bytes())
@@ -251,9 +247,6 @@ def in_process(num: int, rounds: int) -> float:
         clients = {}
         for i in range(num):
             records = [r for t in (TASKS[i % 4], TASKS[(i + 1) % 4]) for r in generate(t, "train", 60, i)]
-            rows = [
-                {"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records
-            ]
             file = root / f"site-{i:02d}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             clients[file.stem] = str(file)
