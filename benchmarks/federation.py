@@ -246,9 +246,8 @@ def in_process(num: int, rounds: int) -> float:
         root = Path(scratch)
         clients = {}
         for i in range(num):
-            records = [r for t in (TASKS[i % 4], TASKS[(i + 1) % 4]) for r in generate(t, "train", 60, i)]
             file = root / f"site-{i:02d}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(file, i)
             clients[file.stem] = str(file)
         config = Config.model_validate(
             {

@@ -82,7 +82,8 @@ def _take_part(site: Site, home: Path, resident: str) -> None:
     secret = home / "executor.secret"
     write_atomically(secret, secrets.token_hex(32), mode=0o600)
     port = str(_free_port())
-    node = [program("flower-supernode"), "--root-certificates", site.place(site.settings.ca)]
+    node = [program("python"), str(SIDECAR / "supernode.py")]
+    node += ["--root-certificates", site.place(site.settings.ca)]
     node += ["--superlink", site.settings.server, "--auth-supernode-private-key", str(site.key.resolve())]
     node += ["--isolation", "process"]  # node.py in place of an executor: no code of the server's runs here
     node += ["--host", "127.0.0.1", "--port", port, "--superexec-auth-secret-file", str(secret.resolve())]
