@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from fedrouter import __version__
+from fedrouter.cli_federation import client as client_app
+from fedrouter.cli_federation import federation as federation_app
 from fedrouter.errors import ConfigError, FedRouterError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(federation_app)
+app.add_typer(client_app)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console()
 stderr = Console(stderr=True)
@@ -76,16 +80,24 @@ def train(
     out: Out = None,
     set_: Set = None,
     processes: Processes = 1,
+    federation: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Train with the clients of this federation, on their machines."),
+    ] = None,
 ) -> None:
     """Train one adapter per task cluster and write a bundle."""
     from fedrouter.config_file import load_config
 
-    settings = load_config(config, set_ or [])
     directory = out or Path("runs") / (config.stem if config else "four-tasks")
-    from fedrouter.train.run import train as run
-
     try:
-        bundle = run(settings, directory, console, processes)
+        if federation is not None:
+            from fedrouter.train.flower.run import train_over_flower
+
+            bundle = train_over_flower(config, set_ or [], directory, federation, console)
+        else:
+            from fedrouter.train.run import train as run
+
+            bundle = run(load_config(config, set_ or []), directory, console, processes)
     except KeyboardInterrupt:
         stderr.print(f"interrupted; the same command goes on from the last finished round in {directory}")
         raise typer.Exit(130) from None

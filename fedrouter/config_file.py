@@ -12,13 +12,20 @@ from pydantic import ValidationError
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError
 
+ELSEWHERE = "(on the client's machine)"
 BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), clients: Sequence[str] | None = None
+) -> Config:
     """Read a TOML file, or the built-in federation's; apply ``section.key=value`` overrides; validate.
 
     Relative data and model paths in the file are resolved against the file's directory.
+
+    Parameters
+    ----------
+    clients : names of clients on other machines, which have the data; the file must say nothing of data.
 
     Raises
     ------
@@ -38,6 +45,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         _resolve_paths(values, path.parent)
     for override in overrides:
         _apply(values, override)
+    if clients is not None:
+        if path is not None and values.get("data"):
+            raise ConfigError(f"{path}: [data] is the sites' with --federation; remove it")
+        values["data"] = {"clients": dict.fromkeys(clients, ELSEWHERE)}
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -21,6 +21,7 @@ class Loopback:
         self.here = nodes
         self.arrived: list[Arrived] = []
         self.sent: list[tuple[str, bytes]] = []
+        self.now = 0.0
 
     def nodes(self) -> Collection[str]:
         return list(self.here)
@@ -31,7 +32,14 @@ class Loopback:
             self.arrived.append(Arrived(node, answer(body)))
 
     def receive(self, timeout_s: float) -> Arrived | None:
-        return self.arrived.pop(0) if self.arrived else None
+        if self.arrived:
+            return self.arrived.pop(0)
+        self.now += timeout_s
+        return None
+
+    def clock(self) -> float:
+        """Return a time that passes only while the server waits for what does not come."""
+        return self.now
 
 
 def site(directory: Path, name: str, data: Path, **policy: object) -> tuple[Site, PublicKey]:

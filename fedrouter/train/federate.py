@@ -20,7 +20,7 @@ from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.run import finished, refuse_another_run, run
 from fedrouter.train.server.accountant import check_accountant
 from fedrouter.train.server.left_out import LeftOut
-from fedrouter.train.server.remote import RemoteFederation, Transport, Waiting
+from fedrouter.train.server.remote import OnAnswer, RemoteFederation, Transport, Waiting
 from fedrouter.train.session import Session
 from fedrouter.train.wire.keys import PublicKey
 from fedrouter.train.wire.messages import Hello
@@ -40,6 +40,7 @@ def train_remote(
     *,
     half: bool = False,
     secure: bool = False,
+    on_answer: OnAnswer = lambda _client, _rows, _what: None,
 ) -> Bundle:
     """Train with the clients that ``transport`` reaches; as ``fedrouter.train.run.train`` otherwise.
 
@@ -48,6 +49,7 @@ def train_remote(
     config : ``data.clients`` names the clients of the roster; what it says of their data is not read.
     half : adapters travel as float16.
     secure : updates are summed so that the server sees no single one.
+    on_answer : gets each client that answers, its rows and to what.
 
     Raises
     ------
@@ -57,6 +59,8 @@ def train_remote(
     refuse_another_run(config, out)
     if (bundle := finished(out, console)) is not None:
         return bundle
+    if secure:
+        check_secure(config)
     check_machine(config.base, config.train.report_to)
     check_accountant(config.privacy)
     session = Session(config, out, console)
@@ -66,11 +70,30 @@ def train_remote(
     hello = Hello(plan(config), session.base.fingerprint, session.embedder.probe, half, secure)
     with session.unclaimed():
         left_out = LeftOut(out, sorted(roster), console, once=bool(config.privacy.centroid_noise))
-        federation = RemoteFederation(transport, roster, _run_id(out), hello, waiting, session.say)
+        federation = RemoteFederation(transport, roster, _run_id(out), hello, waiting, session.say, on_answer)
         federation.leave([name for name in roster if name not in left_out.others])
         bundle = run(session, federation, left_out, b"")
         federation.goodbye("the run is finished")
         return bundle
+
+
+def check_secure(config: Config) -> None:
+    """Refuse settings that need to see single updates.
+
+    Raises
+    ------
+    ConfigError
+    """
+    plain = config.aggregate
+    unmet = {
+        f"method {config.method}": config.method not in ("fedrouter", "fedavg", "fedprox", "oracle"),
+        f"aggregate.method {plain.method}": plain.method != "average",
+        f"aggregate.robust {plain.robust}": plain.robust != "none",
+        "aggregate.clip (privacy.clip_updates is done by the sites)": plain.clip is not None,
+        "lora.ranks": bool(config.lora.ranks),
+    }
+    if reasons := [what for what, broken in unmet.items() if broken]:
+        raise ConfigError(f"secure_sum shows the server no single update, which {', '.join(reasons)} needs")
 
 
 def plan(config: Config) -> str:

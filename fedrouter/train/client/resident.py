@@ -19,6 +19,7 @@ from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
 from fedrouter.train.client.client import reason_of
 from fedrouter.train.client.site import Site, against_plan, against_request, plan_of
+from fedrouter.train.client.summing import Summing
 from fedrouter.train.federation import Federation
 from fedrouter.train.wire.format import MAX_BYTES
 from fedrouter.train.wire.keys import load_private, sign
@@ -35,7 +36,11 @@ from fedrouter.train.wire.messages import (
     ReadAgain,
     Refused,
     Regroup,
+    SumKeys,
     Summarise,
+    SumOpen,
+    SumShares,
+    SumTrain,
     seal,
     unseal,
 )
@@ -69,7 +74,8 @@ class Resident:
         self._hello: Hello | None = None
         self._federation: Federation | None = None
         self._config: Config | None = None
-        self._assigned = False
+        self._summing: Summing | None = None
+        self._assigned, self._run = False, ""
 
     def answer(self, body: bytes) -> bytes:
         """Return the signed reply to a request; whatever happens is a reply."""
@@ -118,11 +124,16 @@ class Resident:
             if not isinstance(message, Hello | Goodbye) and self._federation is None:
                 yield Behind()
                 return
-            if isinstance(message, TrainRequest | ValidationRequest) and not self._assigned:
+            if isinstance(message, TrainRequest | SumTrain | ValidationRequest) and not self._assigned:
                 yield Behind()
                 return
+            if isinstance(message, TrainRequest) and self._summing is not None:
+                yield Refused("the plan was to sum updates, and this asks for one alone")
+                return
             try:
-                yield from self._done(message)
+                yield from self._done(message, envelope.run)
+            except WireError as error:
+                yield Refused(str(error))
             except ClientError as error:
                 yield Failed(error.reasons.get(self._name, "it failed; its own log says more"))
                 return
@@ -140,10 +151,10 @@ class Resident:
                 yield Failed(reason_of(self._name, error))
                 return
 
-    def _done(self, message: Any) -> Iterator[Any]:
+    def _done(self, message: Any, run: str) -> Iterator[Any]:
         match message:
             case Hello():
-                yield self._begin(message)
+                yield self._begin(message, run)
                 return
             case Goodbye():
                 self._say(f"the server says: {message.reason}")
@@ -180,13 +191,32 @@ class Resident:
                 yield from map(_finite, federation.train([message]))
             case ValidationRequest():
                 yield from federation.validate([message])
+            case SumKeys() | SumShares() | SumTrain() | SumOpen():
+                yield self._summed(message, federation)
 
-    def _begin(self, hello: Hello) -> Any:
+    def _summed(self, message: Any, federation: Federation) -> Any:
+        """Do this site's part of a secure sum."""
+        if self._summing is None:
+            return Refused("the plan was not to sum updates")
+        match message:
+            case SumKeys():
+                return self._summing.keys(message)
+            case SumShares():
+                return self._summing.shares(message)
+            case SumOpen():
+                return self._summing.opened(message)
+        request = message.request
+        self._summing.take(request, message.shares)
+        self._say(f"round {request.round + 1}: trains task cluster {request.cluster}, to be summed")
+        (answer,) = map(_finite, federation.train([request]))
+        return self._summing.masked(request, answer) if isinstance(answer, TrainReply) else answer
+
+    def _begin(self, hello: Hello, run: str) -> Any:
         """Take a plan on, if the policy allows it; load what it needs, unless it is loaded."""
-        if self._hello is not None and _same(self._hello, hello) and self._federation is not None:
+        if self._federation is not None and self._run == run and _same(self._hello, hello):
             (member,) = self._federation.members()
             return member
-        self._federation, self._assigned = None, False
+        self._federation, self._assigned, self._run = None, False, run
         config = plan_of(hello, self._site)
         if reason := against_plan(self._policy, config, hello.secure):
             return Refused(reason)
@@ -200,6 +230,9 @@ class Resident:
         if not error <= PROBE_TOLERANCE:
             return Failed(f"its embedder is another one than the server's: vectors differ by {error:.1%}")
         self._hello, self._config, self._federation = hello, config, federation
+        pins = self._site.directory / "peers.json"
+        least = self._policy.min_sum
+        self._summing = Summing(run, self._name, self._key, pins, least) if hello.secure else None
         (member,) = federation.members()
         self._say(
             f"takes part with {member.num_rows} rows: method {config.method}, {config.train.rounds} rounds"
@@ -219,8 +252,8 @@ def _finite(answer: Any) -> Any:
     return answer
 
 
-def _same(one: Hello, other: Hello) -> bool:
-    return seal(Envelope("", "", 0, (one,))) == seal(Envelope("", "", 0, (other,)))
+def _same(one: Hello | None, other: Hello) -> bool:
+    return one is not None and seal(Envelope("", "", 0, (one,))) == seal(Envelope("", "", 0, (other,)))
 
 
 def _secret(site: Site) -> bytes:

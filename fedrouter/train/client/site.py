@@ -13,7 +13,7 @@ from fedrouter.config import Config
 from fedrouter.config_file import explained, validated
 from fedrouter.errors import ConfigError
 from fedrouter.train.lora import rank_of
-from fedrouter.train.wire.messages import Assign, Hello, Regroup
+from fedrouter.train.wire.messages import Assign, Hello, Regroup, SumTrain
 from fedrouter.types import TrainRequest
 
 Methods = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")
@@ -42,6 +42,8 @@ class Policy(_Section):
     """Whether task labels may be told; without, they are taken off the rows as these are read."""
     secure_sum: bool = False
     """Take part only where the server sees sums of updates, never one site's."""
+    min_sum: int = Field(3, ge=2)
+    """Fewest sites that it is summed with; itself counts."""
     max_requests_per_day: int = Field(10_000, ge=1)
     """Most messages that are answered in a day (UTC)."""
     max_mib_per_day: float = Field(10_000.0, gt=0)
@@ -90,11 +92,6 @@ class Site:
     def audit(self) -> Path:
         """One line a message."""
         return self.directory / "audit.jsonl"
-
-    @property
-    def socket(self) -> Path:
-        """Where the resident client listens."""
-        return self.directory / "client.sock"
 
     def place(self, path: str) -> str:
         """Return a path of ``site.toml`` as seen from its directory; other names stay as they are."""
@@ -173,6 +170,8 @@ def against_plan(policy: Policy, config: Config, secure: bool) -> str | None:
 
 def against_request(policy: Policy, message: object) -> str | None:
     """Return why one request is refused; None: it is not."""
+    if isinstance(message, SumTrain):
+        return against_request(policy, message.request)
     if isinstance(message, TrainRequest):
         if message.steps > policy.max_steps:
             return f"its policy refuses {message.steps} steps; at most {policy.max_steps}"

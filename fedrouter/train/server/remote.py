@@ -15,8 +15,9 @@ import numpy as np
 
 from fedrouter.config import Count
 from fedrouter.errors import ClientError, TrainingError, WireError
+from fedrouter.train.server.summing import secure_sums
 from fedrouter.train.wire.format import MAX_BYTES
-from fedrouter.train.wire.keys import PublicKey, claimed, verify
+from fedrouter.train.wire.keys import PublicKey, claimed, public_text, verify
 from fedrouter.train.wire.messages import (
     REPLIES,
     Assign,
@@ -64,6 +65,10 @@ class Arrived:
     node: str
     body: bytes
     error: str = ""  # instead of a body: what the engine says went wrong
+
+
+OnAnswer = Callable[[str, int, str], None]
+"""Gets a client that has answered, its rows and what it was asked."""
 
 
 class Transport(Protocol):
@@ -133,7 +138,11 @@ class RemoteFederation:
         hello: Hello,
         waiting: Waiting,
         say: Callable[[str], None],
+        on_answer: OnAnswer = lambda _client, _rows, _what: None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self._clock = clock
+        self._on_answer = on_answer
         self._transport, self._roster, self._run, self._hello = transport, roster, run, hello
         self._waiting, self._say = waiting, say
         self._names = sorted(roster)
@@ -208,11 +217,12 @@ class RemoteFederation:
             If fewer clients than ``Waiting.least_replies`` sent an update.
         """
         came: set[str] = set()
-        for answer in self._answers(requests, TrainReply):
+        before = len(self.traffic)
+        for answer in self._summed(requests) if self._hello.secure else self._answers(requests, TrainReply):
             if isinstance(answer, TrainReply):
                 came.add(answer.client)
             yield answer
-        traffic = self.traffic[-1]
+        traffic = _together(self.traffic[before:])
         number = requests[0].round + 1 if requests else 0
         half = f", float16 costs {traffic.rounding:.1e}" if self._hello.half else ""
         self._say(
@@ -236,6 +246,14 @@ class RemoteFederation:
         for name in self._names:
             if name in self._nodes:
                 self._post(name, (Goodbye(reason),))
+
+    def _summed(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
+        def ask(asked: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+            messages = {name: tuple(own) for name, own in asked.items()}
+            return dict(self._exchange(messages, self._waiting.round_s))
+
+        keys = {name: public_text(key) for name, key in self._roster.items()}
+        return secure_sums(self._run, requests, keys, ask)
 
     def _answers(self, requests: Sequence[Request], kind: type[Kind]) -> Iterator[Kind | TrainFailure]:
         """Yield an answer to each request: what the client sent, or that it did not."""
@@ -300,7 +318,7 @@ class RemoteFederation:
         self, asked: Mapping[str, tuple[Any, ...]], patience_s: float
     ) -> Iterator[tuple[str, Sequence[Any]]]:
         """Send each client its messages; yield replies as they come, for so long as we are patient."""
-        began, traffic = time.monotonic(), Traffic()
+        began, traffic = self._clock(), Traffic()
         self.traffic.append(traffic)
         waiting: dict[str, _Asked] = {}
         unreached = dict(asked)
@@ -308,7 +326,7 @@ class RemoteFederation:
             self._look(traffic)
             for name in [name for name in unreached if name in self._nodes]:
                 waiting[name] = self._post(name, unreached.pop(name), traffic)
-            waited = time.monotonic() - began
+            waited = self._clock() - began
             if waited >= patience_s or (not waiting and waited >= self._waiting.absent_s):
                 break
             arrived = self._transport.receive(min(patience_s - waited, PAUSE_S))
@@ -320,7 +338,7 @@ class RemoteFederation:
                         waiting[name] = self._again(name, waiting[name], traffic)
                         continue
                     del waiting[name]
-                    traffic.seconds = time.monotonic() - began
+                    traffic.seconds = self._clock() - began
                     self._compare_rows(name, replies)
                     yield name, replies[-len(asked[name]) :] if len(replies) > len(asked[name]) else replies
             for name in [name for name in waiting if name not in self._nodes]:
@@ -330,7 +348,7 @@ class RemoteFederation:
             traffic.missing[name] = f"it did not answer within {patience_s:.0f} s"
         for name in unreached:
             traffic.missing[name] = "it was not there"
-        traffic.seconds = time.monotonic() - began
+        traffic.seconds = self._clock() - began
         for name, reason in traffic.missing.items():
             self._say(f"client {name}: {reason}")
 
@@ -381,6 +399,8 @@ class RemoteFederation:
                 return None
             return expected, (Failed(_line(arrived.error)),)
         traffic.up += len(arrived.body)
+        last = waiting[name].messages[-1]
+        self._on_answer(name, self._members[name].num_rows, type(last).__name__)
         return name, envelope.messages
 
     def _verified(self, body: bytes) -> tuple[str, Envelope]:
@@ -396,7 +416,7 @@ class RemoteFederation:
     # Who is there.
 
     def _gather(self, missing: Sequence[str]) -> None:
-        began, told = time.monotonic(), -1
+        began, told = self._clock(), -1
         while missing:
             self._look(Traffic())
             missing = [name for name in self._names if name not in self._members]
@@ -404,7 +424,7 @@ class RemoteFederation:
                 told = len(missing)
                 here = ", ".join(name for name in self._names if name in self._members) or "nobody"
                 self._say(f"waiting for clients: {here} of {len(self._names)} there")
-            waited = time.monotonic() - began
+            waited = self._clock() - began
             if missing and waited > self._waiting.start_s:
                 if len(self._names) - len(missing) < self._waiting.least_clients:
                     num = len(self._names) - len(missing)
@@ -425,7 +445,7 @@ class RemoteFederation:
         for known in (self._greeted, self._strangers):
             for node in [node for node in known if node not in reachable]:
                 known.pop(node)
-        now = time.monotonic()
+        now = self._clock()
         for node in [node for node, (when, _) in self._strangers.items() if now - when > STRANGER_S]:
             del self._strangers[node]
         for node in sorted(
@@ -465,7 +485,7 @@ class RemoteFederation:
         self._members.setdefault(name, member)
 
     def _strange(self, node: str, why: str) -> None:
-        self._strangers[node] = time.monotonic(), why
+        self._strangers[node] = self._clock(), why
         if self._said.get(node) != why:
             self._said[node] = why
             self._say(f"node {node} takes no part: {why}")
@@ -475,6 +495,19 @@ class RemoteFederation:
         for reply in replies:
             if isinstance(reply, Member) and reply.digest != self._members[name].digest:
                 self._say(f"client {name} holds other rows than at the start; its task clusters stay")
+
+
+def _together(exchanges: Sequence[Traffic]) -> Traffic:
+    total = Traffic()
+    for one in exchanges:
+        total.down, total.up, total.seconds = (
+            total.down + one.down,
+            total.up + one.up,
+            total.seconds + one.seconds,
+        )
+        total.rounding = max(total.rounding, one.rounding)
+        total.missing |= one.missing
+    return total
 
 
 def _line(text: str) -> str:

@@ -15,6 +15,7 @@ from fedrouter.files import write_atomically
 
 MAGIC = b"FRS1"
 DOMAIN = b"fedrouter reply\0"  # so that no signature of the transport's is one of ours
+SUM_DOMAIN = b"fedrouter sum\0"
 MAX_NAME = 800  # bytes of a client's name
 
 PrivateKey = ec.EllipticCurvePrivateKey
@@ -89,6 +90,25 @@ def sign(key: PrivateKey, name: str, body: bytes) -> bytes:
     signature = key.sign(DOMAIN + encoded + b"\0" + body, ec.ECDSA(hashes.SHA256()))
     sizes = len(encoded).to_bytes(2, "big") + len(signature).to_bytes(2, "big")
     return MAGIC + sizes + encoded + signature + body
+
+
+def sign_keys(key: PrivateKey, keys: bytes) -> bytes:
+    """Sign the keys of one sum."""
+    return key.sign(SUM_DOMAIN + keys, ec.ECDSA(hashes.SHA256()))
+
+
+def verify_keys(key: PublicKey, keys: bytes, signature: bytes) -> None:
+    """Check that the owner of ``key`` has made the keys of one sum.
+
+    Raises
+    ------
+    WireError
+        If not.
+    """
+    try:
+        key.verify(signature, SUM_DOMAIN + keys, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as error:
+        raise WireError("keys for a sum that are not signed by their owner") from error
 
 
 def claimed(signed: bytes) -> tuple[str, bytes, bytes]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedrouter.errors import WireError
 from fedrouter.train.wire.format import Packet, pack, unpack
+from fedrouter.train.wire.masks import Bytes
 from fedrouter.types import (
     Array,
     Assignment,
@@ -114,8 +115,98 @@ class Done:
     """A client did what needs no answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class SumKeys:
+    """Secure sum, 1: make keys for one round of one task cluster."""
+
+    cluster: int
+    round: int
+    peers: tuple[str, ...]  # who is to be summed, in an order that all keep
+
+
+@dataclass(frozen=True, slots=True)
+class SumKey:
+    """A client's public keys for one sum, signed with its own."""
+
+    client: str
+    cluster: int
+    round: int
+    mask: Bytes  # X25519: masks that cancel
+    box: Bytes  # X25519: shares under way
+    signature: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What a client learns of another one with which it is summed."""
+
+    key: str  # the site's public key, one line
+    keys: SumKey
+
+
+@dataclass(frozen=True, slots=True)
+class SumShares:
+    """Secure sum, 2: hand out shares of the secrets behind the masks."""
+
+    cluster: int
+    round: int
+    threshold: int  # shares that open a secret
+    peers: tuple[Peer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SumSealed:
+    """A client's shares, one encrypted for each other client."""
+
+    client: str
+    cluster: int
+    round: int
+    shares: Mapping[str, Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class SumTrain:
+    """Secure sum, 3: train, and send the update behind masks."""
+
+    request: TrainRequest
+    shares: Mapping[str, Bytes]  # for this client, by who has sent them: who is in the sum
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """An update times its weight, the weight and the loss, behind masks: fixed point modulo 2⁶⁴."""
+
+    client: str
+    cluster: int
+    round: int
+    values: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SumOpen:
+    """Secure sum, 4: open the own masks of those whose sum has arrived, and the pair masks of the others."""
+
+    cluster: int
+    round: int
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SumOpened:
+    """A client's shares of others' secrets: of each other client one, never both."""
+
+    client: str
+    cluster: int
+    round: int
+    shares: Mapping[str, Bytes]
+
+
 REQUESTS = (
     Hello,
+    SumKeys,
+    SumShares,
+    SumTrain,
+    SumOpen,
     Summarise,
     Regroup,
     Assign,
@@ -126,6 +217,10 @@ REQUESTS = (
     Goodbye,
 )
 REPLIES = (
+    SumKey,
+    SumSealed,
+    Masked,
+    SumOpened,
     Member,
     LocalClusters,
     Assignment,

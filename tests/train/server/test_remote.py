@@ -28,7 +28,7 @@ from fedrouter.types import TrainFailure, TrainReply, TrainRequest
 
 NAMES = ("ulm", "bern", "graz")
 PROBE = np.ones((3, DIM), np.float32)
-WAITING = Waiting(start_s=0.2, least_clients=2, exchange_s=0.5, round_s=0.5, absent_s=0.2)
+WAITING = Waiting(start_s=20, least_clients=2, exchange_s=50, round_s=50, absent_s=20)
 
 
 class Place:
@@ -53,9 +53,9 @@ class Place:
         return self.resident.answer(body)
 
 
-def hello(**changes: object) -> Hello:
+def hello(secure: bool = False, **changes: object) -> Hello:
     settings = json.loads(CONFIG.model_dump_json(by_alias=True, exclude={"data"}))
-    return Hello(json.dumps({**settings, **changes}), "base", PROBE)
+    return Hello(json.dumps({**settings, **changes}), "base", PROBE, secure=secure)
 
 
 class Wire:
@@ -67,7 +67,13 @@ class Wire:
         self.transport = Loopback(nodes)
         roster = {place.name: place.key for place in places}
         self.federation = RemoteFederation(
-            self.transport, roster, "run", plan or hello(), waiting, self.lines.append
+            self.transport,
+            roster,
+            "run",
+            plan or hello(),
+            waiting,
+            self.lines.append,
+            clock=self.transport.clock,
         )
 
     def said(self, text: str) -> bool:
@@ -143,7 +149,7 @@ def test_a_reply_of_the_last_round_is_refused_and_so_is_one_of_another_site(plac
     first = by_client(wire.federation.train([request(name) for name in NAMES]))
     assert isinstance(first["ulm"], TrainReply)
     again = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
-    assert again["ulm"] == TrainFailure("ulm", 0, "it did not answer within 0 s")
+    assert again["ulm"] == TrainFailure("ulm", 0, "it did not answer within 50 s")
     assert wire.said("client ulm: a reply to another question, or a late one; refused")
     assert isinstance(again["bern"], TrainReply)
     wire.transport.here["node-ulm"] = places[1].answer  # bern's, under ulm's connection
@@ -173,7 +179,7 @@ def test_a_straggler_is_named_and_left_out_of_the_round_alone(places: list[Place
     joined(wire)
     wire.transport.here["node-graz"] = None
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
-    assert answers["graz"] == TrainFailure("graz", 0, "it did not answer within 0 s")
+    assert answers["graz"] == TrainFailure("graz", 0, "it did not answer within 50 s")
     assert wire.said("client graz: it did not answer within")
     wire.transport.here["node-graz"] = places[2].answer
     answers = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
@@ -181,7 +187,7 @@ def test_a_straggler_is_named_and_left_out_of_the_round_alone(places: list[Place
 
 
 def test_one_that_went_away_is_not_waited_for_and_comes_back_elsewhere(places: list[Place]) -> None:
-    wire = Wire(places, replace(WAITING, round_s=60))
+    wire = Wire(places, replace(WAITING, round_s=600))
     joined(wire)
     del wire.transport.here["node-graz"]
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
@@ -289,3 +295,23 @@ def test_another_base_or_embedder_is_told_apart(places: list[Place]) -> None:
         wire.federation.members()
     assert wire.said("client ulm: its base is another one than the server's")
     assert wire.said("client bern: its embedder is another one than the server's: vectors differ by 100.0%")
+
+
+def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_path: Path) -> None:
+    names = ("ulm", "bern", "graz")
+    plain, summed = ([Place(tmp_path / kind, name) for name in names] for kind in ("plain", "summed"))
+    ends = []
+    for places, secure in ((plain, False), (summed, True)):
+        wire = Wire(places, plan=hello(secure))
+        wire.federation.members()
+        found = group(wire.federation, CONFIG, adapter(0), DIM)
+        rounds = list(run_rounds(wire.federation, found.assignments, found.state, CONFIG))
+        assert [c.refused for r in rounds for c in r.clusters] == [{}] * sum(len(r.clusters) for r in rounds)
+        ends.append(rounds[-1].state)
+    for one, other in zip(*(state.adapters for state in ends), strict=True):
+        assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-6
+    (alone,) = (a for a in wire.federation._answers([request("ulm")], TrainReply))
+    assert alone == TrainFailure("ulm", 0, "the plan was to sum updates, and this asks for one alone")
+    kinds = [k for line in summed[0].site.audit.read_text().splitlines() for k in json.loads(line)["kinds"]]
+    assert "TrainReply" not in kinds
+    assert {"SumKey", "SumSealed", "Masked", "SumOpened"} <= set(kinds)
