@@ -12,10 +12,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
-    {"types", "config", "config_file", "errors"},
-    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route"},
+    {"types", "config", "config_file", "errors", "layout"},
+    {
+        "builtin",
+        "bundle",
+        "conversation",
+        "data",
+        "decide",
+        "embed",
+        "embed_endpoint",
+        "models",
+        "partition",
+        "probes",
+        "route",
+    },
     {"train", "serve", "evaluate"},
-    {"cli", "demo", "inspect", "push", "__main__"},
+    {"cli", "demo", "inspect", "push", "replay", "report", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
@@ -27,6 +39,7 @@ HOMES = {
     "faiss": "route",
     "trl": "train.sft",
     "flwr": "train.flower",
+    "matplotlib": "report",
     "vllm": "serve",
     "prometheus_client": "serve",  # comes with vLLM
 }
@@ -144,6 +157,7 @@ def test_help_imports_no_heavy_library():
         "datasets",
         "faiss",
         "flwr",
+        "matplotlib",
         "openai",
         "pandas",
         "peft",

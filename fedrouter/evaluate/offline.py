@@ -18,6 +18,7 @@ from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
 from fedrouter.evaluate.scores import TaggedRecord
+from fedrouter.layout import fitting
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
@@ -152,12 +153,17 @@ def render(report: RoutingReport) -> RenderableType:
     lines.append(f"in radius: {_share(report.within)}{stated}")
     if report.auroc is not None:
         lines.append(f"AUROC of distance ÷ radius, unknown against known tasks: {report.auroc:.3f}")
-    return Group(table, curve, *map(Text, lines))
+    return Group(fitting(table), fitting(curve), *map(Text, lines))
+
+
+def to_json(report: RoutingReport) -> str:
+    """Return the report as JSON."""
+    return json.dumps(asdict(report), ensure_ascii=False, indent=2)
 
 
 def write_json(report: RoutingReport, path: Path) -> None:
     """Write the report, atomically."""
-    write_lines(path, [json.dumps(asdict(report), ensure_ascii=False, indent=2)])
+    write_lines(path, [to_json(report)])
 
 
 def _far(decision: Decision) -> float:

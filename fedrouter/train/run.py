@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fedrouter import __version__
-from fedrouter.bundle import Bundle, load_bundle, write_bundle
+from fedrouter.bundle import Bundle, load_bundle, read_probes, write_bundle
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
 from fedrouter.errors import ClientError, FedRouterError, TrainingError
@@ -78,6 +78,7 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+    probes = None if config.routing.probes is None else read_probes(Path(config.routing.probes))
     input_ = loaded(config, say)
     records, path, tokenizer = input_.records, input_.path, input_.tokenizer
     console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
@@ -165,6 +166,7 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         chat_template=tokenizer.chat_template,
         generalist=generalist,
         guarantees=promised,
+        probes=probes,
     )
 
 

@@ -1,6 +1,8 @@
 """The command line as a user meets it: processes, exit codes, one clear line."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,8 +86,54 @@ def test_route_says_where_and_why(run: Path) -> None:
         "What does a goose eat? - What should I feed my pig?",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("→ ") == 2
-    assert "radius" in done.stdout
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith("→ ")]
+    assert len(verdicts) == 2
+    assert all(re.search(r": (within|just beyond|far) \(\d+\.\d\d × radius\) of \S", one) for one in verdicts)
+
+
+def test_route_reads_prompts_from_the_terminal(run: Path) -> None:
+    prompts = "Blackford | population | 5683\n\nWhat does a goose eat? - What should I feed my pig?\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "fedrouter", "route", str(run), "--json"],
+        input=prompts,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["prompt"] for one in found] == [line for line in prompts.splitlines() if line]
+    for one in found:
+        assert one["verdict"].split(" (")[0] in ("within", "just beyond", "far")
+        assert one["fallback"] == (one["distance"] > one["radius"])
+
+
+def test_inspect_tells_programs_the_same(run: Path) -> None:
+    found = json.loads(fedrouter("inspect", str(run), "--json").stdout)
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    assert [one["adapter"] for one in found["bundle"]["clusters"]] == [
+        one["adapter"] for one in manifest["clusters"]
+    ]
+    assert found["run"]["num_rounds"] == 1
+    assert "run" not in json.loads(fedrouter("inspect", str(run / "bundle"), "--json").stdout)
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_no_name_is_cut_however_narrow_the_terminal(run: Path, columns: str) -> None:
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    names = [one["adapter"] for one in manifest["clusters"]]
+    for terminal in ({}, {"FORCE_COLOR": "1", "TERM": "xterm"}):
+        for command in ("inspect", "eval-routing"):
+            more = ["--data", "builtin:four-tasks", "--limit", "2"] if command == "eval-routing" else []
+            done = subprocess.run(
+                [sys.executable, "-m", "fedrouter", command, str(run), *more],
+                env={**os.environ, "COLUMNS": columns, **terminal},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            assert "…" not in done.stdout
+            wanted = names if command == "inspect" else [one["name"] for one in manifest["clusters"]]
+            assert not [name for name in wanted if name not in done.stdout]
 
 
 def test_inspect_shows_runs_and_bundles(run: Path, tmp_path: Path) -> None:

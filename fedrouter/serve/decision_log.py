@@ -1,0 +1,149 @@
+"""``--decision-log FILE``: decisions as JSON Lines, written by a thread of their own, rotated by size.
+
+Requests wait for none of it: lines go through a bounded queue, and what does not fit, or cannot be written,
+is counted. Texts of prompts are written with ``--log-prompts`` alone.
+"""
+
+import base64
+import json
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Self
+
+from fedrouter.errors import ServingError
+from fedrouter.types import Array
+
+VARIABLE = "FEDROUTER_DECISION_LOG"  # how the options reach vLLM's processes
+KEPT = 9  # older files, FILE.1 the youngest
+MAX_WAITING = 10_000  # lines
+logger = logging.getLogger("vllm.fedrouter.log")
+Line = Callable[[], Mapping[str, Any]]  # made in the writing thread
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Where decisions are kept, and how much of them.
+
+    Raises
+    ------
+    ServingError
+        If the size makes no sense.
+    """
+
+    path: Path
+    prompts: bool = False
+    # the texts that may decide as well
+    vectors: bool = False
+    # the vectors of those that were embedded as well
+    max_mib: float = 64.0
+    # of one file, then the next one is begun; KEPT older ones stay
+
+    def __post_init__(self) -> None:
+        if not self.max_mib > 0:
+            raise ServingError(f"--decision-log-mib must be above 0, not {self.max_mib}")
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment that carries them to another process."""
+        path = str(self.path.absolute())
+        return {VARIABLE: json.dumps([path, self.prompts, self.vectors, self.max_mib])}
+
+    @classmethod
+    def from_env(cls) -> Self | None:
+        """Read them from the environment; of several API processes each writes a file of its own."""
+        if not os.environ.get(VARIABLE):
+            return None
+        name, prompts, vectors, max_mib = json.loads(os.environ[VARIABLE])
+        path = Path(name)
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # vLLM sets it for several
+            path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+        return cls(path, prompts, vectors, max_mib)
+
+
+class DecisionLog:
+    """Appends lines to a file, in their order.
+
+    Parameters
+    ----------
+    lost : called for each line that cannot be taken or written.
+
+    Raises
+    ------
+    ServingError
+        If the file cannot be written.
+    """
+
+    def __init__(self, options: LogOptions, lost: Callable[[], None] = lambda: None):
+        self.options, self._lost = options, lost
+        try:
+            self._file = _Rotating(options, lost)
+        except OSError as error:
+            raise ServingError(
+                f"--decision-log {options.path}: cannot be written: {error.strerror}; choose another file"
+            ) from error
+        self._lines: queue.Queue[Line | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._write, name="fedrouter-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: Line) -> None:
+        """Append what ``line`` returns; wait for nothing."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost()
+
+    def close(self) -> None:
+        """Write what waits, for a few seconds at most."""
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=1)
+            self._thread.join(5)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            text = json.dumps(line(), ensure_ascii=False, allow_nan=False)
+            self._file.handle(logging.makeLogRecord({"msg": text}))
+        with suppress(OSError):  # what a full disk has not taken
+            self._file.close()
+
+
+class _Rotating(RotatingFileHandler):
+    """Owner-readable files; a disk that is full costs lines, and is named once."""
+
+    def __init__(self, options: LogOptions, lost: Callable[[], None]):
+        self._failing, self._lost = False, lost
+        super().__init__(
+            options.path, maxBytes=int(options.max_mib * 2**20), backupCount=KEPT, encoding="utf-8"
+        )
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
+        self._lost()
+        if not self._failing:
+            logger.exception("decisions cannot be written to %s, and are lost", self.baseFilename)
+        self._failing = True
+
+
+def packed(vector: Array | None) -> str | None:
+    """Return a vector as a line holds it: base64 of float16, little-endian."""
+    return None if vector is None else base64.b64encode(vector.astype("<f2").tobytes()).decode("ascii")
+
+
+def check_log(options: LogOptions) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises
+    ------
+    ServingError
+        If it cannot.
+    """
+    DecisionLog(options).close()
