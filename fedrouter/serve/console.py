@@ -1,4 +1,4 @@
-"""The console at ``/fedrouter/``: three files of ours, open to everyone; what they ask for needs the key."""
+"""The console at ``/fedrouter/``: a few files of ours, open to everyone; what they ask for needs the key."""
 
 import os
 from importlib.resources import files
@@ -7,8 +7,8 @@ from fedrouter.serve.asgi import Answer, Headers
 
 VARIABLE = "FEDROUTER_CONSOLE"  # "0": there is none
 HOME = "/fedrouter/"
-FILES = {"": "index.html", "console.css": "console.css", "console.js": "console.js"}
-KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+FILES = {"": "index.html", "console.css": "console.css", "console.js": "console.js", "icon.svg": "icon.svg"}
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

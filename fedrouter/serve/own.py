@@ -98,7 +98,7 @@ class OwnEndpoints:
             | {"at": routing.centroids_at(cluster)}
             for cluster in routing.clusters(caller.client)
         ]
-        told = {
+        told: dict[str, Any] = {
             "bundle": {"name": bundle.path.name, "sha256": routing.digest},
             "base": asdict(bundle.base),
             "fallback": routing.fallback,

@@ -194,7 +194,7 @@ class Routing:
             If the embedder is an endpoint that fails.
         """
         asked = [(text, None) for text in texts if text.strip()]
-        found = []
+        found: list[tuple[Decision, Array]] = []
         for start in range(0, len(asked), LOCAL_BATCH):
             found += await self._batcher.at_once(asked[start : start + LOCAL_BATCH])
         rows = iter(found)
