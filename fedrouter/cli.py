@@ -458,6 +458,28 @@ def probe(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Test records with a task; built-in runs take theirs."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
+) -> None:
+    """Write one HTML file about a run: losses, task clusters, routing on test data, costs."""
+    from fedrouter.report import write_report
+
+    page = write_report(run, data, base=base, embedder_url=embedder_url)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if show:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
 def sign(
     bundle: BundleDir,
     key: Annotated[Path, typer.Argument(help="A private Ed25519 key, PEM.")],
@@ -503,6 +525,7 @@ def demo(
     from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.evaluate import first_of_each_task, load
+    from fedrouter.report import write_report
     from fedrouter.serve.launch import running_server
     from fedrouter.train.machine import side_by_side
     from fedrouter.train.run import train as run_train
@@ -521,9 +544,10 @@ def demo(
         )
         report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
+    page = write_report(out, data or ["builtin:four-tasks"])
     console.print(
-        f"\nThe server is stopped. Next:\n"
-        f'  fedrouter serve {bundle.path}            # then ask it anything, model "fedrouter"\n'
+        f"\nThe server is stopped. All of this as one page: {page}\nNext:\n"
+        f"  fedrouter serve {bundle.path}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
         f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
         f"  fedrouter inspect {out}\n"
         f"  fedrouter train --help                      # your own data: see README.md",

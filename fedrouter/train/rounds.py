@@ -78,13 +78,15 @@ def _stretch(
     metrics = Metrics(out / "metrics.jsonl", state.number)
     kept = clustering if config.cluster.every else None
     steps = sum(n for r in range(state.number, until) for _, _, n in plan(clustering.assignments, config, r))
+    began = time.perf_counter()
     with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
         for result in run_rounds(federation, clustering.assignments, state, config, progress.on_reply):
             state = result.state
             save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints, kept)
-            metrics.write(result, names)
+            metrics.write(result, names, time.perf_counter() - began)
             trackers.write(result, names)
             progress.on_round(result)
+            began = time.perf_counter()
             if state.number == until:
                 break
     return state
@@ -108,8 +110,8 @@ class Metrics:
             kept.append(json.dumps(line))
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, result: RoundResult, names: Sequence[str]) -> None:
-        """Append one round."""
+    def write(self, result: RoundResult, names: Sequence[str], seconds: float) -> None:
+        """Append one round, and how long all of it took."""
         with self._path.open("a", encoding="utf-8") as file:
             for c in result.clusters:
                 line = {
@@ -123,6 +125,8 @@ class Metrics:
                     **({} if c.validation is None else {"validation": round(c.validation, 5)}),
                     **({} if c.residual is None else {"residual": round(c.residual, 7)}),
                     **({"refused": dict(c.refused)} if c.refused else {}),
+                    "num_bytes": c.num_bytes,
+                    "seconds": round(seconds, 3),
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")

@@ -19,6 +19,7 @@ from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
 from fedrouter.errors import ClientError, FedRouterError, TrainingError
 from fedrouter.models import base_spec, load_base
+from fedrouter.train import picture
 from fedrouter.train.cache import CachedEmbedder
 from fedrouter.train.check import loaded
 from fedrouter.train.client import Client
@@ -58,8 +59,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
-    clients failed before the rounds.
+    ``bundle/``; without noise ``tsne.json``, with noise ``privacy.json`` and the secret ``noise.key``;
+    ``left_out.json`` where clients failed before the rounds.
 
     Parameters
     ----------
@@ -151,6 +152,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         )
     clustering, state = train_rounds(federation, clustering, state, digest, config, out, console, anew)
     clusters = clustering.clusters
+    if not (config.privacy.centroid_noise or config.privacy.update_noise):
+        picture.draw(list(federation.clients.values()), [c.name for c in clusters], out, config.seed)
     adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
     return write_bundle(
         out / "bundle",

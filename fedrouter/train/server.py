@@ -98,6 +98,7 @@ class ClusterRound:
     norm: float  # L2, of the longest update that was taken
     residual: float | None  # of the exact mean: what the rank leaves out
     refused: Mapping[str, str]  # client → why its update was not taken, or why it could not train
+    num_bytes: int = 0  # of adapters that went to clients and came back
     validation: float | None = None  # mean loss of the new adapter on rows held back, nats a token
 
 
@@ -214,6 +215,8 @@ def combine(
     """Make one adapter of a task cluster's replies; return it, the optimizer's moments and what happened."""
     cluster = group[0][0].cluster
     refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
+    sent = [one.adapter for pair in group for one in pair if not isinstance(one, TrainFailure)]
+    num_bytes = sum(tensor.nbytes for adapter in sent for tensor in adapter.values())
     answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
     settings = config.aggregate
     reasons = refusals(
@@ -230,7 +233,7 @@ def combine(
         else:
             refused[reply.client] = reason
     if not pairs:
-        return old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused)
+        return old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused, num_bytes)
     taken = [reply for _, reply in pairs]
     weights = [reply.num_examples for reply in taken]
     wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
@@ -245,6 +248,7 @@ def combine(
         norm=max(distance(request.adapter, reply.adapter) for request, reply in pairs),
         residual=residual,
         refused=refused,
+        num_bytes=num_bytes,
     )
     return new, moments, result
 

@@ -117,6 +117,36 @@ def test_inspect_tells_programs_the_same(run: Path) -> None:
     assert "run" not in json.loads(fedrouter("inspect", str(run / "bundle"), "--json").stdout)
 
 
+def test_report_writes_one_page_of_all_of_it(run: Path) -> None:
+    done = fedrouter("report", str(run))
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip().removeprefix("report: "))
+    html = page.read_text(encoding="utf-8")
+    for cluster in json.loads((run / "bundle" / "manifest.json").read_text())["clusters"]:
+        assert cluster["adapter"] in html
+    names = {path.stem for path in (run / "report").glob("*.svg")}
+    assert names == {"losses", "tsne", "confusion", "calibration", "abstention", "costs"}
+    assert names == {path.stem for path in (run / "report").glob("*.png")}
+    assert page.stat().st_size < 5_000_000
+    refused(fedrouter("report", str(run / "bundle")), "is a bundle")
+
+
+def test_probe_asks_a_file_and_fails_where_one_goes_elsewhere(run: Path, tmp_path: Path) -> None:
+    decided = json.loads(fedrouter("route", str(run), "Blackford | population | 5683", "--json").stdout)
+    expected = None if decided["fallback"] else decided["cluster"]
+    probes = tmp_path / "probes.jsonl"
+    probes.write_text(json.dumps({"prompt": decided["prompt"], "cluster": expected}) + "\n")
+    done = fedrouter("probe", str(run), str(probes))
+    assert (done.returncode, done.stdout) == (0, "1 of 1 probes hold\n")
+    with probes.open("a") as file:
+        file.write(json.dumps({"prompt": decided["prompt"], "cluster": "nowhere"}) + "\n")
+    done = fedrouter("probe", str(run), str(probes))
+    assert done.returncode == 1
+    assert "line 2 (" in done.stdout and "expected nowhere" in done.stdout
+    assert json.loads(fedrouter("probe", str(run), str(probes), "--json").stdout)["num_broken"] == 1
+    refused(fedrouter("probe", str(run)), "carries no probes")
+
+
 @pytest.mark.parametrize("columns", ["40", "80", "300"])
 def test_no_name_is_cut_however_narrow_the_terminal(run: Path, columns: str) -> None:
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
