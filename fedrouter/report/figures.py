@@ -7,13 +7,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from fedrouter.report.gather import Facts
 
 COLOURS = ("#3568b8", "#d1495b", "#2a7f43", "#c08a00", "#0d8f9f", "#8e3b8a", "#7a5230", "#5b6770")
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -30,7 +31,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.hashsalt": "fedrouter",  # the same facts, the same file
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 DPI = 150
 MAX_NAMES = 12  # in a legend
@@ -167,7 +168,7 @@ def abstention(facts: Facts) -> Figure | None:
         return None
     figure, [axes] = _panels(1)
     factors = [step.factor for step in facts.routing.curve]
-    lines = (
+    lines: tuple[tuple[str, Sequence[float | None]], ...] = (
         ("known tasks rejected", [step.known_rejected for step in facts.routing.curve]),
         ("unknown tasks rejected", [step.unknown_rejected for step in facts.routing.curve]),
         ("right, if answered", [step.answered_right for step in facts.routing.curve]),

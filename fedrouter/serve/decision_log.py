@@ -10,7 +10,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -24,6 +25,9 @@ from fedrouter.types import Array
 VARIABLE = "FEDROUTER_DECISION_LOG"  # how the options reach vLLM's processes
 KEPT = 9  # older files, FILE.1 the youngest
 MAX_WAITING = 10_000  # lines
+LINGER_S = 0.02  # a line waits for others
+MAX_WRITE = 1 << 16  # characters written at once
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 logger = logging.getLogger("vllm.fedrouter.log")
 Line = Callable[[], Mapping[str, Any]]  # made in the writing thread
 
@@ -88,29 +92,46 @@ class DecisionLog:
             raise ServingError(
                 f"--decision-log {options.path}: cannot be written: {error.strerror}; choose another file"
             ) from error
-        self._lines: queue.Queue[Line | None] = queue.Queue(MAX_WAITING)
+        self._most = min(MAX_WRITE, int(options.max_mib * 2**20) // 8)
+        self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedrouter-log", daemon=True)
         self._thread.start()
 
     def write(self, line: Line) -> None:
         """Append what ``line`` returns; wait for nothing."""
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
+        if self._lines.qsize() < MAX_WAITING:
+            self._lines.put(line)
+        else:
             self._lost()
 
     def close(self) -> None:
         """Write what waits, for a few seconds at most."""
-        with suppress(queue.Full):
-            self._lines.put(None, timeout=1)
-            self._thread.join(5)
+        self._lines.put(None)
+        self._thread.join(5)
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            text = json.dumps(line(), ensure_ascii=False, allow_nan=False)
-            self._file.handle(logging.makeLogRecord({"msg": text}))
+        """Write what waits in one go: a line of its own costs as much as twenty."""
+        line = self._lines.get()
+        while line is not None:
+            time.sleep(LINGER_S)
+            texts, size = [], 0
+            while line is not None and size < self._most:
+                texts.append(ENCODE(line()))
+                size += len(texts[-1])
+                try:
+                    line = self._lines.get_nowait()
+                except queue.Empty:
+                    break
+            else:
+                self._hand_over(texts)
+                continue  # a line is left, or the end
+            self._hand_over(texts)
+            line = self._lines.get()
         with suppress(OSError):  # what a full disk has not taken
             self._file.close()
+
+    def _hand_over(self, texts: Sequence[str]) -> None:
+        self._file.handle(logging.makeLogRecord({"msg": "\n".join(texts), "num": len(texts)}))
 
 
 class _Rotating(RotatingFileHandler):
@@ -126,8 +147,9 @@ class _Rotating(RotatingFileHandler):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
-        self._lost()
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        for _ in range(getattr(record, "num", 1)):
+            self._lost()
         if not self._failing:
             logger.exception("decisions cannot be written to %s, and are lost", self.baseFilename)
         self._failing = True

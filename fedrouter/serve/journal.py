@@ -162,7 +162,9 @@ class Journal:
         assert self._log is not None
         options = self._log.options
         for entry, turns in zip(entries, asked, strict=True):
-            texts = [text for _, text in conversation.candidates(turns)]
+            texts = []
+            if options.prompts or options.vectors:
+                texts = [text for _, text in conversation.candidates(turns)]
             line = _line(
                 entry,
                 texts if options.prompts else None,
