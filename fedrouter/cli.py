@@ -613,7 +613,7 @@ def _show_decision(text: str, decision: "Decision", bundle: "Bundle") -> None:
     rejected = decision.model == REJECT
     answer = "nobody" if rejected else decision.model
     where = f"{verdict(decision)} of {decision.cluster}" if decision.cluster else verdict(decision)
-    then = f": {'rejected' if rejected else f'falls back ({bundle.fallback})'}" if decision.fallback else ""
+    then = f", {'rejected' if rejected else f'falls back ({bundle.fallback})'}" if decision.fallback else ""
     console.print(Text(f"→ {answer}: {where}{then}"), soft_wrap=True, highlight=False)
 
 

@@ -11,8 +11,6 @@ from fedrouter.types import Decision
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
-
-
 NEAR = 1.25  # × radius: up to there a prompt is said to lie just beyond
 
 
