@@ -600,7 +600,7 @@ def _show_decision(text: str, decision: "Decision", bundle: "Bundle") -> None:
     from rich.text import Text
 
     from fedrouter.decide import verdict
-    from fedrouter.layout import fitting
+    from fedrouter.layout import Whole
     from fedrouter.route import REJECT
 
     console.print(Text(text if len(text) < 60 else f"{text[:57]}…", style="italic"), soft_wrap=True)
@@ -609,7 +609,7 @@ def _show_decision(text: str, decision: "Decision", bundle: "Bundle") -> None:
         radii = {c.name: c.radius for c in bundle.clusters}
         for name, distance in decision.distances.items():
             table.add_row(Text(name), f"{distance:.3f}", f"{radii[name]:.3f}")
-        _print_whole(fitting(table))
+        _print_whole(Whole(table))
     rejected = decision.model == REJECT
     answer = "nobody" if rejected else decision.model
     where = f"{verdict(decision)} of {decision.cluster}" if decision.cluster else verdict(decision)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import DataError
-from fedrouter.layout import fitting
+from fedrouter.layout import Whole
 from fedrouter.layout import show as show_whole
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -103,7 +103,7 @@ def _show_run(run: dict[str, Any], console: Console) -> None:
         examples = str(sum(one["num_examples"] for one in own))
         ends = f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
         table.add_row(Text(name), spark(losses), *ends, examples, str(own[-1]["num_clients"]))
-    show_whole(console, fitting(table))
+    show_whole(console, Whole(table))
 
 
 def _show_bundle(bundle: dict[str, Any], console: Console) -> None:
@@ -120,7 +120,7 @@ def _show_bundle(bundle: dict[str, Any], console: Console) -> None:
         tasks = ", ".join(f"{task} {count}" for task, count in c["task_counts"].items()) or "no labels"
         figures = str(c["num_examples"]), str(len(c["clients"])), f"{c['radius']:.2f}"
         table.add_row(Text(c["name"]), Text(c["adapter"]), *figures, Text(tasks))
-    show_whole(console, fitting(table))
+    show_whole(console, Whole(table))
     if bundle["generalist"]:
         line(f"generalist {bundle['generalist']}: for prompts of no task cluster")
     for guarantee in bundle["privacy"]:

@@ -10,7 +10,7 @@ from rich.text import Text
 UNBOUNDED = 10_000  # columns
 
 
-class fitting:  # noqa: N801 - reads as the function that it stands for
+class Whole:
     """Show a table whole: in a file as wide as it is, on a narrow terminal as one block a row."""
 
     def __init__(self, table: Table):

@@ -20,7 +20,7 @@ from fedrouter.bundle import Bundle
 from fedrouter.decide import NO_TEXT, difference, without_text
 from fedrouter.embed import Embedder
 from fedrouter.errors import DataError
-from fedrouter.layout import fitting
+from fedrouter.layout import Whole
 from fedrouter.route import Router
 from fedrouter.types import Array, Decision, LoggedDecision
 
@@ -147,7 +147,7 @@ def render(found: Replay) -> RenderableType:
     )
     lines += [Text(f"  {a} → {b}: {number}") for (a, b), number in found.moved.most_common(20)]
     lines += [Text(f"skipped {number}: {why}") for why, number in found.num_skipped.items()]
-    return Group(fitting(table), *lines)
+    return Group(Whole(table), *lines)
 
 
 def _logged(line: LoggedDecision) -> Decision:

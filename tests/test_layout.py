@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.layout import fitting, show
+from fedrouter.layout import Whole, show
 
 NAMES = ["data-to-text-with-a-long-name-0123abcd", "dialogue-summary-89ef0123", "[red]odd[/red]-4567cdef"]
 
@@ -20,7 +20,7 @@ def shown(width: int, terminal: bool) -> str:
     table.add_section()
     table.add_row("last", *map(Text, NAMES))
     console = Console(file=StringIO(), width=width, force_terminal=terminal, color_system=None)
-    show(console, fitting(table))
+    show(console, Whole(table))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 

@@ -18,7 +18,7 @@ from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
 from fedrouter.evaluate.scores import TaggedRecord
-from fedrouter.layout import fitting
+from fedrouter.layout import Whole
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
@@ -157,7 +157,7 @@ def render(report: RoutingReport) -> RenderableType:
     lines.append(f"in radius: {_share(report.within)}{stated}")
     if report.auroc is not None:
         lines.append(f"AUROC of distance ÷ radius, unknown against known tasks: {report.auroc:.3f}")
-    return Group(fitting(table), fitting(curve), *map(Text, lines))
+    return Group(Whole(table), Whole(curve), *map(Text, lines))
 
 
 def to_json(report: RoutingReport) -> str:

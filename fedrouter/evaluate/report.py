@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedrouter.errors import ConfigError
 from fedrouter.evaluate.scores import Result, Routing, Scores
-from fedrouter.layout import fitting
+from fedrouter.layout import Whole
 
 SCHEMA_VERSION = 1
 NUM_FAILURES_SHOWN = 5
@@ -65,13 +65,13 @@ class Report:
 
 def render(report: Report) -> RenderableType:
     """Return what to print: scores, ratios, scores by client, routing, failures."""
-    parts: list[RenderableType] = [fitting(_score_table(report))]
+    parts: list[RenderableType] = [Whole(_score_table(report))]
     parts += [Text(f"mean ROUGE-1, {names} = {ratio:.3f}") for names, ratio in report.ratios.items()]
     if len({client for model in report.models for client in model.by_client}) > 1:
-        parts.append(fitting(_client_table(report)))
+        parts.append(Whole(_client_table(report)))
     for model in report.models:
         if model.routing:
-            parts += [fitting(_routing_table(model, model.routing)), _routing_line(model, model.routing)]
+            parts += [Whole(_routing_table(model, model.routing)), _routing_line(model, model.routing)]
     failures = list(_failures(report))
     parts += [
         Text(f"failed: {failure['model']}, record {failure['record']}: {failure['error']}")

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -111,27 +111,21 @@ class DecisionLog:
 
     def _write(self) -> None:
         """Write what waits in one go: a line of its own costs as much as twenty."""
-        line = self._lines.get()
-        while line is not None:
-            time.sleep(LINGER_S)
-            texts, size = [], 0
-            while line is not None and size < self._most:
+        ended = False
+        while not ended:
+            line, texts, size = self._lines.get(), list[str](), 0
+            time.sleep(LINGER_S if line else 0)
+            while line is not None:
                 texts.append(ENCODE(line()))
                 size += len(texts[-1])
-                try:
-                    line = self._lines.get_nowait()
-                except queue.Empty:
+                if size >= self._most or self._lines.empty():
                     break
-            else:
-                self._hand_over(texts)
-                continue  # a line is left, or the end
-            self._hand_over(texts)
-            line = self._lines.get()
+                line = self._lines.get()
+            ended = line is None
+            if texts:
+                self._file.handle(logging.makeLogRecord({"msg": "\n".join(texts), "num": len(texts)}))
         with suppress(OSError):  # what a full disk has not taken
             self._file.close()
-
-    def _hand_over(self, texts: Sequence[str]) -> None:
-        self._file.handle(logging.makeLogRecord({"msg": "\n".join(texts), "num": len(texts)}))
 
 
 class _Rotating(RotatingFileHandler):

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.layout import fitting
+from fedrouter.layout import Whole
 from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
@@ -23,7 +23,7 @@ def show(report: Report, console: Console) -> None:
     table = Table("client", "rows", "steps a round")
     for client in report.clients:
         table.add_row(Text(client.name), str(client.num_rows), str(client.steps))
-    show_whole(console, fitting(table))
+    show_whole(console, Whole(table))
     for client in report.clients:
         for row in client.rows:
             line(f"{client.name}, {row.where or 'a built-in row'}, {row.num_tokens} tokens:")
