@@ -1,6 +1,7 @@
 """What was decided lately: for the console, for feedback, and line by line for the decision log."""
 
 import asyncio
+import logging
 import math
 import time
 import uuid
@@ -23,6 +24,7 @@ from fedrouter.types import Array, Decision, LoggedDecision, OtherDecision
 NUM_RECENT = 500  # decisions that can be looked at, without a word of their prompts
 NUM_NOTED = 16_384  # decisions whose requests can get feedback
 OUTCOMES = ("good", "bad")
+logger = logging.getLogger("vllm.fedrouter.journal")
 Vectors = Mapping[str, Array]
 
 
@@ -144,6 +146,10 @@ class Journal:
                 )
             except (Overloaded, FedRouterError):
                 others = ()
+            except (
+                Exception
+            ):  # of a bundle that was replaced meanwhile, say: the line is written all the same
+                logger.exception("the other bundle decides nothing")
         if not others:
             metrics.SHADOW.labels("", "unknown").inc(len(decisions))
         for entry, first, second in zip(entries, decisions, others or decisions, strict=True):

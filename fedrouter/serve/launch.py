@@ -21,6 +21,7 @@ from fedrouter.serve import engine, watch
 from fedrouter.serve.access import METRICS_KEY, load_keys
 from fedrouter.serve.beside import check_alike, to_env
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
+from fedrouter.serve.console import HOME
 from fedrouter.serve.console import VARIABLE as CONSOLE
 from fedrouter.serve.decision_log import LogOptions, check_log
 from fedrouter.serve.limits import Limits
@@ -274,7 +275,7 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
         f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
         f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d '{question}'"
+        f"-d '{question}'" + (f"\nLook: {url}{HOME}" if options.console else "")
     )
 
 

@@ -107,6 +107,12 @@ def test_route_reads_prompts_from_the_terminal(run: Path) -> None:
         assert one["fallback"] == (one["distance"] > one["radius"])
 
 
+def test_options_of_serve_that_belong_to_others_are_refused_alone(run: Path) -> None:
+    refused(fedrouter("serve", str(run), "--canary", "10"), "--shadow")
+    refused(fedrouter("serve", str(run), "--log-vectors"), "--decision-log")
+    refused(fedrouter("serve", str(run), "--decision-log", str(run / "no" / "log")), "No such file")
+
+
 def test_inspect_tells_programs_the_same(run: Path) -> None:
     found = json.loads(fedrouter("inspect", str(run), "--json").stdout)
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
