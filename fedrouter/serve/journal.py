@@ -146,9 +146,7 @@ class Journal:
                 )
             except (Overloaded, FedRouterError):
                 others = ()
-            except (
-                Exception
-            ):  # of a bundle that was replaced meanwhile, say: the line is written all the same
+            except Exception:  # the bundle was replaced meanwhile, say; the line is written
                 logger.exception("the other bundle decides nothing")
         if not others:
             metrics.SHADOW.labels("", "unknown").inc(len(decisions))
