@@ -132,8 +132,10 @@ class OwnEndpoints:
             asked = await self._read(receive, caller, look)
             if len(asked) != 1:
                 raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
+            second = self._hook.second
+            answers = second.routing if second and second.answers(asked, caller) else routing
             start, vectors = time.perf_counter(), dict[str, Array]()
-            [decision] = await decide(routing, asked, caller, vectors)
+            [decision] = await decide(answers, asked, caller, vectors)
             turns = asked[0]
             vector = vectors.get(turns[decision.turn]) if turns else None
         at = None if vector is None else routing.place(vector)

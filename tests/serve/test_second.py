@@ -20,7 +20,7 @@ from fedrouter.serve import canary
 from fedrouter.serve.access import Access, Caller
 from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.paths import CHAT, DECISIONS, MODELS, RELOAD
+from fedrouter.serve.paths import CHAT, DECISIONS, DRY_RUN, MODELS, RELOAD
 from fedrouter.serve.routing import Routing
 from fedrouter.serve.second import Second
 from fedrouter.types import RoutingSpace
@@ -131,6 +131,8 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
                 await asyncio.sleep(0.01)
             assert server.hook.state == "ready"
             answer = await server.ask(CHAT, chat(TASKS["headline"]))
+            dry = await server.ask(DRY_RUN, {"prompt": TASKS["headline"]})
+            assert dry.json["model"] == answer.json["model"]
             write_word_bundle(tmp_path / "three", seeds=(20, 21, 22))
             reloaded = await server.ask(RELOAD, {"bundle": "three"})
             after = await server.ask(CHAT, chat(TASKS["headline"]))
