@@ -286,6 +286,8 @@ class RoutingSettings(_Section):
     """Widens every radius; above 1 where prompts to come differ more than rows do."""
     fallback: Literal["base", "nearest", "generalist", "reject"] = "base"
     """What answers beyond the radius: base model, nearest adapter, mean of all adapters, or nobody."""
+    probes: str | None = None
+    """A file of conversations and where each must go; the bundle carries it, and reloads ask it."""
 
 
 class Config(_Section):

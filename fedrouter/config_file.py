@@ -119,10 +119,11 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
             return str((directory / name).resolve())
         return name
 
-    for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
+    places = {"base": "model", "data": "source", "embedder": "model", "routing": "probes"}
+    for section, key in places.items():
         table = values.get(section)
         if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
-            table.update({key: resolve(table[key]) for key in keys if key in table})
+            table.update({key: resolve(table[key])} if key in table else {})
     match values:
         case {"data": {"clients": dict(clients)}}:
             values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}

@@ -12,6 +12,7 @@ from rich.console import Console
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, TrainingError
+from fedrouter.train import picture
 from fedrouter.train.check import loaded
 from fedrouter.train.client.client import Client
 from fedrouter.train.disk.promises import keep_promises, noise_key
@@ -33,8 +34,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
-    clients failed before the rounds.
+    ``bundle/``; without noise ``tsne.json``, with noise ``privacy.json`` and the secret ``noise.key``;
+    ``left_out.json`` where clients failed before the rounds.
 
     Parameters
     ----------
@@ -113,6 +114,10 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
     ended = train_rounds(session, federation, begun, anew)
     clusters = ended.clustering.clusters
     made = finish(config, ended.state, clusters, session.trainer.adapter_config)
+    if isinstance(federation, LocalFederation) and not (
+        config.privacy.centroid_noise or config.privacy.update_noise
+    ):  # elsewhere the vectors are not here
+        picture.draw(list(federation.clients.values()), [c.name for c in clusters], out, config.seed)
     return write_bundle(
         out / "bundle",
         base=session.base,
@@ -127,6 +132,7 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
         chat_template=session.chat_template,
         generalist=made.generalist,
         guarantees=promised,
+        probes=session.probes,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from fedrouter import __version__
+from fedrouter.bundle import read_probes
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen_spec, load_embedder
 from fedrouter.errors import FedRouterError
@@ -67,7 +68,8 @@ class Session:
         ConfigError, TrainingError, ModelError
             If there is no such device or package, the model does not load, or has no such modules.
         """
-        settings = self.config.base
+        settings, routing = self.config.base, self.config.routing
+        self.probes = None if routing.probes is None else read_probes(Path(routing.probes))
         self._rendered = rendered
         share_out(settings, self.processes)
         device, dtype = device_and_dtype(settings)
