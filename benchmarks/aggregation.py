@@ -14,8 +14,10 @@ from common import report
 from rich.console import Console
 
 from fedrouter.config_file import load_config
-from fedrouter.train import run, server
-from fedrouter.train.aggregate import average, cut, exact
+from fedrouter.train import run
+from fedrouter.train.lora import average, cut
+from fedrouter.train.server import loop as server
+from fedrouter.train.server.aggregate import exact
 from fedrouter.types import AdapterState, TrainReply
 
 SETTINGS = ["data.num_clients=4", "data.num_per_task=60", "train.rounds=1", "train.steps=20"]

@@ -33,9 +33,9 @@ from fedrouter.data import load_records
 from fedrouter.embed import routing_text
 from fedrouter.models import load_base, load_tokenizer
 from fedrouter.route import Router
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.sources import load_clients
 from fedrouter.train.run import train
-from fedrouter.train.sft import AdapterTrainer
-from fedrouter.train.sources import load_clients
 from fedrouter.types import Record
 
 METHODS = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")

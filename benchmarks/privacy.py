@@ -15,12 +15,12 @@ from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.config import Config
 from fedrouter.embed import embedder_spec, load_embedder, probe, routing_text
 from fedrouter.partition import partition
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.privacy import guarantees
+from fedrouter.train.server.accountant import guarantees
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
+from fedrouter.train.space import nearest
 from fedrouter.types import BaseSpec, Record
 
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)

@@ -25,11 +25,11 @@ from routing_data import JUDGED, Remembering, data_sets, deal, embedders, scenar
 
 from fedrouter.builtin.tasks import TASKS
 from fedrouter.config import ClusterSettings, PrivacySettings, RoutingSettings
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
+from fedrouter.train.space import nearest
 from fedrouter.types import Array, Record
 
 SCENARIOS = ("single", "dual", "all")

@@ -13,12 +13,12 @@ from fedrouter.builtin.tasks import EXTRA_TASKS, TASKS, generate
 from fedrouter.bundle import Bundle
 from fedrouter.config import ClusterSettings, Count, PrivacySettings, RoutingSettings
 from fedrouter.route import Router
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.join import placed
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
+from fedrouter.train.space import nearest
 from fedrouter.types import (
     Assignment,
     BaseSpec,
@@ -107,8 +107,9 @@ def fifth_task(
         strange = generate(task, "test", JUDGED, 0) if test else rows[300:]
         late = [Client("late", rows[:300], embedder, seed)]
         federation = LocalFederation(late, trainer=None)  # type: ignore[arg-type]
-        space, assignments, _ = placed(bundle, late, federation, None, RoutingSettings().quantile)  # type: ignore[arg-type]
-        new = describe(assignments, max(space.cluster_of) + 1, RoutingSettings(), standing=bundle.clusters)
+        found_here = placed(bundle, federation, RoutingSettings().quantile)
+        space, num = found_here.space, found_here.space.num_clusters
+        new = describe(found_here.assignments, num, RoutingSettings(), standing=bundle.clusters)
         after = _by_task(embedder, space, [*bundle.clusters, *new], [*judged, *strange])
         found.append(
             {

@@ -22,9 +22,9 @@ import numpy as np
 from common import report
 
 from fedrouter.config import ClusterSettings, Config
-from fedrouter.train import cluster
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client import cluster
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
 from fedrouter.types import Array, Assignment, LocalClusters, RoutingSpace
 
 CLIENTS = (1_000, 2_500, 5_000, 10_000)

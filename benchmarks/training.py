@@ -106,7 +106,8 @@ def measure(what: str, file: Path | None = None) -> dict[str, float]:
 
 def federated(config: Any, file: Path | None) -> dict[str, float]:
     """Return the seconds and padded tokens of the last round; write its batches to ``file``."""
-    from fedrouter.train import rounds, sft
+    from fedrouter.train import rounds
+    from fedrouter.train.client import sft
     from fedrouter.train.run import train
 
     batches: list[tuple[list[list[int]], list[list[int]], list[list[int]]]] = []
@@ -159,8 +160,8 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     from fedrouter.models import load_base, load_tokenizer, resolve_base
-    from fedrouter.train.sft import tokenise
-    from fedrouter.train.sources import load_clients
+    from fedrouter.train.client.sft import tokenise
+    from fedrouter.train.client.sources import load_clients
 
     path = resolve_base(config.base.model)
     base, tokenizer = load_base(path, "float32", "cpu"), load_tokenizer(path)
@@ -211,8 +212,8 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
 def setup_seconds(config: Any) -> float:
     """Return what a client's training takes beyond its steps: the median of ten, on batches of one length."""
     from fedrouter.models import load_base, load_tokenizer, resolve_base
-    from fedrouter.train.sft import AdapterTrainer
-    from fedrouter.train.sources import load_clients
+    from fedrouter.train.client.sft import AdapterTrainer
+    from fedrouter.train.client.sources import load_clients
 
     path = resolve_base(config.base.model)
     trainer = AdapterTrainer(

@@ -285,11 +285,13 @@ class RoutingSettings(_Section):
     """What the bundle says about far prompts."""
 
     quantile: float = Field(0.97, gt=0.5, le=1)
-    """A task cluster's radius holds this share of its rows that were set aside."""
+    """A task cluster's radius holds this share of its prompts."""
     slack: float = Field(1.0, gt=0)
     """Widens every radius; above 1 where prompts to come differ more than rows do."""
     fallback: Literal["base", "nearest", "generalist", "reject"] = "base"
     """What answers beyond the radius: base model, nearest adapter, mean of all adapters, or nobody."""
+    probes: str | None = None
+    """A file of conversations and where each must go; the bundle carries it, and reloads ask it."""
 
 
 class Config(_Section):

@@ -12,13 +12,20 @@ from pydantic import ValidationError
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError
 
+ELSEWHERE = "(on the client's machine)"
 BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), clients: Sequence[str] | None = None
+) -> Config:
     """Read a TOML file, or the built-in federation's; apply ``section.key=value`` overrides; validate.
 
     Relative data and model paths in the file are resolved against the file's directory.
+
+    Parameters
+    ----------
+    clients : names of clients on other machines, which have the data; the file must say nothing of data.
 
     Raises
     ------
@@ -38,11 +45,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         resolve_paths(values, path.parent)
     for override in overrides:
         _apply(values, override)
+    if clients is not None:
+        if path is not None and values.get("data"):
+            raise ConfigError(f"{path}: [data] is the sites' with --federation; remove it")
+        values["data"] = {"clients": dict.fromkeys(clients, ELSEWHERE)}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         where = str(path) if path else "configuration"
-        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{where}: " + "; ".join(explained(e, Config) for e in error.errors())) from error
 
 
 def read_resolved(file: Path) -> Config:
@@ -54,16 +65,24 @@ def read_resolved(file: Path) -> Config:
         If it is missing, or this version cannot read it.
     """
     try:
-        # Defaults are left out: an option that was never given may not be given with others.
-        return Config.model_validate(
-            _differing(
-                json.loads(file.read_text(encoding="utf-8")), Config().model_dump(mode="json", by_alias=True)
-            )
-        )
+        return validated(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
+
+
+def validated(resolved: dict[str, Any]) -> Config:
+    """Return resolved settings as a configuration.
+
+    Defaults are left out first: an option that was never given may not be given with others.
+
+    Raises
+    ------
+    ValueError
+        If they are none.
+    """
+    return Config.model_validate(_differing(resolved, Config().model_dump(mode="json", by_alias=True)))
 
 
 def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -100,20 +119,22 @@ def resolve_paths(values: dict[str, Any], directory: Path) -> None:
             return str((directory / name).resolve())
         return name
 
-    for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
+    places = {"base": "model", "data": "source", "embedder": "model", "routing": "probes"}
+    for section, key in places.items():
         table = values.get(section)
         if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
-            table.update({key: resolve(table[key]) for key in keys if key in table})
+            table.update({key: resolve(table[key])} if key in table else {})
     match values:
         case {"data": {"clients": dict(clients)}}:
             values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}
 
 
-def _explain(error: Any) -> str:
+def explained(error: Any, model: Any) -> str:
+    """Say what one of pydantic's errors about settings of ``model`` means."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(model, location[:-1])
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
@@ -123,8 +144,7 @@ def _explain(error: Any) -> str:
     )
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return [field.alias or name for name, field in model.model_fields.items()]

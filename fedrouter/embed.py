@@ -209,6 +209,27 @@ def chosen(settings: EmbedderSettings, base: Path) -> tuple[EmbedderSettings, st
     )
 
 
+def chosen_spec(
+    settings: EmbedderSettings, base: BaseSpec, path: Path, dtype: str
+) -> tuple[EmbedderSpec, str]:
+    """Return the embedder that the settings ask for as a bundle records it, and why where it was chosen.
+
+    Parameters
+    ----------
+    path : the directory of ``base``.
+    dtype : of the base's weights.
+    """
+    wanted, why = chosen(settings, path)
+    if wanted.model is None:
+        spec = embedder_spec(
+            "base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision, pooling=wanted.pooling
+        )
+    else:
+        asked = wanted.model, wanted.max_tokens, "float32", wanted.layer
+        spec = embedder_spec(wanted.kind, *asked, url=wanted.url, pooling=wanted.pooling)
+    return spec, why
+
+
 def embedder_spec(
     kind: str,
     model: str,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedrouter.config import EMBEDDER_KEY, checked_url
-from fedrouter.errors import EndpointError
+from fedrouter.errors import EndpointError, first_line
 from fedrouter.types import Array, EmbedderSpec
 
 KIND = "endpoint"
@@ -125,6 +125,6 @@ def endpoint_spec(model: str, max_tokens: int, url: str) -> EmbedderSpec:
 def _reason(error: Exception) -> str:
     """One line, without a key: what the endpoint said, or why it said nothing."""
     cause = error.__cause__ or error
-    line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    line = first_line(cause)
     key = os.environ.get(EMBEDDER_KEY)
     return (line.replace(key, "…") if key else line)[:300]

@@ -7,6 +7,7 @@ FedRouterError
 │   └── EndpointError an embeddings endpoint that cannot be reached, or refuses
 ├── TrainingError     a run that cannot go on
 │   └── WorkerError   a training process that is gone
+├── WireError         bytes of another machine that are no message
 ├── ClientError       clients that could not do their part before the rounds
 ├── BundleError       a bundle that cannot be written or must not be served
 └── ServingError      a server that cannot start, or an endpoint that cannot be reached
@@ -46,7 +47,7 @@ class WorkerError(TrainingError):
 
 
 class ClientError(FedRouterError):
-    """Clients could not do their part before the rounds; without them the others can (``train/left_out.py``).
+    """Clients could not do their part before the rounds; without them the others can (left_out.py).
 
     Parameters
     ----------
@@ -58,9 +59,18 @@ class ClientError(FedRouterError):
         super().__init__("; ".join(f"client {name}: {reason}" for name, reason in reasons.items()))
 
 
+class WireError(FedRouterError):
+    """Bytes that came from another machine are no message, or not one that belongs here."""
+
+
 class BundleError(FedRouterError):
     """A bundle cannot be written or must not be served."""
 
 
 class ServingError(FedRouterError):
     """A server cannot start, or an endpoint cannot be reached."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

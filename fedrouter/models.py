@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from fedrouter.builtin import base_path, is_builtin
-from fedrouter.errors import ConfigError, ModelError
+from fedrouter.errors import ConfigError, ModelError, first_line
 from fedrouter.types import BaseSpec, Turn
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"base model {name}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"base model {name}: {first_line(error)}") from error
 
 
 def base_fingerprint(path: Path) -> str:
@@ -141,7 +141,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {path}: its tokenizer does not load: {_first_line(error)}") from error
+        raise ModelError(f"base model {path}: its tokenizer does not load: {first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     if isinstance(tokenizer.chat_template, dict):  # named templates; a server takes the default one
@@ -202,7 +202,7 @@ def load_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {path}: its config.json does not load: {_first_line(error)}") from error
+        raise ModelError(f"base model {path}: its config.json does not load: {first_line(error)}") from error
 
 
 def quieten() -> None:
@@ -234,7 +234,7 @@ def load_base(path: Path, dtype: str, device: str, quantization: str = "none") -
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"base model {path} does not load: {_first_line(error)}") from error
+        raise ModelError(f"base model {path} does not load: {first_line(error)}") from error
     model.requires_grad_(False)
     if "device_map" not in options:
         model = model.to(device)  # type: ignore[arg-type]
@@ -270,8 +270,4 @@ def render(
             )
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(first_line(error)) from error

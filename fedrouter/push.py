@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub import errors as hub_errors
 
 from fedrouter.bundle import MANIFEST, SIGNATURE, Bundle
-from fedrouter.errors import ConfigError, ServingError
+from fedrouter.errors import ConfigError, ServingError, first_line
 from fedrouter.types import TaskCluster
 
 HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # of its HTTP library
@@ -39,9 +39,8 @@ def push(bundle: Bundle, repo: str, *, private: bool = False, revision: str | No
             revision=revision,
         )
     except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ServingError(
-            f"hub repository {repo}: {reason}; check HF_TOKEN, the network and HF_HUB_OFFLINE"
+            f"hub repository {repo}: {first_line(error)}; check HF_TOKEN, the network and HF_HUB_OFFLINE"
         ) from error
     return str(commit.commit_url)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedrouter.bundle import Bundle, write_bundle
 from fedrouter.config import Count
-from fedrouter.train import cluster
+from fedrouter.train.client import cluster
 from fedrouter.types import (
     AdapterState,
     Array,
@@ -82,22 +82,13 @@ class PullFederation:
         self.requests: list[TrainRequest] = []
 
     def summarise(self, num: Count) -> list[LocalClusters]:
-        return [cluster.summarise(x[self._fit(x)], num, seed=0) for x in self.vectors.values()]
+        return [cluster.summarise(x, num, seed=0) for x in self.vectors.values()]
 
     def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
-        return [cluster.regroup(x[self._fit(x)], space) for x in self.vectors.values()]
-
-    def _fit(self, x: Array) -> cluster.Labels:
-        return cluster.set_aside(len(x), 0)[0]
-
-    def _held(self, x: Array) -> cluster.Labels:
-        return cluster.set_aside(len(x), 0)[1]
+        return [cluster.regroup(x, space) for x in self.vectors.values()]
 
     def assign(self, space: RoutingSpace) -> list[Assignment]:
-        return [
-            Assignment(c, cluster.assign(x, self._held(x), space, [None] * len(x))[1])
-            for c, x in self.vectors.items()
-        ]
+        return [Assignment(c, cluster.assign(x, space, [None] * len(x))[1]) for c, x in self.vectors.items()]
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
         self.requests += requests

@@ -12,24 +12,42 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
-    {"types", "config", "config_file", "errors"},
+    {"types", "config", "config_file", "errors", "files", "layout"},
     {
-        *("builtin", "bundle", "data", "decide", "embed", "embed_endpoint"),
-        *("models", "partition", "route", "stacked"),
+        "builtin",
+        "bundle",
+        "conversation",
+        "data",
+        "decide",
+        "embed",
+        "embed_endpoint",
+        "models",
+        "partition",
+        "probes",
+        "route",
+        "stacked",
     },
     {"train", "serve", "evaluate"},
-    {"cli", "demo", "experiment", "inspect", "push", "__main__"},
+    {"cli", "cli_federation", "demo", "experiment", "inspect", "push", "replay", "report", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
+ROOMS = ("train.client", "train.server")  # two sides of a wire: neither imports the other
 
 # Where a library may be imported; everywhere else it is out of place.
 HOMES = {
-    "cryptography": "bundle.sign",
-    "dp_accounting": "train.privacy",
+    "cryptography": (
+        "bundle.sign",
+        "train.wire",
+        "train.client.summing",
+        "train.server.summing",
+        "train.flower",
+    ),
+    "flwr": "train.flower.sidecar",
+    "dp_accounting": "train.server.accountant",
     "faiss": "route",
-    "trl": "train.sft",
-    "flwr": "train.flower",
+    "trl": "train.client.sft",
+    "matplotlib": "report",
     "vllm": "serve",
     "prometheus_client": "serve",  # comes with vLLM
 }
@@ -49,15 +67,23 @@ def imported(source, module, is_package=False):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def _inside(module, room):
+    return module == room or module.startswith(f"{room}.")
+
+
 def violations(source, module, is_package=False):
     """Return what breaks the rule in one module; ``module`` is its dotted name under fedrouter."""
     part = module.split(".")[0]
     found = []
     for name in imported(source, f"fedrouter.{module}", is_package):
         top, _, rest = name.partition(".")
-        home = HOMES.get(top)
-        if home and not (module == home or module.startswith(f"{home}.")):
-            found.append(f"{module} imports {top}, whose place is {home}")
+        homes = HOMES.get(top, ())
+        homes = (homes,) if isinstance(homes, str) else homes
+        if homes and not any(_inside(module, home) for home in homes):
+            found.append(f"{module} imports {top}, whose place is {', '.join(homes)}")
+        for here, there in (ROOMS, ROOMS[::-1]):
+            if _inside(module, here) and top == "fedrouter" and _inside(rest, there):
+                found.append(f"{module} imports {there}: two sides of a wire")
         other = rest.split(".")[0]
         if top != "fedrouter" or other not in LAYER_OF or other == part:
             continue
@@ -102,16 +128,30 @@ def test_the_dependency_rule(path):
         ("evaluate.run", "from ..cli import main", ["evaluate.run imports cli from a layer above"]),
         ("embed", "import faiss.contrib", ["embed imports faiss, whose place is route"]),
         (
-            "train.server",
-            "from trl import SFTTrainer",
-            ["train.server imports trl, whose place is train.sft"],
+            "train.client.sft",
+            "from fedrouter.train.server.aggregate import mean",
+            ["train.client.sft imports train.server: two sides of a wire"],
         ),
-        ("train.run", "import flwr", ["train.run imports flwr, whose place is train.flower"]),
+        (
+            "train.server.loop",
+            "from fedrouter.train import client",
+            ["train.server.loop imports train.client: two sides of a wire"],
+        ),
+        ("train.run", "from fedrouter.train.client import sft\nfrom fedrouter.train.server import loop", []),
+        (
+            "train.server.loop",
+            "from trl import SFTTrainer",
+            ["train.server.loop imports trl, whose place is train.client.sft"],
+        ),
+        ("train.run", "import faiss", ["train.run imports faiss, whose place is route"]),
         ("bundle", "from vllm.lora import x", ["bundle imports vllm, whose place is serve"]),
         (
             "push",
             "from cryptography import x",
-            ["push imports cryptography, whose place is bundle.sign"],
+            [
+                "push imports cryptography, whose place is bundle.sign, train.wire, train.client.summing, "
+                "train.server.summing, train.flower"
+            ],
         ),
         ("cli", "import fedrouter.train\nfrom fedrouter import serve", []),
         (
@@ -120,8 +160,8 @@ def test_the_dependency_rule(path):
             [],
         ),
         (
-            "train.sft",
-            "import trl\nfrom fedrouter.models import load_base\nfrom .aggregate import average",
+            "train.client.sft",
+            "import trl\nfrom fedrouter.models import load_base\nfrom .rows import Tokeniser",
             [],
         ),
     ],
@@ -147,6 +187,7 @@ def test_help_imports_no_heavy_library():
         "datasets",
         "faiss",
         "flwr",
+        "matplotlib",
         "openai",
         "pandas",
         "peft",

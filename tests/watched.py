@@ -11,11 +11,11 @@ import numpy as np
 from fakes import adapter
 
 from fedrouter.config import Config, PrivacySettings, TrainSettings
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import FEW
+from fedrouter.train.client.client import Client
+from fedrouter.train.federation import FEW
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.methods import group
-from fedrouter.train.server import run_rounds
+from fedrouter.train.server.loop import run_rounds
+from fedrouter.train.server.methods import group
 from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"
@@ -95,7 +95,8 @@ class Watched:
                 self.seen.append((name, arguments, message))
                 yield message
 
-        return lambda *args, **named: list(ask(*args, **named)) if name == "assign" else ask(*args, **named)
+        lists = ("assign", "members", "compare", "reread")
+        return lambda *args, **named: list(ask(*args, **named)) if name in lists else ask(*args, **named)
 
     def names(self) -> list[str]:
         return [name for name, _, _ in self.seen]
@@ -122,24 +123,31 @@ def leaves(message: Any, path: tuple[tuple[str, str], ...] = ()) -> Iterator[tup
         raise AssertionError(f"{type(message)} is not listed in docs/privacy.md")
 
 
-def inspect(federation: Watched, members: list[Client], least: int = 5) -> set[tuple[str, str]]:
-    """Check every message; return which fields were seen."""
-    seen, names = set(), {c.name for c in members}
+def inspect(
+    federation: Watched, members: list[Client], least: int = 5, seen: list[Any] | None = None
+) -> set[tuple[str, str]]:
+    """Check every message, or those given; return which fields were seen."""
+    messages = federation.seen if seen is None else seen
+    found, names = set(), {c.name for c in members}
     vectors = np.concatenate([c._vectors for c in members]).astype(float)
-    for _, asked, message in federation.seen:
+    for _, asked, message in messages:
         spaces = [a for a in asked if isinstance(a, RoutingSpace)]
         hidden = [vectors]
         hidden += [(vectors - space.mean) @ space.transform for space in spaces]
         for key, value in leaves(message):
-            seen.add(key)
+            found.add(key)
             match value:
                 case np.ndarray():
                     assert all(num % len(c._records) for num in value.shape for c in members), key
                     assert not holds_row(value, hidden), f"{key} is the vector of a row"
-                case str() if key[1] == "reason":
+                case str() if key[1] in ("reason", "problem"):
                     assert not re.search("secret|hidden|answer", value)
+                case str() if key[1] == "digest":
+                    assert re.fullmatch("[0-9a-f]{32}", value)
                 case str():
                     assert value in names, key
+                case dict() if key[1] == "within":
+                    assert all(isinstance(k, int) and n >= least for k, n in value.items())
                 case dict():
                     allowed = {*TASKS, "gulls", FEW} if key[1] == "task_counts" else set(adapter(0))
                     assert set(value) <= allowed, key
@@ -149,10 +157,10 @@ def inspect(federation: Watched, members: list[Client], least: int = 5) -> set[t
                     pass
                 case _:
                     raise AssertionError(f"{key}: {value!r} is of no listed kind")
-            if key[1] in ("counts", "num_examples") and key[0] != "TrainReply":
+            if key[1] in ("counts", "num_examples", "num_beyond") and key[0] != "TrainReply":
                 counts = np.atleast_1d(value)
                 assert (counts[counts > 0] >= least).all(), f"{key} tells of fewer than {least} rows"
-    return seen
+    return found
 
 
 def holds_row(value: np.ndarray, hidden: list[np.ndarray]) -> bool:
@@ -166,7 +174,7 @@ def holds_row(value: np.ndarray, hidden: list[np.ndarray]) -> bool:
 
 
 def whole_run(federation: Watched, config: Config = CONFIG) -> None:
-    found = group(federation, config, adapter(0))  # type: ignore[arg-type]
+    found = group(federation, config, adapter(0), DIM)  # type: ignore[arg-type]
     list(run_rounds(federation, found.assignments, found.state, config))  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from fedrouter.bundle.files import read
 from fedrouter.bundle.manifest import MANIFEST, MAX_MANIFEST
 from fedrouter.errors import BundleError, ConfigError
+from fedrouter.files import write_atomically
 
 SIGNATURE = "manifest.sig"  # 64 bytes, as `openssl pkeyutl -verify -rawin` reads it
 SIZE = 64
@@ -32,10 +33,9 @@ def sign_bundle(bundle: Path, key: Path) -> Path:
         raise _no_key(key, "private") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise _no_key(key, "private")
-    partial = bundle / f".{SIGNATURE}.partial"
-    partial.unlink(missing_ok=True)  # it may be a link
-    partial.write_bytes(private.sign(read(bundle, MANIFEST, MAX_MANIFEST)))
-    return partial.replace(bundle / SIGNATURE)
+    signature = bundle / SIGNATURE
+    write_atomically(signature, private.sign(read(bundle, MANIFEST, MAX_MANIFEST)))
+    return signature
 
 
 def check_signature(bundle: Path, manifest: bytes, key: Path) -> None:

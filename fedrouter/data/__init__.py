@@ -20,7 +20,6 @@ from fedrouter.data.forms import MAX_LABEL, NAMES, Reading, is_label
 from fedrouter.data.readers import Row, read_rows, suffix_of
 from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, saved_rows
 from fedrouter.errors import ConfigError, DataError
-from fedrouter.partition import partition
 from fedrouter.types import Record
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "builtin_records",
     "is_label",
     "load_records",
-    "partition",
     "read_source",
 ]
 

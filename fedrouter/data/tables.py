@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrouter.data.readers import Row
-from fedrouter.errors import DataError
+from fedrouter.errors import DataError, first_line
 
 SAVED = ("state.json", "dataset_dict.json")  # what ``save_to_disk`` leaves in its directory
 
@@ -91,4 +91,4 @@ def _unfilled(value: Any) -> Any:
 def _reason(error: Exception) -> str:
     """Return one line; "an error occurred while generating the dataset" hides the reason in its cause."""
     reason = error.__cause__ or error
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return first_line(reason)

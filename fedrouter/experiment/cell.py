@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from sklearn.manifold import TSNE
 
 from fedrouter import __version__
 from fedrouter.bundle import Bundle, find_base, find_embedder
@@ -37,15 +36,14 @@ from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, ques
 from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings, World
 from fedrouter.route import BASE_NAME, Router
+from fedrouter.train.client.sources import load_clients
 from fedrouter.train.run import train
-from fedrouter.train.sources import load_clients
-from fedrouter.types import Array, Decision
+from fedrouter.types import Decision
 
 ROUTINGS, TESTS = ("global", "local"), ("own", "all")
 METRICS = ("rouge_1", "rouge_l", "exact_match")
 BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
 PLACES = 4  # digits of a score that are kept
-MAPPED = 400  # rows in a map of embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +125,7 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
         if world.unseen:
             line["unseen"] = beyond(trained, embedder, engine, world)
         if is_shown(settings, trained.cell):
-            line["map"] = _map(clients, embedder)
+            line["map"] = _map(trained)
     return line
 
 
@@ -324,13 +322,10 @@ def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[
     }
 
 
-def _map(clients: Mapping[str, Sequence[Any]], embedder: Embedder) -> list[list[Any]]:
-    """Return some clients' rows on a map (t-SNE): x, y, task, client."""
-    rows = [(client, record) for client, records in clients.items() for record in records]
-    drawn = np.random.default_rng(0).permutation(len(rows))[:MAPPED]
-    vectors: Array = embedder.embed([routing_text(rows[i][1].turns) for i in drawn])
-    flat = TSNE(perplexity=min(30, len(drawn) // 4), random_state=0, init="pca").fit_transform(vectors)
+def _map(trained: Trained) -> list[list[Any]]:
+    """Return the clients' rows on a map (t-SNE): x, y, task, client."""
+    drawn = json.loads((trained.directory / "run" / "tsne.json").read_text(encoding="utf-8"))
     return [
-        [round(float(x), 1), round(float(y), 1), rows[i][1].task, rows[i][0]]
-        for (x, y), i in zip(flat, drawn, strict=True)
+        [round(x, 1), round(y, 1), task, client]
+        for (x, y), task, client in zip(drawn["points"], drawn["tasks"], drawn["clients"], strict=True)
     ]

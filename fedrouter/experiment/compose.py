@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from fedrouter.bundle import Bundle
+from fedrouter.files import write_atomically
 from fedrouter.models import read_json
-from fedrouter.train.aggregate import stack
-from fedrouter.train.files import write_atomically
+from fedrouter.train.lora import stack
 from fedrouter.types import Decision
 
 NEAREST = 2

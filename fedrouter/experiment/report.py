@@ -12,7 +12,7 @@ from fedrouter.experiment.compare import OURS, Asked, Results, gain, native
 from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings
 from fedrouter.experiment.tables import METRICS, Table, against_best, tables, tidy, told
-from fedrouter.train.files import write_atomically
+from fedrouter.files import write_atomically
 
 SIZES = (OURS, "fedavg", "local", "oracle")  # methods in the picture of scores over sizes
 

@@ -163,7 +163,7 @@ def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
         trained = train_cell(settings, cell, out)
         if cell.search or settings.engine == "vllm":
             return searched(trained)
-        device, dtype = device_and_dtype(trained.config)
+        device, dtype = device_and_dtype(trained.config.base)
         template = trained.config.base.chat_template
         return tested(settings, trained, _engine(find_base(trained.bundle), dtype, device, template))
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from fedrouter.config import Config
 from fedrouter.data import Read
+from fedrouter.embed import chosen_spec
 from fedrouter.errors import ConfigError
-from fedrouter.models import load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.train.client.rows import Rendered, Tokeniser, TokenRow, load_rows, positions_of
+from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
-from fedrouter.train.rows import Tokeniser, TokenRow, load_rows, positions_of
-from fedrouter.train.sources import read_clients
 from fedrouter.types import Record
 
 NUM_SHOWN = 3  # rows a client
@@ -40,9 +41,7 @@ class Loaded:
 
     records: dict[str, list[Record]]
     reads: list[Read]
-    path: Path  # of the base model
-    tokenizer: Any
-    tokeniser: Tokeniser
+    rendered: Rendered
     counts: Counter[str]  # rows by what is odd about them
 
 
@@ -100,24 +99,24 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
     FedRouterError
         If a setting, a file, a row or the base's tokenizer cannot be used.
     """
-    check_machine(config)
+    check_machine(config.base, config.train.report_to)
     records, reads = read_clients(config, say)
     for name in config.lora.ranks:
         if name not in records:
             raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
     path = resolve_base(config.base.model, config.base.revision)
-    tokenizer, tokeniser = tokenised(config, path, records, say)
+    rendered = tokenised(config, path, records, say)
     counts = _counts(records)
     for kind, text in ODD.items():
         if counts[kind]:
             say(f"{counts[kind]} rows {text}")
-    return Loaded(records, reads, path, tokenizer, tokeniser, counts)
+    return Loaded(records, reads, rendered, counts)
 
 
 def tokenised(
     config: Config, path: Path, records: Mapping[str, Sequence[Record]], say: Callable[[str], None]
-) -> tuple[Any, Tokeniser]:
-    """Return the tokenizer, and all rows rendered and tokenised; say what is cut or not shown.
+) -> Rendered:
+    """Return all rows rendered and tokenised; say what is cut or not shown.
 
     Raises
     ------
@@ -131,7 +130,7 @@ def tokenised(
     load_rows(tokeniser, records)
     for line in tokeniser.lines():
         say(line)
-    return tokenizer, tokeniser
+    return Rendered(path, tokenizer, tokeniser)
 
 
 def check(config: Config) -> Report:
@@ -144,15 +143,20 @@ def check(config: Config) -> Report:
     """
     notes: list[str] = []
     found = loaded(config, notes.append)
-    told = found.tokeniser.told
-    num, num_adapter, flops_a_token, dim = _sizes(config, found.path)
+    told = found.rendered.tokeniser.told
+    sizes = _sizes(config, found.rendered.path)
+    _, dtype = device_and_dtype(config.base)
+    base = base_spec(config.base.model, config.base.revision, found.rendered.path)
+    embedder, why = chosen_spec(config.embedder, base, found.rendered.path, dtype)
+    if why:
+        notes.append(why)
     steps = {name: _steps(config, len(rows)) for name, rows in found.records.items()}
-    mean_length = float(np.mean(np.minimum(told.lengths, found.tokeniser.limit)))
+    mean_length = float(np.mean(np.minimum(told.lengths, found.rendered.tokeniser.limit)))
     tokens = sum(steps.values()) * config.train.step_size * mean_length * config.train.participation
-    _, dtype = device_and_dtype(config)
+    num = sizes.num_parameters
     weights = num // 2 if config.base.quantization != "none" else num * BYTES[dtype]
     longest = max(told.lengths, default=0)
-    batch_tokens = config.train.batch_size * min(longest, found.tokeniser.limit)
+    batch_tokens = config.train.batch_size * min(longest, found.rendered.tokeniser.limit)
     return Report(
         files=tuple(_file(read) for read in found.reads),
         clients=tuple(
@@ -162,18 +166,20 @@ def check(config: Config) -> Report:
         notes=tuple(notes),
         histogram=_histogram(told.lengths),
         needed={f"{share:.0%}": length for share, length in told.needed()},
-        limit=found.tokeniser.limit,
+        limit=found.rendered.tokeniser.limit,
         num_cut=told.num_cut_prompts + told.num_cut_answers,
         num_duplicates=found.counts["duplicates"],
         num_empty_answers=found.counts["empty"],
         num_ambiguous=found.counts["ambiguous"],
         num_parameters=num,
-        adapter_parameters=num_adapter,
-        memory_bytes=weights + 16 * num_adapter + batch_tokens * _activation_bytes(found.path, dtype),
-        round_s=ROUND_PASSES * flops_a_token * tokens / _flops(),
-        bytes_down=4 * num_adapter,
-        bytes_up=4 * num_adapter,
-        reveals=_reveals(dim),
+        adapter_parameters=sizes.num_adapter,
+        memory_bytes=weights
+        + 16 * sizes.num_adapter
+        + batch_tokens * _activation_bytes(found.rendered.path, dtype),
+        round_s=ROUND_PASSES * 2.0 * num * tokens / _flops(),
+        bytes_down=4 * sizes.num_adapter,
+        bytes_up=4 * sizes.num_adapter,
+        reveals=_reveals(embedder.dim),
     )
 
 
@@ -208,9 +214,9 @@ def _steps(config: Config, num_rows: int) -> int:
 def _shown(found: Loaded, records: Sequence[Record]) -> list[ShownRow]:
     picked = [records[i] for i in np.linspace(0, len(records) - 1, min(NUM_SHOWN, len(records))).astype(int)]
     return [
-        ShownRow(record.where, _parts(found.tokenizer, row), len(row.ids))
+        ShownRow(record.where, _parts(found.rendered.tokenizer, row), len(row.ids))
         for record in picked
-        for row in found.tokeniser.rows([record])[:1]
+        for row in found.rendered.tokeniser.rows([record])[:1]
     ]
 
 
@@ -229,12 +235,19 @@ def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def _sizes(config: Config, path: Path) -> tuple[int, int, float, int]:
-    """Return parameters of the base and of an adapter, operations a token, and the embedder's width."""
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """How large things are; a token costs two operations a parameter."""
+
+    num_parameters: int  # of the base
+    num_adapter: int  # parameters of an adapter
+
+
+def _sizes(config: Config, path: Path) -> _Sizes:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fedrouter.train.targets import adapted, check_targets
+    from fedrouter.train.client.targets import adapted, check_targets
 
     settings = load_config(path)
     with torch.device("meta"):
@@ -243,7 +256,7 @@ def _sizes(config: Config, path: Path) -> tuple[int, int, float, int]:
     modules = adapted(model, config.lora.target_modules)
     adapter = sum(config.lora.rank * sum(shape) for shape in modules.values())
     num = sum(p.numel() for p in model.parameters())
-    return num, adapter, 2.0 * num, int(settings.get_text_config().hidden_size)
+    return _Sizes(num, adapter)
 
 
 def _activation_bytes(path: Path, dtype: str) -> int:
@@ -270,7 +283,7 @@ def _flops() -> float:
 
 def _reveals(dim: int) -> dict[str, int]:
     """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
-    from fedrouter.train.cluster import MAX_LOCAL
+    from fedrouter.train.client.cluster import MAX_LOCAL
 
-    groups = 8 * (MAX_LOCAL * (1 + dim) + dim * dim)
-    return {"LocalClusters": groups, "Assignment (a task cluster)": 8 * 103}
+    groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # of the scatter one half: it is symmetric
+    return {"LocalClusters": groups, "Assignment (a task cluster)": 4 * 103}

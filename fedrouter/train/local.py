@@ -7,12 +7,16 @@ from typing import TypeVar
 
 from fedrouter.config import Count
 from fedrouter.errors import ClientError, FedRouterError, WorkerError
-from fedrouter.train.client import Client, Trainer, failure, reason_of
+from fedrouter.train.client.client import Client, failure, reason_of
+from fedrouter.train.federation import Trainer
 from fedrouter.train.memory import out_of_memory
 from fedrouter.types import (
     Assignment,
+    Comparison,
     LocalClusters,
+    Member,
     Membership,
+    Reread,
     RoutingSpace,
     TrainFailure,
     TrainReply,
@@ -58,6 +62,22 @@ class LocalFederation:
         self.clients = {client.name: client for client in clients}
         self._trainer, self._workers = trainer, workers
 
+    def members(self) -> list[Member]:
+        """Ask who is there."""
+        return list(each(self.clients, lambda name: self.clients[name].member()))
+
+    def reread(self) -> list[Reread]:
+        """Have every client read its rows again."""
+        return [self._reread(name) for name in self.clients]
+
+    def _reread(self, name: str) -> Reread:
+        try:
+            for _ in each([name], lambda name: self.clients[name].reread()):
+                pass
+        except FedRouterError as error:  # its file is being written, say
+            return Reread(name, str(error))
+        return Reread(name, None)
+
     def summarise(self, num: Count) -> Iterator[LocalClusters]:
         """Have every client cluster its own rows."""
         return each(self.clients, lambda name: self.clients[name].summarise(num))
@@ -69,6 +89,15 @@ class LocalFederation:
     def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
         """Tell every client the task clusters."""
         return list(each(self.clients, lambda name: self.clients[name].assign(space, told)))
+
+    def compare(self, space: RoutingSpace, radii: Sequence[float]) -> list[Comparison]:
+        """Have every client compare its rows with task clusters that already exist."""
+        return list(each(self.clients, lambda name: self.clients[name].compare(space, radii)))
+
+    def summarise_beyond(self, num: Count) -> Iterator[LocalClusters]:
+        """Have clients cluster their rows beyond every radius, where these are enough."""
+        beyond = {name: c.beyond for name, c in self.clients.items() if c.beyond and c.beyond.may_summarise}
+        return each(beyond, lambda name: beyond[name].summarise(num))
 
     def leave(self, names: Collection[str]) -> None:
         """Go on without these clients."""

@@ -2,15 +2,16 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
-from fedrouter.config import Config
+from fedrouter.config import BaseSettings
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.train.trackers import check_trackers
+from fedrouter.train.show.trackers import check_trackers
 
 
-def check_machine(config: Config) -> None:
+def check_machine(base: BaseSettings, trackers: Sequence[str] = ()) -> None:
     """Refuse what cannot work here.
 
     Raises
@@ -24,22 +25,22 @@ def check_machine(config: Config) -> None:
             f"{processes} processes were started from outside: run fedrouter train alone, with --processes "
             f'{processes}; a base too large for one GPU takes base.device = "spread"'
         )
-    wanted, gpus = config.base.device, torch.cuda.device_count()
+    wanted, gpus = base.device, torch.cuda.device_count()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise TrainingError('base.device = "cuda": this machine has no usable GPU; set "cpu" or "auto"')
     if wanted == "spread" and gpus < 2:
         raise TrainingError(
             f'base.device = "spread" takes two GPUs or more, and there are {gpus}; set "auto"'
         )
-    quantization = config.base.quantization
+    quantization = base.quantization
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f'base.quantization = "{quantization}" needs bitsandbytes: pip install "fedrouter[qlora]"'
         )
-    check_trackers(config.train.report_to)
+    check_trackers(trackers)
 
 
-def share_out(config: Config, processes: int) -> None:
+def share_out(base: BaseSettings, processes: int) -> None:
     """Leave this process its share of the machine's threads; refuse more processes than GPUs.
 
     Raises
@@ -49,7 +50,7 @@ def share_out(config: Config, processes: int) -> None:
     """
     if processes == 1:
         return
-    device, _ = device_and_dtype(config)
+    device, _ = device_and_dtype(base)
     if device == "spread":
         raise TrainingError('--processes: base.device = "spread" takes all GPUs for one process')
     if device == "cuda" and processes > (gpus := torch.cuda.device_count()):
@@ -57,15 +58,15 @@ def share_out(config: Config, processes: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
-def side_by_side(config: Config) -> int:
+def side_by_side(base: BaseSettings) -> int:
     """Return how many small models train side by side here: one a GPU or a thread, four at most."""
-    device, _ = device_and_dtype(config)
+    device, _ = device_and_dtype(base)
     return max(1, min(4, torch.cuda.device_count() if device == "cuda" else torch.get_num_threads()))
 
 
-def device_and_dtype(config: Config) -> tuple[str, str]:
+def device_and_dtype(base: BaseSettings) -> tuple[str, str]:
     """Return where the base goes ("cpu", "cuda", "spread") and in which dtype."""
-    device, dtype = config.base.device, config.base.dtype
+    device, dtype = base.device, base.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

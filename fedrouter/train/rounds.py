@@ -1,133 +1,74 @@
 """The rounds of a run, and what they leave on disk: checkpoints, metrics."""
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from rich.console import Console
-
-from fedrouter.config import Config
 from fedrouter.errors import TrainingError
-from fedrouter.train.checkpoint import save_checkpoint
-from fedrouter.train.files import write_atomically
-from fedrouter.train.left_out import read_left_out
-from fedrouter.train.progress import TrainProgress
-from fedrouter.train.recluster import Clustering
-from fedrouter.train.server import Federation, RoundResult, RunState, exhausted, plan, run_rounds
-from fedrouter.train.trackers import Trackers
+from fedrouter.train.disk.checkpoint import save_checkpoint
+from fedrouter.train.disk.metrics import Metrics, any_taken
+from fedrouter.train.federation import Federation
+from fedrouter.train.server.loop import plan, run_rounds
+from fedrouter.train.session import Session
+from fedrouter.train.show.progress import TrainProgress
+from fedrouter.train.show.trackers import Trackers
+from fedrouter.train.start import Anew
+from fedrouter.train.state import RunState, Start, exhausted
 
-Anew = Callable[[Clustering, RunState], tuple[Clustering, RunState, str]]
 
-
-def train_rounds(
-    federation: Federation,
-    clustering: Clustering,
-    state: RunState,
-    digest: str,
-    config: Config,
-    out: Path,
-    console: Console,
-    anew: Anew | None = None,
-) -> tuple[Clustering, RunState]:
-    """Run the rounds that are left, with a checkpoint and metrics after each; return the last state.
+def train_rounds(session: Session, federation: Federation, begun: Start, anew: Anew | None = None) -> Start:
+    """Run the rounds that are left, with a checkpoint and metrics after each; return where they end.
 
     Parameters
     ----------
-    digest : of the clustering; checkpoints belong to it.
-    anew : clusters anew, every ``cluster.every`` rounds; returns the clustering, the state and the digest.
+    anew : clusters anew, every ``cluster.every`` rounds.
 
     Raises
     ------
     TrainingError
         If no client's update could be used in any round.
     """
+    config, out = session.config, session.out
     every, last = config.cluster.every, config.train.rounds
-    with Trackers(config, out, console) as trackers:
+    with Trackers(config, out, session.console) as trackers:
         while True:
-            if anew and every and 0 < state.number < last and state.number % every == 0:
-                clustering, state, digest = anew(clustering, state)
-            until = min(last, (state.number // every + 1) * every) if anew and every else last
-            state = _stretch(federation, clustering, state, digest, config, until, out, console, trackers)
+            number = begun.state.number
+            if anew and every and 0 < number < last and number % every == 0:
+                begun = anew(begun.clustering, begun.state)
+            until = min(last, (begun.state.number // every + 1) * every) if anew and every else last
+            state = _stretch(session, federation, begun, until, trackers)
+            begun = replace(begun, state=state)
             if state.number >= last or exhausted(state, config.train.patience):
                 break
     if exhausted(state, config.train.patience):
-        console.print(
-            f"stopped after round {state.number}: no validation loss fell any more", highlight=False
-        )
-    if not any(loss is not None for loss in state.losses) and not _any_taken(out / "metrics.jsonl"):
+        session.say(f"stopped after round {state.number}: no validation loss fell any more")
+    metrics = out / "metrics.jsonl"
+    if not any(loss is not None for loss in state.losses) and not any_taken(metrics):
         raise TrainingError(
-            f"no client's update could be used in any round; {out / 'metrics.jsonl'} says why, under refused"
+            f"no client's update could be used in any round; {metrics} says why, under refused"
         )
-    return clustering, state
+    return begun
 
 
 def _stretch(
-    federation: Federation,
-    clustering: Clustering,
-    state: RunState,
-    digest: str,
-    config: Config,
-    until: int,
-    out: Path,
-    console: Console,
-    trackers: Trackers,
+    session: Session, federation: Federation, begun: Start, until: int, trackers: Trackers
 ) -> RunState:
     """Run the rounds up to ``until`` with the same task clusters."""
+    config, clustering, state = session.config, begun.clustering, begun.state
+    train, out = config.train, session.out
     names = [*(c.name for c in clustering.clusters), "global"]  # the last: FedDPA's
     metrics = Metrics(out / "metrics.jsonl", state.number)
     kept = clustering if config.cluster.every else None
-    steps = sum(n for r in range(state.number, until) for _, _, n in plan(clustering.assignments, config, r))
-    with TrainProgress(console, names, config.train.rounds, steps, state.number) as progress:
+    ahead = range(state.number, until)
+    steps = sum(one.steps for r in ahead for one in plan(clustering.assignments, train, config.seed, r))
+    began = time.perf_counter()
+    with TrainProgress(session.console, names, train.rounds, steps, state.number) as progress:
         for result in run_rounds(federation, clustering.assignments, state, config, progress.on_reply):
             state = result.state
-            save_checkpoint(out / "checkpoints", state, digest, config.train.keep_checkpoints, kept)
-            metrics.write(result, names)
+            save_checkpoint(out / "checkpoints", state, begun.digest, train.keep_checkpoints, kept)
+            metrics.write(result, names, time.perf_counter() - began)
             trackers.write(result, names)
             progress.on_round(result)
+            began = time.perf_counter()
             if state.number == until:
                 break
     return state
-
-
-class Metrics:
-    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again.
-
-    Clients that were left out since the last line have one line before the round.
-    """
-
-    def __init__(self, path: Path, start: int):
-        self._path = path
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
-        told = {client for line in kept for client in json.loads(line).get("left_out", ())}
-        left_out = {c: reason for c, reason in read_left_out(path.parent).items() if c not in told}
-        if left_out:
-            line = {"round": start, "left_out": left_out, "time": round(time.time(), 3)}
-            kept.append(json.dumps(line))
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, result: RoundResult, names: Sequence[str]) -> None:
-        """Append one round."""
-        with self._path.open("a", encoding="utf-8") as file:
-            for c in result.clusters:
-                line = {
-                    "round": result.number,
-                    "cluster": names[c.cluster],
-                    "loss": None if c.loss is None else round(c.loss, 5),
-                    "num_examples": c.num_examples,
-                    "num_clients": c.num_clients,
-                    "drift": round(c.drift, 5),
-                    "norm": round(c.norm, 5),
-                    **({} if c.validation is None else {"validation": round(c.validation, 5)}),
-                    **({} if c.residual is None else {"residual": round(c.residual, 7)}),
-                    **({"refused": dict(c.refused)} if c.refused else {}),
-                    "time": round(time.time(), 3),
-                }
-                file.write(json.dumps(line) + "\n")
-
-
-def _any_taken(metrics: Path) -> bool:
-    """Tell whether an update was ever taken; with noise on updates losses do not say so."""
-    return any(json.loads(line).get("num_clients") for line in metrics.read_text().splitlines())

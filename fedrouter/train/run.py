@@ -1,57 +1,33 @@
 """Configuration → clients → task clusters → rounds → bundle; an interrupted run goes on where it stopped."""
 
-import gc
-import importlib.metadata
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from fedrouter import __version__
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
-from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen, embedder_spec, load_embedder
-from fedrouter.errors import ClientError, FedRouterError, TrainingError
-from fedrouter.models import base_spec, load_base
-from fedrouter.train.cache import CachedEmbedder
+from fedrouter.errors import ClientError, TrainingError
+from fedrouter.train import picture
 from fedrouter.train.check import loaded
-from fedrouter.train.client import Client
-from fedrouter.train.describe import doubt
-from fedrouter.train.files import write_atomically
-from fedrouter.train.left_out import LeftOut
+from fedrouter.train.client.client import Client
+from fedrouter.train.disk.promises import keep_promises, noise_key
+from fedrouter.train.federation import Federation
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import device_and_dtype, share_out
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.methods import finish
-from fedrouter.train.privacy import guarantees, keep_promises, noise_key
 from fedrouter.train.rounds import train_rounds
-from fedrouter.train.sft import AdapterTrainer
+from fedrouter.train.server.accountant import check_accountant, guarantees
+from fedrouter.train.server.describe import doubt
+from fedrouter.train.server.left_out import LeftOut
+from fedrouter.train.server.methods import finish
+from fedrouter.train.session import Session, versions
 from fedrouter.train.side_by_side import StackedFederation, StackedTrainer
-from fedrouter.train.start import rereading, start
-from fedrouter.train.targets import check_targets
-from fedrouter.train.targets import left_out as left_out_of
-from fedrouter.train.workers import start_workers
-from fedrouter.types import TaskCluster
-
-RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
-
-
-@contextmanager
-def unclaimed(out: Path) -> Iterator[None]:
-    """Remove a new directory again where input is refused before it has become a run."""
-    new = not out.exists()
-    try:
-        yield
-    except FedRouterError:
-        if new and not (out / "config.json").exists():
-            shutil.rmtree(out, ignore_errors=True)  # embeddings
-        raise
+from fedrouter.train.start import cluster_anew, start
+from fedrouter.types import Record, TaskCluster
 
 
 @explained_out_of_memory()
@@ -59,8 +35,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
-    clients failed before the rounds.
+    ``bundle/``; without noise ``tsne.json``, with noise ``privacy.json`` and the secret ``noise.key``;
+    ``left_out.json`` where clients failed before the rounds.
 
     Parameters
     ----------
@@ -72,141 +48,99 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         If ``out`` holds a run with another configuration, memory runs out, or no update could be used.
     """
     refuse_another_run(config, out)
-    if (out / "bundle").exists():
-        console.print(f"{out} is finished already; remove it or choose another --out to train again")
-        return load_bundle(out / "bundle")
+    if (bundle := finished(out, console)) is not None:
+        return bundle
+    session = Session(config, out, console, processes)
+    found = loaded(config, session.say)
+    console.print(
+        f"{len(found.records)} clients, {sum(map(len, found.records.values()))} rows", highlight=False
+    )
+    session.load(found.rendered)
+    check_accountant(config.privacy)
+    secret = noise_key(out, config.privacy)
+    with session.unclaimed():
+        left_out = LeftOut(out, list(found.records), console, once=bool(config.privacy.centroid_noise))
+        clients = admitted(session, found.records, left_out, secret)
+        session.load_trainer([row for name in left_out.others for row in found.records[name]])
+        return run(session, federation_of(session, clients), left_out, secret)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    input_ = loaded(config, say)
-    records, path, tokenizer = input_.records, input_.path, input_.tokenizer
-    console.print(f"{len(records)} clients, {sum(map(len, records.values()))} rows", highlight=False)
-    model, dtype = load_model(config, path, processes)
-    for line in left_out_of(model):
-        say(line)
-    base = base_spec(config.base.model, config.base.revision, path)
+def federation_of(session: Session, clients: Sequence[Client]) -> LocalFederation:
+    """Return the clients in this process: trained one after another, or side by side."""
+    if isinstance(session.trainer, StackedTrainer):
+        return StackedFederation(clients, session.trainer)
+    return LocalFederation(clients, session.trainer, session.workers)
 
-    wanted, why = chosen(config.embedder, path)
-    if why:
-        say(why)
-    found: Embedder
-    if wanted.model is None:
-        spec = embedder_spec(
-            "base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision, pooling=wanted.pooling
-        )
-        found = HiddenStateEmbedder(model.base_model, tokenizer, spec)  # before adapters are put into it
-    else:
-        spec = embedder_spec(
-            wanted.kind,
-            wanted.model,
-            wanted.max_tokens,
-            "float32",
-            wanted.layer,
-            url=wanted.url,
-            pooling=wanted.pooling,
-        )
-        found = load_embedder(spec, base, url=wanted.url)
-    embedder = CachedEmbedder(found, Path(wanted.cache or out / "embeddings"))
-    key = noise_key(out, config.privacy)
-    with unclaimed(out):
-        left_out = LeftOut(out, records, console, once=bool(config.privacy.centroid_noise))
 
-        def admit(name: str) -> Client:
-            return Client(name, records[name], embedder, config.seed, config.privacy, key)
+def finished(out: Path, console: Console) -> Bundle | None:
+    """Return the bundle of a run that is finished already, and say so."""
+    if not (out / "bundle").exists():
+        return None
+    console.print(f"{out} is finished already; remove it or choose another --out to train again")
+    return load_bundle(out / "bundle")
 
-        clients: list[Client] = []
-        try:
-            clients += each(left_out.others, admit)
-        except ClientError as failed:
-            left_out.add(failed)
-        model = quantised(config, path, model)
-        kind = StackedTrainer if config.train.stacked else AdapterTrainer
-        trainer = kind(model, tokenizer, config.lora, config.train, config.seed, input_.tokeniser)
-        trainer.rehearse([r for name in left_out.others for r in records[name]], config.train.learning_rate)
-        if isinstance(trainer, StackedTrainer):
-            federation: LocalFederation = StackedFederation(clients, trainer)
-        else:
-            federation = LocalFederation(clients, trainer, start_workers(trainer, config, path, processes))
-        anew = rereading(config, records, embedder, federation, trainer, left_out, console)
-        fresh = trainer.state()
-        clustering, state, digest = left_out.without(
-            federation, lambda: start(federation, config, fresh, records, out, anew)
-        )
-        left_out.resuming = False
-        claim(out, config)
+
+def admitted(
+    session: Session, records: Mapping[str, Sequence[Record]], left_out: LeftOut, secret: bytes
+) -> list[Client]:
+    """Return the clients, without those that fail as they embed."""
+
+    def admit(name: str) -> Client:
+        return session.client(name, records[name], secret, partial(session.read_again, name))
+
+    clients: list[Client] = []
+    try:
+        clients += each(left_out.others, admit)
+    except ClientError as failed:
+        left_out.add(failed)
+    return clients
+
+
+def run(session: Session, federation: Federation, left_out: LeftOut, secret: bytes) -> Bundle:
+    """Go from clients that are there to the bundle, wherever they are."""
+    config, out = session.config, session.out
+    anew = cluster_anew(session, federation, left_out)
+    begun = left_out.without(federation, lambda: start(session, federation, anew))
+    left_out.resuming = False
+    session.claim()
+    clustering = begun.clustering
     for c in clustering.clusters:
-        console.print(
-            f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients", highlight=False
-        )
-    doubtful = doubt(config, [client.num_rows for client in clients], len(clustering.clusters))
+        session.say(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients")
+    doubtful = doubt(config, [member.num_rows for member in federation.members()], len(clustering.clusters))
     if doubtful:
-        console.print(doubtful, highlight=False, soft_wrap=True)
+        session.say(doubtful)
     promised = guarantees(config, clustering.assignments)
     if promised:
-        keep_promises(out, config.privacy, promised, key)
+        keep_promises(out, config.privacy, promised, secret)
     for guarantee in promised:
-        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True)
+        session.say(f"privacy: {guarantee}")
     if any((out / "checkpoints").glob("round-*")):
-        resumed = f"going on after round {state.number}"
-        console.print(
-            resumed if state.number else "the checkpoints there are of other rows; starting over",
-            highlight=False,
-        )
-    clustering, state = train_rounds(federation, clustering, state, digest, config, out, console, anew)
-    clusters = clustering.clusters
-    adapters, generalist, adapter_config = finish(config, state, clusters, trainer.adapter_config)
+        number = begun.state.number
+        there = f"going on after round {number}"
+        session.say(there if number else "the checkpoints there are of other rows; starting over")
+    ended = train_rounds(session, federation, begun, anew)
+    clusters = ended.clustering.clusters
+    made = finish(config, ended.state, clusters, session.trainer.adapter_config)
+    if isinstance(federation, LocalFederation) and not (
+        config.privacy.centroid_noise or config.privacy.update_noise
+    ):  # elsewhere the vectors are not here
+        picture.draw(list(federation.clients.values()), [c.name for c in clusters], out, config.seed)
     return write_bundle(
         out / "bundle",
-        base=base,
-        embedder=spec,
-        clusters=[_with_loss(c, loss) for c, loss in zip(clusters, state.losses, strict=False)],
-        adapters=adapters,
-        adapter_config={**adapter_config, "base_model_name_or_path": config.base.model},
-        space=clustering.space,
-        probe_vectors=embedder.probe,
+        base=session.base,
+        embedder=session.embedder.spec,
+        clusters=[with_loss(c, loss) for c, loss in zip(clusters, ended.state.losses, strict=False)],
+        adapters=made.adapters,
+        adapter_config={**made.adapter_config, "base_model_name_or_path": config.base.model},
+        space=ended.clustering.space,
+        probe_vectors=session.embedder.probe,
         fallback=config.routing.fallback,
         versions=versions(),
-        chat_template=tokenizer.chat_template,
-        generalist=generalist,
+        chat_template=session.chat_template,
+        generalist=made.generalist,
         guarantees=promised,
+        probes=session.probes,
     )
-
-
-def load_model(config: Config, path: Path, processes: int) -> tuple[Any, str]:
-    """Return base model and dtype as the configuration says; not quantised yet.
-
-    ``processes`` share the machine.
-
-    Raises
-    ------
-    ConfigError, TrainingError, ModelError
-        If there is no such device or package, the model does not load, or has no such modules.
-    """
-    share_out(config, processes)
-    device, dtype = device_and_dtype(config)
-    model = load_base(path, dtype, device)
-    check_targets(model, config.lora.target_modules)
-    return model, dtype
-
-
-def quantised(config: Config, path: Path, model: Any) -> Any:
-    """Return the model to train on: with ``base.quantization`` another one, in place of the given one.
-
-    What serves reads the base unquantised, so the embedder must too: it has done its work by now.
-    """
-    if config.base.quantization == "none":
-        return model
-    device, dtype = device_and_dtype(config)
-    model.to("meta")  # frees the weights, whoever still holds the model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return load_base(path, dtype, device, config.base.quantization)
-
-
-def versions() -> dict[str, str]:
-    """Return what a bundle records of the libraries that wrote it."""
-    return {"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}}
 
 
 def refuse_another_run(config: Config, out: Path) -> None:
@@ -234,12 +168,9 @@ def refuse_another_run(config: Config, out: Path) -> None:
         )
 
 
-def claim(out: Path, config: Config) -> None:
-    """Write the resolved configuration beside the run; not before all that can be refused was."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out / "config.json", json.dumps(config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
-    )
+def with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:
+    """Return a task cluster with the loss of the last round in which it trained."""
+    return c if loss is None else replace(c, training={"loss": round(loss, 5)})
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -247,7 +178,3 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [c for k in keys for c in _changed(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
     return [] if old == new else [prefix]
-
-
-def _with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:
-    return c if loss is None else replace(c, training={"loss": round(loss, 5)})

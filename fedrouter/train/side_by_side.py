@@ -20,10 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedrouter.config import LoraSettings, TrainSettings
 from fedrouter.stacked import StackedAdapters
-from fedrouter.train.client import Client, Trainer
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.rows import Tokeniser
+from fedrouter.train.client.sft import IGNORED, AdapterTrainer
+from fedrouter.train.federation import Trained, Trainer
 from fedrouter.train.local import LocalFederation, tried
-from fedrouter.train.rows import Tokeniser
-from fedrouter.train.sft import IGNORED, AdapterTrainer, Trained
 from fedrouter.types import (
     AdapterState,
     Record,

@@ -1,101 +1,53 @@
 """What the rounds start from: task clusters that are found, found anew, or that a checkpoint holds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar
 
-from rich.console import Console
+from fedrouter.train.disk.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
+from fedrouter.train.federation import Federation
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.left_out import LeftOut
+from fedrouter.train.server.methods import group
+from fedrouter.train.server.recluster import changes, recluster
+from fedrouter.train.session import Session
+from fedrouter.train.state import Clustering, RunState, Start
 
-from fedrouter.config import Config
-from fedrouter.embed import Embedder
-from fedrouter.errors import FedRouterError
-from fedrouter.train.checkpoint import clustering_digest, latest_checkpoint, latest_clustering
-from fedrouter.train.client import Client
-from fedrouter.train.describe import describe
-from fedrouter.train.left_out import LeftOut
-from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.methods import group
-from fedrouter.train.recluster import Clustering, changes, recluster
-from fedrouter.train.rounds import Anew
-from fedrouter.train.rows import load_rows
-from fedrouter.train.server import Federation, RunState
-from fedrouter.train.sft import AdapterTrainer
-from fedrouter.train.sources import load_sources
-from fedrouter.types import AdapterState, Record
-
-Told = TypeVar("Told")
+Anew = Callable[[Clustering, RunState], Start]
 
 
-def start(
-    federation: Federation,
-    config: Config,
-    fresh: AdapterState,
-    records: Mapping[str, Sequence[Record]],
-    out: Path,
-    anew: Anew,
-) -> tuple[Clustering, RunState, str]:
-    """Return the task clusters, the state to go on from, and the digest that their checkpoints have.
+def start(session: Session, federation: Federation, anew: Anew) -> Start:
+    """Return what the rounds start from.
 
     A checkpoint counts if it is of the same rows. With ``cluster.every`` its task clusters cannot be found
     again from the first ones: they are taken from it, and found anew if the rows are other ones by now.
     """
-    checkpoints = out / "checkpoints"
+    config, checkpoints = session.config, session.out / "checkpoints"
+    members = federation.members()
     if config.cluster.every and (stored := latest_clustering(checkpoints)):
-        clustering, state, recorded = stored
-        clustering = replace(clustering, assignments=list(federation.assign(clustering.space)))
-        digest = clustering_digest(clustering.space, clustering.assignments, records)
-        return (clustering, state, digest) if digest == recorded else anew(clustering, state)
-    grouping = group(federation, config, fresh)
-    num = len(set(grouping.space.cluster_of))
-    clusters = describe(grouping.assignments, num, config.routing, grouping.names)
+        space = stored.clustering.space
+        clustering = replace(stored.clustering, assignments=list(federation.assign(space)))
+        digest = clustering_digest(space, clustering.assignments, members)
+        if digest == stored.digest:
+            return replace(stored, clustering=clustering)
+        return anew(clustering, stored.state)
+    grouping = group(federation, config, session.trainer.state(), session.embedder.spec.dim)
+    num = grouping.space.num_clusters
+    whitened = config.cluster.method == "tree"
+    clusters = describe(grouping.assignments, num, config.routing, grouping.names, whitened=whitened)
     clustering = Clustering(grouping.space, grouping.assignments, clusters)
-    digest = clustering_digest(clustering.space, clustering.assignments, records)
-    return clustering, latest_checkpoint(checkpoints, digest) or grouping.state, digest
+    digest = clustering_digest(clustering.space, clustering.assignments, members)
+    return Start(clustering, latest_checkpoint(checkpoints, digest) or grouping.state, digest)
 
 
-def rereading(
-    config: Config,
-    records: dict[str, list[Record]],
-    embedder: Embedder,
-    federation: LocalFederation,
-    trainer: AdapterTrainer,
-    left_out: LeftOut,
-    console: Console,
-) -> Anew:
-    """Return what reads clients' files again, updates ``records`` and the federation, and clusters anew."""
+def cluster_anew(session: Session, federation: Federation, left_out: LeftOut) -> Anew:
+    """Return what has clients read their rows again, and clusters them anew."""
 
-    def anew(old: Clustering, state: RunState) -> tuple[Clustering, RunState, str]:
-        trainer.take_out()
-
-        def read(name: str) -> list[Record]:
-            sources = {name: config.data.clients[name]}
-            rows = load_sources(sources, config, config.data.max_per_client)
-            load_rows(trainer.tokeniser, rows)
-            return rows[name]
-
-        def tried(name: str, what: Callable[[str], Told], before: Told) -> Told:
-            try:
-                (told,) = each([name], what)
-            except FedRouterError as error:  # its file is being written, say
-                text = f"client {name} goes on with the rows that it had: {error}"
-                console.print(text, highlight=False, soft_wrap=True, markup=False)
-                return before
-            return told
-
-        rows = {name: tried(name, read, records[name]) for name in federation.clients}
-
-        def admit(name: str) -> Client:
-            return Client(name, rows[name], embedder, config.seed, config.privacy)
-
-        for name, client in list(federation.clients.items()):
-            if rows[name] != records[name]:
-                federation.clients[name] = tried(name, admit, client)
-            if federation.clients[name] is not client:
-                records[name] = rows[name]
-        new, state = left_out.without(federation, lambda: recluster(federation, config, old, state))
-        text = f"clustered anew before round {state.number + 1}: {changes(old, new)}"
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-        return new, state, clustering_digest(new.space, new.assignments, records)
+    def anew(old: Clustering, state: RunState) -> Start:
+        for answer in federation.reread():
+            if answer.problem:
+                session.say(f"client {answer.client} goes on with the rows that it had: {answer.problem}")
+        new, state = left_out.without(federation, lambda: recluster(federation, session.config, old, state))
+        session.say(f"clustered anew before round {state.number + 1}: {changes(old, new)}")
+        return Start(new, state, clustering_digest(new.space, new.assignments, federation.members()))
 
     return anew

@@ -10,11 +10,11 @@ from fedrouter.config_file import load_config
 from fedrouter.embed import embedder_spec, load_embedder
 from fedrouter.models import base_spec
 from fedrouter.partition import partition
-from fedrouter.train.client import Client
-from fedrouter.train.cluster import nearest
-from fedrouter.train.describe import describe
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.local import LocalFederation
+from fedrouter.train.server.describe import describe
+from fedrouter.train.server.discover import discover
+from fedrouter.train.space import nearest
 
 SUGGESTED = "Ana: lunch at noon? Ben: yes, at the harbour"  # by the demo itself
 TYPED = {

@@ -11,7 +11,7 @@ from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.config import Config
 from fedrouter.config_file import load_config
 from fedrouter.embed import HiddenStateEmbedder
-from fedrouter.train.client import Client
+from fedrouter.train.client.client import Client
 from fedrouter.train.run import train
 from fedrouter.types import Array, LocalClusters
 

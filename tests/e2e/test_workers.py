@@ -10,8 +10,8 @@ from fedrouter.config_file import load_config
 from fedrouter.data import builtin_records
 from fedrouter.errors import TrainingError, WorkerError
 from fedrouter.models import load_base, load_tokenizer, resolve_base
-from fedrouter.train.sft import AdapterTrainer
-from fedrouter.train.workers import start_workers
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.workers import start_workers
 
 
 def test_a_worker_answers_as_the_trainer_here_until_it_is_gone() -> None:

@@ -10,7 +10,7 @@ from fedrouter.cli import app
 from fedrouter.config import Config, DataSettings, TrainSettings
 from fedrouter.errors import FedRouterError
 from fedrouter.train.check import check
-from fedrouter.train.check_view import as_text
+from fedrouter.train.show.check_view import as_text
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_report_says_what_is_in_the_files(config: Path) -> None:
 
 def test_what_is_said_of_the_adapter_is_its_size(config: Path) -> None:
     from fedrouter.models import load_base, load_tokenizer, resolve_base
-    from fedrouter.train.sft import AdapterTrainer
+    from fedrouter.train.client.sft import AdapterTrainer
 
     settings = Config(data=DataSettings(clients={"a": str(config / "a.jsonl")}))
     path = resolve_base("builtin:tiny")

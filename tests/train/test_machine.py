@@ -3,13 +3,13 @@ import importlib.util
 import pytest
 import torch
 
-from fedrouter.config import Config
+from fedrouter.config import BaseSettings
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.train.machine import check_machine, device_and_dtype, share_out, side_by_side
 
 
-def config(**base: str) -> Config:
-    return Config.model_validate({"base": base})
+def config(**base: str) -> BaseSettings:
+    return BaseSettings.model_validate(base)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,12 @@ from watched import (
 from fedrouter.config import ClusterSettings, Config, PrivacySettings, TrainSettings
 from fedrouter.errors import DataError, TrainingError
 from fedrouter.train import join
-from fedrouter.train.client import Client
-from fedrouter.train.discover import discover
+from fedrouter.train.client.client import Client
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.methods import group
-from fedrouter.train.server import fresh_state, run_rounds
+from fedrouter.train.server.discover import discover
+from fedrouter.train.server.loop import run_rounds
+from fedrouter.train.server.methods import group
+from fedrouter.train.state import fresh_state
 from fedrouter.types import Array, Record, RoutingSpace
 
 
@@ -39,7 +40,11 @@ def test_nothing_leaves_but_what_the_documentation_lists() -> None:
     for i in range(40):
         members[0]._records[i] = Record(members[0]._records[i].turns, "poison", "colours")
     federation = Watched(members)
+    federation.members()
     whole_run(federation)
+    place = np.zeros((1, DIM), np.float32)
+    federation.compare(RoutingSpace(place[0], np.eye(DIM, dtype=np.float32), place, (0,)), [100.0])
+    federation.reread()
     assert inspect(federation, members) == listed()
 
 
@@ -107,29 +112,30 @@ def test_a_resumed_run_says_the_same_again() -> None:
     assert same(first, again)
 
 
-def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(tmp_path: Path) -> None:
     members = clients()
     space = discover(LocalFederation(members, Trainer()), ClusterSettings(), 0)  # type: ignore[arg-type]
-    bundle = write(tmp_path / "bundle", space, [9.0] * (max(space.cluster_of) + 1))
+    bundle = write(tmp_path / "bundle", space, [9.0] * space.num_clusters)
     late = Client("oslo", [*rows(7, 3, ("colours",)), *rows(7, 60, ("numbers", "gulls"))], TaskEmbedder(), 0)
-    watched: list[Watched] = []
+    federation = Watched([late])
+    found = join.placed(bundle, federation, 0.97)  # type: ignore[arg-type]
+    assert sorted(s.num_examples for s in found.assignments[0].subsets) == [60, 63]
+    assert late.beyond is not None
+    asked = federation.names()
+    assert asked[0] == "compare"
+    assert "summarise_beyond" in asked, "a new task was looked for"
+    own = [one for one in federation.seen if one[0] != "summarise_beyond"]
+    assert inspect(federation, [late], seen=own) <= listed()
+    beyond = [one for one in federation.seen if one[0] == "summarise_beyond"]
+    assert inspect(federation, [late.beyond], seen=beyond) <= listed()
 
-    def watch(found: list[Client], trainer: Trainer) -> Watched:
-        watched.append(Watched(found, trainer))
-        return watched[-1]
 
-    monkeypatch.setattr(join, "LocalFederation", watch)
-    outer = Watched([late])
-    _, assignments, _ = join.placed(bundle, [late], outer, Trainer(), 0.97)  # type: ignore[arg-type]
-    assert [s.num_examples for s in assignments[0].subsets] == [63, 60] or len(assignments[0].subsets) == 2
-    within, rest = late.compare(bundle.space, [k.radius for k in bundle.clusters])
-    assert all(isinstance(k, int) and isinstance(v, int) and v >= 5 for k, v in within.items())
-    assert watched, "a new task was looked for"
-    assert inspect(outer, [late]) <= listed()
-    for federation in watched:
-        assert inspect(federation, [rest]) <= listed()
+def test_a_few_rows_beyond_are_not_told_of() -> None:
+    late = Client("oslo", [*rows(7, 3, ("gulls",)), *rows(7, 60, ("numbers",))], TaskEmbedder(), 0)
+    place = np.array([late._vectors[3:].mean(0)])
+    space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), place, (0,))
+    told = late.compare(space, [14.0])
+    assert (told.within, told.num_beyond, told.may_summarise) == ({0: 60}, 0, False)
 
 
 def test_a_client_of_a_handful_of_rows_is_refused_and_one_of_16_works() -> None:
@@ -137,7 +143,7 @@ def test_a_client_of_a_handful_of_rows_is_refused_and_one_of_16_works() -> None:
         Client("few", rows(0, 2), TaskEmbedder(), 0)
     members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
     federation = Watched(members)
-    found = group(federation, CONFIG, adapter(0))  # type: ignore[arg-type]
+    found = group(federation, CONFIG, adapter(0), DIM)  # type: ignore[arg-type]
     assert len(set(found.space.cluster_of)) == 2
     inspect(federation, members)
 
@@ -146,7 +152,7 @@ def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
     few = [*rows(0, 60, ("colours",)), *rows(0, 4, ("numbers",))]
     members = [Client("few", few, TaskEmbedder(), 0), *clients()[1:]]
     federation = Watched(members)
-    found = group(federation, CONFIG, adapter(0))  # type: ignore[arg-type]
+    found = group(federation, CONFIG, adapter(0), DIM)  # type: ignore[arg-type]
     own = next(a for a in found.assignments if a.client == "few")
     assert [s.num_examples for s in own.subsets] == [64], "the four go with the others"
     assert [len(r) for r in members[0]._rows.values()] == [64]

@@ -9,9 +9,9 @@ from fedrouter.builtin import base_path
 from fedrouter.config import Config, LoraSettings, TrainSettings
 from fedrouter.data import builtin_records
 from fedrouter.models import load_tokenizer
-from fedrouter.train.client import Client
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.sft import AdapterTrainer
 from fedrouter.train.local import LocalFederation
-from fedrouter.train.sft import AdapterTrainer
 from fedrouter.train.side_by_side import Job, StackedFederation, StackedTrainer
 from fedrouter.types import EmbedderSpec, Membership, RoutingSpace, TrainFailure, TrainReply, TrainRequest
 

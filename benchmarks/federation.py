@@ -1,0 +1,297 @@
+"""What many machines cost, with real processes on this one: superlink, SuperNodes, sites, TLS, loopback.
+
+    python benchmarks/federation.py exchange 4 16 64    # bytes there and back, nothing computed
+    python benchmarks/federation.py rounds 4 16 64      # builtin:tiny trains: seconds, server memory a round
+    python benchmarks/federation.py killed 30           # rounds; a random site is killed in every second one
+
+Prints a table, then one JSON line. ``exchange`` is an exchange's fixed cost over the in-process engine, whose
+own is a function call. Flower's environment has to be there: ``fedrouter federation setup``.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedrouter.builtin.tasks import TASKS, generate
+from fedrouter.config import Config
+from fedrouter.train.flower.environment import start, stop
+from fedrouter.train.flower.federation import Directory, load_directory, make_directory, nodes
+from fedrouter.train.flower.transport import connected
+
+EXCHANGES, BODY = 12, 400_000  # of one adapter of builtin:tiny, about
+QUIET = Console(quiet=True)
+
+
+class Echo:
+    """A resident client that answers at once with what it got."""
+
+    def answer(self, body: bytes) -> bytes:
+        return body
+
+
+def write_rows(file: Path, i: int) -> None:
+    """Write the rows of site ``i``: two tasks, 60 rows each."""
+    records = [r for t in (TASKS[i % 4], TASKS[(i + 1) % 4]) for r in generate(t, "train", 60, i)]
+    rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def live(directory: Path, name: str, hollow: bool) -> None:
+    """Be one site, until ended."""
+    from fedrouter.train.client.resident import Resident
+    from fedrouter.train.client.site import load_site
+    from fedrouter.train.federate import opened_client
+    from fedrouter.train.flower.site import run_site
+
+    os.setpgrp()
+    site = load_site(directory / name)
+    resident: Any = Echo() if hollow else Resident(
+        site, lambda config, secret: opened_client(site, config, secret, QUIET), QUIET
+    )  # fmt: skip
+    try:
+        run_site(site, resident, QUIET)
+    except KeyboardInterrupt:
+        return
+
+
+class Sites:
+    """Sites as processes, forked from one that has imported everything: 64 of them fit into memory."""
+
+    def __init__(self, directory: Path, names: Sequence[str], hollow: bool):
+        self.directory, self.names, self.hollow = directory, names, hollow
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["fedrouter.train.federate", "fedrouter.train.flower.site"])
+        self.processes = {}
+        for name in names:
+            self.start(name)
+
+    def start(self, name: str) -> None:
+        process = self._context.Process(target=live, args=(self.directory, name, self.hollow))
+        process.start()
+        self.processes[name] = process
+
+    def kill(self, name: str) -> None:
+        """End a site and all its processes at once, as a machine that loses power."""
+        process = self.processes.pop(name)
+        for pid in [process.pid, *children(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.join()
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+
+
+def children(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {pid})
+
+
+def memory_mib(pids: Sequence[int]) -> float:
+    """Return the proportional set size of processes."""
+    total = 0
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+@contextmanager
+def federation(num: int, hollow: bool) -> Iterator[tuple[Directory, Sites, int]]:
+    """Make and serve a federation of ``num`` sites; yield it, the sites and the superlink's pid."""
+    from fedrouter.serve.launch import free_port
+    from fedrouter.train.client.site_files import make_site
+
+    with tempfile.TemporaryDirectory(prefix="fr-") as scratch:
+        root = Path(scratch)
+        fleet, control = free_port(), free_port()
+        make_directory(root / "fed", "127.0.0.1", fleet, control)
+        names = [f"site-{i:02d}" for i in range(num)]
+        with (root / "fed" / "federation.toml").open("a") as roster:
+            for i, name in enumerate(names):
+                write_rows(root / f"{name}.jsonl", i)
+                _, public = make_site(root / name, name, f"../{name}.jsonl", f"127.0.0.1:{fleet}")
+                roster.write(f'{name} = "{public}"\n')
+                (root / name / "ca.crt").write_bytes((root / "fed" / "ca.crt").read_bytes())
+        directory = load_directory(root / "fed")
+        with (root / "superlink.log").open("w") as log:
+            superlink = start(directory.superlink(), directory.home, log)
+            try:
+                while "Uvicorn running" not in (root / "superlink.log").read_text():
+                    time.sleep(0.5)
+                nodes(directory, change=True)
+                sites = Sites(root, names, hollow)
+                try:
+                    yield directory, sites, superlink.pid
+                finally:
+                    sites.end()
+            finally:
+                stop(superlink)
+
+
+def exchanges(num: int) -> dict[str, Any]:
+    """Send bytes to all sites and wait for all of them, again and again."""
+    with federation(num, hollow=True) as (directory, _, superlink), connected(directory) as transport:
+        began = time.monotonic()
+        while len(transport.nodes()) < num:
+            assert time.monotonic() - began < 900, f"{len(transport.nodes())} of {num} came"
+            time.sleep(0.5)
+        came = time.monotonic() - began
+        seconds = []
+        for _ in range(EXCHANGES):
+            began = time.monotonic()
+            for node in transport.nodes():
+                transport.send(node, os.urandom(BODY))
+            for _ in range(num):
+                arrived = transport.receive(120)
+                assert arrived is not None
+                assert not arrived.error, arrived.error
+            seconds.append(time.monotonic() - began)
+        memory = memory_mib([superlink, *children(superlink)])
+    return {
+        "sites": num,
+        "seconds": round(statistics.median(seconds), 2),
+        "longest": round(max(seconds), 2),
+        "superlink_mib": round(memory),
+        "start_s": round(came, 1),
+    }
+
+
+def trained(num: int, rounds: int, disturb: Callable[[Path, Sites], None] | None = None) -> dict[str, Any]:
+    """Train over Flower; return seconds and memory a round, and the mean best validation loss."""
+    from fedrouter.train.flower.run import train_over_flower
+
+    with federation(num, hollow=False) as (directory, sites, superlink):
+        root = directory.path.parent
+        toml = directory.path / "federation.toml"
+        toml.write_text(toml.read_text().replace("round_s = 3600.0", "round_s = 60.0"))
+        plan = root / "plan.toml"
+        plan.write_text(
+            f"[train]\nrounds = {rounds}\nsteps = 2\nbatch_size = 4\nvalidation = 0.1\n[lora]\nrank = 4\n"
+            "[cluster]\nglobal = 4\n"
+        )
+        console = Console(file=(root / "train.log").open("w"), width=200)
+        peaks, done = [], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(1.0):
+                peaks.append(memory_mib([superlink, *children(superlink)]))
+
+        threads = [threading.Thread(target=watch)]
+        if disturb is not None:
+            threads.append(threading.Thread(target=disturb, args=(root / "train.log", sites), daemon=True))
+        for thread in threads:
+            thread.start()
+        try:
+            train_over_flower(plan, [], root / "out", directory.path, console)
+        finally:
+            done.set()
+            threads[0].join()
+        console.file.flush()
+        lines = (root / "train.log").read_text().splitlines()
+        seconds = [float(line.split(" up, ")[1].split(" s")[0]) for line in lines if " MiB down" in line]
+        metrics = [json.loads(line) for line in (root / "out" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "sites": num,
+        "round_s": round(statistics.median(seconds), 2),
+        "superlink_mib": round(max(peaks, default=0)),
+        "refused": sum(len(line.get("refused") or {}) for line in metrics),
+        "loss": best_loss(metrics),
+    }
+
+
+def best_loss(metrics: Sequence[dict[str, Any]]) -> float:
+    """Return the mean over task clusters of the best validation loss."""
+    best: dict[str, float] = {}
+    for line in metrics:
+        if "validation" in line:
+            best[line["cluster"]] = min(best.get(line["cluster"], float("inf")), line["validation"])
+    return round(statistics.mean(best.values()), 4)
+
+
+def in_process(num: int, rounds: int) -> float:
+    """Return the seconds a round of the same federation in one process."""
+    from fedrouter.train.run import train
+
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        clients = {}
+        for i in range(num):
+            file = root / f"site-{i:02d}.jsonl"
+            write_rows(file, i)
+            clients[file.stem] = str(file)
+        config = Config.model_validate(
+            {
+                "train": {"rounds": rounds, "steps": 2, "batch_size": 4, "validation": 0.1},
+                "lora": {"rank": 4},
+                "cluster": {"global": 4},
+                "data": {"clients": clients},
+            }
+        )
+        train(config, root / "out", QUIET)
+        lines = [json.loads(line) for line in (root / "out" / "metrics.jsonl").read_text().splitlines()]
+    times = sorted({line["round"]: line["time"] for line in lines}.items())
+    return (times[-1][1] - times[0][1]) / max(len(times) - 1, 1)
+
+
+def kill_every_second_round(log: Path, sites: Sites) -> None:
+    """Kill a random site in every second round, and start it again."""
+    draw, done = random.Random(0), 0
+    while True:
+        num = log.read_text().count(" MiB down") if log.exists() else 0
+        if num > done and num % 2:
+            name = draw.choice(sorted(sites.processes))
+            sites.kill(name)
+            sites.start(name)
+        done = max(done, num)
+        time.sleep(0.3)
+
+
+def main() -> None:
+    """Measure and report."""
+    what, numbers = sys.argv[1], [int(number) for number in sys.argv[2:]]
+    if what == "exchange":
+        found = [exchanges(num) for num in numbers]
+    elif what == "rounds":
+        found = [{**trained(num, 4), "in_process_s": round(in_process(num, 4), 2)} for num in numbers]
+    else:
+        found = [{"what": "undisturbed", **trained(4, numbers[0])}]
+        found += [{"what": "killed", **trained(4, numbers[0], kill_every_second_round)}]
+    columns = list(found[0])
+    print("  ".join(f"{column:>14}" for column in columns))
+    for one in found:
+        print("  ".join(f"{one[column]!s:>14}" for column in columns))
+    print(json.dumps({"benchmark": f"federation {what}", "load": os.getloadavg()[0], "results": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a client does with its rows; never imports the server's side."""

@@ -1,0 +1,185 @@
+"""What a client computes of its own rows, and all that it reveals before the first round: never a row.
+
+The server's half is discover.py; its docstring tells the exchanges in order.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.interpolate import make_interp_spline
+from scipy.stats import norm
+from sklearn.cluster import KMeans
+from sklearn.metrics import euclidean_distances
+
+from fedrouter.config import Count
+from fedrouter.errors import TrainingError
+from fedrouter.train.federation import FEW, QUANTILES
+from fedrouter.train.space import Labels, nearest, only
+from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingSpace, Subset
+
+MAX_LOCAL = 128  # local clusters of "auto": 200 KB of float32 at d = 384
+LOCAL_ROWS = 2  # rows in a local cluster of "auto" on average, before small ones are united
+TRIM = 0.25  # share of the rows that the scatter leaves out: those farthest from their centroid
+
+
+def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
+    """Cut a client's rows into local clusters by k-means.
+
+    A row in the wrong local cluster stretches the scatter just where two tasks differ; so the farthest rows
+    are left out of it.
+
+    Parameters
+    ----------
+    x : (n, d) float32, embedded prompts.
+    num : local clusters, cut by plain Euclid (the paper's way); "auto" cuts much finer than tasks, every
+        dimension in units of its own standard deviation, and the server joins what belongs together.
+    least : rows; smaller local clusters are united, with each other or with larger ones.
+
+    Raises
+    ------
+    TrainingError
+        If more clusters are asked for than there are rows.
+    """
+    given = int(np.clip(len(x) // LOCAL_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
+    if given > len(x):
+        raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
+    rows = x.astype(np.float64)
+    z, attempts = (rows / np.maximum(rows.std(0), 1e-12), 1) if num == "auto" else (rows, 10)
+    labels = _united(z, KMeans(given, n_init=attempts, random_state=seed).fit_predict(z), least)
+    found = gather(rows, labels, labels.max() + 1)
+    far = (((rows - found.centroids[labels]) / np.maximum(rows.std(0), 1e-12)) ** 2).sum(1)
+    near = far <= np.quantile(far, 1 - TRIM)
+    return replace(
+        found, scatter=_scatter(rows[near], found.centroids[labels[near]]) * len(rows) / near.sum()
+    )
+
+
+def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
+    """Give each row to the nearest centroid; reveal what came together, ``least`` rows or more."""
+    labels = nearest(x, space)[0]
+    counts = np.bincount(labels, minlength=len(space.centroids))
+    told = counts[labels] >= min(least, counts.max())
+    return gather(x.astype(np.float64)[told], labels[told], len(space.centroids))
+
+
+def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:
+    """Return row numbers by task cluster, as the client or its labels are told."""
+    found = {k: np.arange(len(tasks)) for k in told.clients.get(client, ())}
+    if told.tasks:
+        labels = np.array([-1 if task is None else told.tasks.get(task, -1) for task in tasks])
+        found |= {int(k): np.flatnonzero(labels == k) for k in np.unique(labels) if k >= 0}
+    return found
+
+
+def gather_told(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
+    """Reveal what the first ``num`` task clusters' rows come to, where they are ``least`` or more."""
+    labels = np.full(len(x), -1)
+    for k, own in rows.items():
+        if k < num and len(own) >= least:
+            labels[own] = k
+    return gather(x[labels >= 0].astype(np.float64), labels[labels >= 0], num)
+
+
+def gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
+    """Return counts, centroids and scatter of rows in ``num`` groups."""
+    counts = np.bincount(labels, minlength=num).astype(np.float64)
+    sums = np.zeros((num, x.shape[1]))
+    np.add.at(sums, labels, x)
+    centroids = sums / np.maximum(counts, 1)[:, None]
+    return LocalClusters(counts, centroids, _scatter(x, centroids[labels]))
+
+
+def assign(
+    x: Array,
+    space: RoutingSpace,
+    tasks: Sequence[str | None],
+    told: Mapping[int, Labels] | None = None,
+    least: int = 1,
+) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
+    """Give each row to its nearest centroid's task cluster, or where it is told.
+
+    Returns
+    -------
+    rows : row numbers by task cluster; stays with the client.
+    subsets : what the client reveals: counts, and quantiles of the distances. Rows of a task cluster that
+        has fewer than ``least`` of them go to the nearest one that has enough; where rows are told their task
+        cluster, fewer take no part.
+    """
+    if told is None:
+        counts = np.bincount(np.asarray(space.cluster_of)[nearest(x, space)[0]])
+        enough = only(space, np.flatnonzero(counts >= min(least, counts.max())))
+        labels = np.asarray(enough.cluster_of)[nearest(x, enough)[0]]
+        found = {int(k): np.flatnonzero(labels == k) for k in np.unique(labels)}
+    else:
+        found = {k: rows for k, rows in told.items() if len(rows) >= least}
+    subsets = []
+    for k, rows in sorted(found.items()):
+        distance = nearest(x[rows], only(space, [k]))[1]
+        subsets.append(Subset(k, len(rows), quantiles(distance, least), count_tasks(tasks, rows, least)))
+    return found, tuple(subsets)
+
+
+def quantiles(distances: Float64s, least: int) -> Array:
+    """Return (101,) float32 quantiles, each of them made of ``least`` rows or more.
+
+    The sorted distances are cut into blocks; a line through the blocks' means, over what a normal
+    distribution has there, is carried on to both ends. A single block is taken for normally distributed.
+    """
+    if least == 1:
+        return np.quantile(distances, QUANTILES, method="hazen").astype(np.float32)
+    blocks = np.array_split(np.sort(distances), max(len(distances) // least, 1))
+    means = np.array([block.mean() for block in blocks])
+    wanted = norm.ppf(np.clip(QUANTILES, 0.01, 0.99))
+    if len(blocks) == 1:
+        found = means[0] + distances.std(ddof=min(1, len(distances) - 1)) * wanted
+    else:
+        ends = np.cumsum([0, *map(len, blocks)]) / len(distances)
+        normal = -np.diff(norm.pdf(norm.ppf(ends))) / np.diff(ends)  # means of its blocks
+        found = make_interp_spline(normal, means, k=1)(wanted)
+    return np.asarray(np.maximum(found, 0), dtype=np.float32)
+
+
+def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labels, Labels]:
+    """Return the task cluster of each row within its radius, and the numbers of the rows beyond."""
+    centroid, distance = nearest(x, space)
+    labels = np.asarray(space.cluster_of)[centroid]
+    inside = distance <= np.asarray(radii)[labels]
+    return labels[inside], np.flatnonzero(~inside)
+
+
+def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Mapping[str, int]:
+    """Count the task labels among ``rows``; those that fewer than ``least`` carry are ``FEW``."""
+    counts = Counter(task for row in rows if (task := tasks[row]) is not None)
+    told = {task: count for task, count in sorted(counts.items()) if count >= least}
+    few = counts.total() - sum(told.values())
+    return {**told, FEW: few} if few else told
+
+
+def _united(z: Float64s, labels: Labels, least: int) -> Labels:
+    """Unite groups smaller than ``least`` until none is left, always where it adds least scatter (Ward 1963).
+
+    Two small groups of one kind make a large one; given to the nearest large group, they would spoil it.
+    """
+    found, labels = np.unique(labels, return_inverse=True)
+    counts = np.bincount(labels)
+    means = np.stack([z[labels == k].mean(0) for k in range(len(found))])
+    squared = euclidean_distances(means, squared=True)
+    while len(counts) > 1 and counts.min() < least:
+        small = np.flatnonzero(counts < least)
+        cost = squared[small] / (1 / counts[small, None] + 1 / counts)
+        cost[np.arange(len(small)), small] = np.inf
+        i, j = np.unravel_index(cost.argmin(), cost.shape)
+        a, b = sorted((int(small[i]), int(j)))
+        means[a] = np.average(means[[a, b]], axis=0, weights=counts[[a, b]])
+        counts[a] += counts[b]
+        squared[a] = squared[:, a] = ((means - means[a]) ** 2).sum(1)
+        labels = np.where(labels == b, a, labels - (labels > b))
+        counts, means = np.delete(counts, b), np.delete(means, b, 0)
+        squared = np.delete(np.delete(squared, b, 0), b, 1)
+    return labels
+
+
+def _scatter(x: Float64s, centres: Float64s) -> Float64s:
+    return (x - centres).T @ (x - centres)

@@ -1,0 +1,147 @@
+"""A run whose clients are on other machines; whatever brings a ``Transport`` reaches them."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from fedrouter.bundle import Bundle
+from fedrouter.config import Config
+from fedrouter.errors import ConfigError
+from fedrouter.files import write_atomically
+from fedrouter.models import resolve_base
+from fedrouter.train.check import tokenised
+from fedrouter.train.client.site import Site
+from fedrouter.train.local import LocalFederation, each
+from fedrouter.train.machine import check_machine
+from fedrouter.train.memory import explained_out_of_memory
+from fedrouter.train.run import finished, refuse_another_run, run
+from fedrouter.train.server.accountant import check_accountant
+from fedrouter.train.server.left_out import LeftOut
+from fedrouter.train.server.remote import OnAnswer, RemoteFederation, Transport, Waiting
+from fedrouter.train.session import Session
+from fedrouter.train.wire.keys import PublicKey
+from fedrouter.train.wire.messages import Hello
+from fedrouter.types import Array, Record
+
+RUN_ID = "federation.json"  # beside the run: its id on the wire
+
+
+@explained_out_of_memory()
+def train_remote(
+    config: Config,
+    out: Path,
+    console: Console,
+    transport: Transport,
+    roster: Mapping[str, PublicKey],
+    waiting: Waiting,
+    *,
+    half: bool = False,
+    secure: bool = False,
+    on_answer: OnAnswer = lambda _client, _rows, _what: None,
+) -> Bundle:
+    """Train with the clients that ``transport`` reaches; as ``fedrouter.train.run.train`` otherwise.
+
+    Parameters
+    ----------
+    config : ``data.clients`` names the clients of the roster; what it says of their data is not read.
+    half : adapters travel as float16.
+    secure : updates are summed so that the server sees no single one.
+    on_answer : gets each client that answers, its rows and to what.
+
+    Raises
+    ------
+    TrainingError
+        If too few clients come, or as in ``train``.
+    """
+    refuse_another_run(config, out)
+    if (bundle := finished(out, console)) is not None:
+        return bundle
+    if secure:
+        check_secure(config)
+    check_machine(config.base, config.train.report_to)
+    check_accountant(config.privacy)
+    session = Session(config, out, console)
+    path = resolve_base(config.base.model, config.base.revision)
+    session.load(tokenised(config, path, {}, session.say))
+    session.load_trainer([])
+    hello = Hello(plan(config), session.base.fingerprint, session.embedder.probe, half, secure)
+    with session.unclaimed():
+        left_out = LeftOut(out, sorted(roster), console, once=bool(config.privacy.centroid_noise))
+        federation = RemoteFederation(transport, roster, _run_id(out), hello, waiting, session.say, on_answer)
+        federation.leave([name for name in roster if name not in left_out.others])
+        bundle = run(session, federation, left_out, b"")
+        federation.goodbye("the run is finished")
+        return bundle
+
+
+def check_secure(config: Config) -> None:
+    """Refuse settings that need to see single updates.
+
+    Raises
+    ------
+    ConfigError
+    """
+    plain = config.aggregate
+    unmet = {
+        f"method {config.method}": config.method not in ("fedrouter", "fedavg", "fedprox", "oracle"),
+        f"aggregate.method {plain.method}": plain.method != "average",
+        f"aggregate.robust {plain.robust}": plain.robust != "none",
+        "aggregate.clip (privacy.clip_updates is done by the sites)": plain.clip is not None,
+        "lora.ranks": bool(config.lora.ranks),
+    }
+    if reasons := [what for what, broken in unmet.items() if broken]:
+        raise ConfigError(f"secure_sum shows the server no single update, which {', '.join(reasons)} needs")
+
+
+def plan(config: Config) -> str:
+    """Return the settings that clients are sent.
+
+    Raises
+    ------
+    ConfigError
+        If something in them is on this machine alone.
+    """
+    template = config.base.chat_template
+    if template not in (None, "alpaca"):
+        raise ConfigError(f"base.chat_template {template}: clients have no such file; put it into the base")
+    return json.dumps(config.model_dump(mode="json", by_alias=True, exclude={"data"}))
+
+
+def opened_client(
+    site: Site, config: Config, secret: bytes, console: Console
+) -> tuple[LocalFederation, str, Array]:
+    """Load what a plan asks for on a site; return its client alone, its base's fingerprint and its probe.
+
+    Raises
+    ------
+    FedRouterError
+        As ``train`` does where a setting, a file or a row cannot be used.
+    """
+    name = site.settings.name
+    check_machine(config.base)
+    session = Session(config, site.directory, console)
+    rows = session.records(name, strip=not site.settings.policy.labels)
+    path = resolve_base(config.base.model, config.base.revision)
+    session.load(tokenised(config, path, {name: rows}, session.say))
+
+    def read() -> list[Record]:
+        return session.read_again(name, strip=not site.settings.policy.labels)
+
+    (client,) = each([name], lambda name: session.client(name, rows, secret, read))
+    session.load_trainer(rows)
+    federation = LocalFederation([client], session.trainer)
+    return federation, session.base.fingerprint, session.embedder.probe
+
+
+def _run_id(out: Path) -> str:
+    """Return the run's id: the one that lies there, or a new one."""
+    file = out / RUN_ID
+    if file.exists():
+        return str(json.loads(file.read_text(encoding="utf-8"))["run"])
+    out.mkdir(parents=True, exist_ok=True)
+    run_id = secrets.token_hex(8)
+    write_atomically(file, json.dumps({"run": run_id}) + "\n")
+    return run_id

@@ -1,0 +1,1 @@
+"""Flower as the engine that moves bytes: in an environment of its own, beside this one."""

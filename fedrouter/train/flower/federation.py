@@ -1,0 +1,191 @@
+"""The directory of a federation on the server's machine: who takes part, certificates, the superlink."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedrouter import data
+from fedrouter.config_file import explained
+from fedrouter.errors import ConfigError
+from fedrouter.files import write_atomically
+from fedrouter.train.flower.certificates import make_trial
+from fedrouter.train.flower.environment import SIDECAR, program, run
+from fedrouter.train.server.remote import Waiting
+from fedrouter.train.wire.keys import PublicKey, load_public, public_text
+
+CONNECTION = "fedrouter"  # Flower's name for the superlink of this directory
+
+TEMPLATE = """\
+# A federation: who takes part, and how long the server waits.
+host = {host}  # the name or address that sites reach this machine by
+fleet_port = {fleet_port}  # sites connect here
+control_port = {control_port}  # this machine alone
+float16 = false  # adapters travel as float16: half the bytes, weights rounded to 11 bits
+secure_sum = false  # the server sees sums of updates, never one site's (docs/federation.md)
+
+[waiting]
+start_s = 600.0  # for the clients below to come
+least_clients = 2  # that start without the others
+exchange_s = 600.0  # for an answer before the rounds
+round_s = 3600.0  # for a round's updates; who is later is left out of the round
+absent_s = 30.0  # for a client that cannot be reached to come back
+least_replies = 1  # updates of a round, or the run stops
+
+[clients]  # name = the line of the site's site.key.pub; take a line out to revoke a key
+"""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WaitingSettings(_Section):
+    """How long the server waits, and for how many; the template says what each is."""
+
+    start_s: float = Field(600.0, gt=0)
+    least_clients: int = Field(2, ge=1)
+    exchange_s: float = Field(600.0, gt=0)
+    round_s: float = Field(3600.0, gt=0)
+    absent_s: float = Field(30.0, ge=0)
+    least_replies: int = Field(1, ge=1)
+
+
+class FederationSettings(_Section):
+    """``federation.toml``."""
+
+    host: str = "127.0.0.1"
+    fleet_port: int = 9092
+    control_port: int = 9093
+    float16: bool = False
+    secure_sum: bool = False
+    waiting: WaitingSettings = Field(default_factory=WaitingSettings)
+    clients: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A federation's directory."""
+
+    path: Path
+    settings: FederationSettings
+
+    @property
+    def home(self) -> Path:
+        """What Flower keeps."""
+        return self.path / "flower"
+
+    @property
+    def waiting(self) -> Waiting:
+        """How long the server waits, and for how many."""
+        return Waiting(**self.settings.waiting.model_dump())
+
+    def roster(self) -> dict[str, PublicKey]:
+        """Return each client's public key.
+
+        Raises
+        ------
+        ConfigError
+            If there is none, a name cannot be a client's, or a key is none.
+        """
+        if not self.settings.clients:
+            raise ConfigError(f"{self.path / 'federation.toml'}: no clients; add each site's public key")
+        found = {}
+        for name, text in self.settings.clients.items():
+            if not data.is_label(name):
+                raise ConfigError(f"client {name!r}: expected a printable name on one line")
+            try:
+                found[name] = load_public(text)
+            except ConfigError as error:
+                raise ConfigError(f"{self.path / 'federation.toml'}: client {name}: {error}") from error
+        return found
+
+    def superlink(self) -> list[str]:
+        """Return the command that serves the federation."""
+        here, settings = self.path.resolve(), self.settings
+        return [
+            program("flower-superlink"),
+            "--ssl-ca-certfile",
+            str(here / "ca.crt"),
+            "--ssl-certfile",
+            str(here / "server.crt"),
+            "--ssl-keyfile",
+            str(here / "server.key"),
+            "--enable-supernode-auth",
+            "--database",
+            str(here / "flower" / "superlink.db"),
+            "--fleet-api-address",
+            f"{settings.host}:{settings.fleet_port}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(settings.control_port),
+            "--disable-runtime-dependency-installation",
+        ]
+
+
+def make_directory(path: Path, host: str, fleet_port: int, control_port: int) -> Directory:
+    """Make a federation's directory, with a trial CA.
+
+    Raises
+    ------
+    ConfigError
+        If it is there already.
+    """
+    if (path / "federation.toml").exists():
+        raise ConfigError(f"{path} holds a federation already")
+    (path / "flower").mkdir(parents=True, exist_ok=True)
+    make_trial(path, list(dict.fromkeys([host, "127.0.0.1", "localhost"])))
+    text = TEMPLATE.format(host=json.dumps(host), fleet_port=fleet_port, control_port=control_port)
+    write_atomically(path / "federation.toml", text)
+    return load_directory(path)
+
+
+def load_directory(path: Path) -> Directory:
+    """Read a federation's directory.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or its settings do not fit.
+    """
+    file = path / "federation.toml"
+    try:
+        settings = FederationSettings.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is no federation: run fedrouter federation init {path}") from error
+    except ValidationError as error:
+        reasons = "; ".join(explained(e, FederationSettings) for e in error.errors())
+        raise ConfigError(f"{file}: {reasons}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    directory = Directory(path, settings)
+    connection = (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{settings.control_port}"\n'
+        f"root-certificates = {json.dumps(str((path / 'ca.crt').resolve()))}\n"
+    )
+    directory.home.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory.home / "config.toml", connection)
+    return directory
+
+
+def nodes(directory: Directory, *, change: bool = False) -> dict[str, dict[str, str]]:
+    """Return what the superlink knows of each node, by public key: id, status, times.
+
+    Parameters
+    ----------
+    change : make it know the keys of the clients, and no longer those that are taken out.
+
+    Raises
+    ------
+    ConfigError
+        If the superlink does not answer.
+    """
+    wanted = {public_text(key): name for name, key in directory.roster().items()}
+    command = [program("python"), str(SIDECAR / "roster.py"), CONNECTION]
+    printed = run(command, directory.home, json.dumps(wanted if change else None))
+    found = json.loads(printed.splitlines()[-1])
+    return {node["key"]: node for node in found}

@@ -1,0 +1,1 @@
+"""What runs in Flower's environment: bytes in, bytes out. Imports Flower and the standard library alone."""

@@ -1,0 +1,1 @@
+"""What the server does with what clients reveal; never imports the clients' side."""

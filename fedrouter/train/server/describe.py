@@ -1,0 +1,89 @@
+"""Task clusters as a bundle records them: names, rows, members, radii; and when to doubt their number."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedrouter.bundle import GENERALIST
+from fedrouter.config import Config, RoutingSettings
+from fedrouter.train.federation import FEW
+from fedrouter.train.server.discover import radius
+from fedrouter.types import Assignment, Subset, TaskCluster
+
+MIN_RADIUS = 1.0  # rows that are all alike still lie within it, whatever the rounding
+FEW_GROUPS = 8  # groups that may be told of; clients of fewer rows than that say little of several tasks
+
+
+def describe(
+    assignments: Sequence[Assignment],
+    num_clusters: int,
+    routing: RoutingSettings,
+    names: Sequence[str | None] | None = None,
+    standing: Sequence[TaskCluster] = (),
+    taken: Sequence[str] = (),
+    whitened: bool = True,
+) -> list[TaskCluster]:
+    """Describe each task cluster by what its clients revealed; those beyond the ``standing`` ones, if any.
+
+    Without a name in ``names`` it is named after its commonest task label; a name that is ``taken`` gets its
+    number too. ``whitened``: the rows shaped the metric; those beside ``standing`` ones did not.
+    """
+    rows = sum(s.num_examples for a in assignments for s in a.subsets)
+    shaped = rows if whitened and not standing else None
+    clusters: list[TaskCluster] = []
+    used = {GENERALIST, *taken, *(c.name for c in standing)}
+    for k in range(len(standing), num_clusters):
+        members: list[tuple[str, Subset]] = [
+            (a.client, s) for a in assignments for s in a.subsets if s.cluster == k
+        ]
+        counts: dict[str, int] = {}
+        for _, subset in members:
+            for task, count in subset.task_counts.items():
+                counts[task] = counts.get(task, 0) + count
+        told = counts.keys() - {FEW}
+        common = max(told, key=lambda t: (counts[t], t)) if told else f"task-{k}"
+        name = _slug((names[k] if names else None) or common)
+        while name in used:
+            name = f"{name}-{k}"
+        used.add(name)
+        clusters.append(
+            TaskCluster(
+                name=name,
+                adapter="",
+                num_examples=sum(s.num_examples for _, s in members),
+                clients=tuple(client for client, _ in members),
+                task_counts=dict(sorted(counts.items())),
+                radius=radius([s for _, s in members], routing.quantile, shaped) if members else 0.0,
+            )
+        )
+    # A task whose rows are much alike would reject its own prompts as soon as these differ a little from
+    # the rows: how far prompts of one task lie apart, the other tasks tell as well.
+    usual = float(np.median([c.radius for c in [*standing, *clusters] if c.radius] or [0.0]))
+    return [
+        replace(c, radius=routing.slack * max(c.radius, usual, MIN_RADIUS)) if c.radius or c.clients else c
+        for c in clusters
+    ]
+
+
+def doubt(config: Config, rows: Sequence[int], num_clusters: int) -> str | None:
+    """Say that several tasks may have been taken for one, if most clients hold too few rows to tell.
+
+    Parameters
+    ----------
+    rows : of each client.
+    """
+    least, asked = config.privacy.min_cluster_size, config.cluster.global_
+    few = sum(num < FEW_GROUPS * least for num in rows)
+    if config.method != "fedrouter" or asked != "auto" or num_clusters > 1 or 2 * few <= len(rows):
+        return None
+    return (
+        f"one task cluster was found; if there are several tasks, {few} of {len(rows)} clients hold too few "
+        f"rows to tell them apart (under {FEW_GROUPS * least}): give them more, or lower "
+        f"privacy.min_cluster_size ({least})"
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "task"

@@ -1,0 +1,258 @@
+"""The round loop. Knows clients only through the small ``Federation`` interface."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrouter.config import AggregateSettings, Config, TrainSettings
+from fedrouter.train.federation import Federation, num_validation
+from fedrouter.train.lora import clip, cut, distance, rank_of
+from fedrouter.train.server.aggregate import aggregate
+from fedrouter.train.server.optimizer import server_step
+from fedrouter.train.server.screen import refusals
+from fedrouter.train.state import Best, ClusterRound, RoundResult, RunState, exhausted
+from fedrouter.types import (
+    AdapterState,
+    Assignment,
+    TrainFailure,
+    TrainReply,
+    TrainRequest,
+    ValidationReply,
+    ValidationRequest,
+)
+
+
+class Planned(NamedTuple):
+    """What one client trains in one round."""
+
+    client: str
+    cluster: int  # the task cluster
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """What one round makes of a task cluster."""
+
+    adapter: AdapterState
+    moments: AdapterState  # of the server optimizer
+    result: ClusterRound
+
+
+def run_rounds(
+    federation: Federation,
+    assignments: Sequence[Assignment],
+    state: RunState,
+    config: Config,
+    on_reply: Callable[[TrainReply | TrainFailure, int], None] = lambda _reply, _steps: None,
+) -> Iterator[RoundResult]:
+    """Run the rounds that ``state`` has not seen and yield each one's result (paper algorithm 1).
+
+    In every round each client trains, for each task cluster that its rows fall on, that cluster's adapter;
+    the server aggregates within the cluster. An update that cannot be used costs its client the round; a
+    task cluster without a usable one keeps its adapter. With ``train.patience`` the rounds may end early.
+    """
+    for number in range(state.number, config.train.rounds):
+        if exhausted(state, config.train.patience):
+            return
+        requests = requests_of(assignments, state.adapters, config, number)
+        replies = collect(federation, requests, on_reply)
+        adapters, moments, losses = list(state.adapters), list(state.moments), list(state.losses)
+        results = []
+        for k in sorted({request.cluster for request in requests}):
+            group = [(request, replies[request.client, k]) for request in requests if request.cluster == k]
+            group.sort(key=lambda pair: pair[0].client)  # the order of clients must not change the sum
+            combined = combine(group, adapters[k], moments[k], config)
+            adapters[k], moments[k] = combined.adapter, combined.moments
+            losses[k] = losses[k] if combined.result.loss is None else combined.result.loss
+            results.append(combined.result)
+        best = state.best
+        if config.train.validation:
+            found = validate(federation, assignments, adapters)
+            best = tuple(_better(*one, number) for one in zip(best, found, adapters, strict=True))
+            results = [replace(result, validation=found[result.cluster]) for result in results]
+        state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses), best)
+        yield RoundResult(state, tuple(results))
+
+
+def validate(
+    federation: Federation, assignments: Sequence[Assignment], adapters: Sequence[AdapterState]
+) -> list[float | None]:
+    """Return each adapter's mean loss on its clients' validation rows, weighted by tokens, nats a token."""
+    requests = [
+        ValidationRequest(a.client, s.cluster, adapters[s.cluster]) for a in assignments for s in a.subsets
+    ]
+    asked = {(request.client, request.cluster) for request in requests}
+    replies = {
+        (reply.client, reply.cluster): reply
+        for reply in federation.validate(requests)
+        if isinstance(reply, ValidationReply) and (reply.client, reply.cluster) in asked
+    }
+    losses: list[float | None] = []
+    for k in range(len(adapters)):
+        group = [
+            r for _, r in sorted(replies.items()) if r.cluster == k and r.num_tokens and math.isfinite(r.loss)
+        ]
+        weights = [reply.num_tokens for reply in group]
+        losses.append(float(np.average([r.loss for r in group], weights=weights)) if group else None)
+    return losses
+
+
+def _better(best: Best | None, loss: float | None, adapter: AdapterState, number: int) -> Best | None:
+    return Best(number, loss, adapter) if loss is not None and (best is None or loss < best.loss) else best
+
+
+def collect(
+    federation: Federation,
+    requests: Sequence[TrainRequest],
+    on_reply: Callable[[TrainReply | TrainFailure, int], None],
+) -> dict[tuple[str, int], TrainReply | TrainFailure]:
+    """Return one answer to every request; what nobody asked for is not looked at."""
+    steps = {(r.client, r.cluster): r.steps for r in requests}
+    answers: dict[tuple[str, int], TrainReply | TrainFailure] = {}
+    for reply in federation.train(requests):
+        key = reply.client, reply.cluster
+        if key in steps and key not in answers:
+            answers[key] = reply
+            on_reply(reply, steps[key])
+    missing = {key: TrainFailure(*key, "it did not answer") for key in steps.keys() - answers.keys()}
+    return {**answers, **missing}
+
+
+def combine(
+    group: Sequence[tuple[TrainRequest, TrainReply | TrainFailure]],
+    old: AdapterState,
+    moments: AdapterState,
+    config: Config,
+) -> Combined:
+    """Make one adapter of a task cluster's replies."""
+    cluster = group[0][0].cluster
+    refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
+    sent = [one.adapter for pair in group for one in pair if not isinstance(one, TrainFailure)]
+    num_bytes = sum(tensor.nbytes for adapter in sent for tensor in adapter.values())
+    answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
+    settings = config.aggregate
+    reasons = refusals(
+        [request for request, _ in answered],
+        [reply for _, reply in answered],
+        config.train.step_size,
+        settings.outlier,
+        noisy=bool(config.privacy.update_noise),
+    )
+    pairs = []
+    for (request, reply), reason in zip(answered, reasons, strict=True):
+        if reason is None:
+            pairs.append((request, reply))
+        else:
+            refused[reply.client] = reason
+    if not pairs:
+        return Combined(old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused, num_bytes))
+    taken = [reply for _, reply in pairs]
+    weights = [reply.num_examples for reply in taken]
+    wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
+    new, moments = server_step(old, wanted, moments, settings)
+    result = ClusterRound(
+        cluster=cluster,
+        loss=_mean([reply.loss for reply in taken], weights),
+        num_examples=sum(weights),
+        num_clients=len(taken),
+        drift=distance(old, new)
+        / math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in old.values())),
+        norm=max(distance(request.adapter, reply.adapter) for request, reply in pairs),
+        residual=residual,
+        refused=refused,
+        num_bytes=num_bytes,
+    )
+    return Combined(new, moments, result)
+
+
+def requests_of(
+    assignments: Sequence[Assignment], adapters: Sequence[AdapterState], config: Config, number: int
+) -> list[TrainRequest]:
+    """Return what the server asks for in one round."""
+    rate = cosine(number, config.train)
+
+    def sent(client: str, adapter: AdapterState) -> AdapterState:
+        rank = config.lora.ranks.get(client)
+        return adapter if rank is None or rank >= rank_of(adapter) else cut(adapter, rank)
+
+    return [
+        TrainRequest(client, cluster, number, sent(client, adapters[cluster]), steps, rate)
+        for client, cluster, steps in plan(assignments, config.train, config.seed, number)
+    ]
+
+
+def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, number: int) -> list[Planned]:
+    """Return what is trained in a round: the same on every call."""
+    first = first_turns(assignments) if settings.schedule == "one" else {}
+    planned: list[Planned] = []
+    for assignment in participants(assignments, settings.participation, seed, number):
+        subsets = assignment.subsets
+        if settings.schedule == "one":
+            subsets = (subsets[(first[assignment.client] + number) % len(subsets)],)
+        if settings.epochs is None:
+            assert settings.steps is not None, "the configuration refuses this"
+            steps = share([s.num_examples for s in subsets], settings.steps)
+        else:
+            trained = [s.num_examples - num_validation(s.num_examples, settings.validation) for s in subsets]
+            steps = [settings.epochs * math.ceil(rows / settings.step_size) for rows in trained]
+        planned += [
+            Planned(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n
+        ]
+    return planned
+
+
+def first_turns(assignments: Sequence[Assignment]) -> dict[str, int]:
+    """Choose the subset each client begins with, so that a round's clients spread over the task clusters.
+
+    Who has the fewest to choose from chooses first.
+    """
+    taken: Counter[int] = Counter()
+    first = {}
+    for one in sorted(assignments, key=lambda one: len(one.subsets)):
+        turn = min(range(len(one.subsets)), key=lambda i: taken[one.subsets[i].cluster])
+        first[one.client] = turn
+        taken[one.subsets[turn].cluster] += 1
+    return first
+
+
+def participants(assignments: Sequence[Assignment], part: float, seed: int, number: int) -> list[Assignment]:
+    """Draw the clients of a round, in their own order."""
+    num = max(1, round(part * len(assignments)))
+    if num == len(assignments):
+        return list(assignments)
+    drawn = np.random.default_rng((seed, number)).choice(len(assignments), num, replace=False)
+    return [assignments[i] for i in sorted(drawn)]
+
+
+def cosine(number: int, settings: TrainSettings) -> float:
+    """Return a round's learning rate: cosine from ``learning_rate`` to ``learning_rate_end``."""
+    progress = number / max(1, settings.rounds - 1)
+    end = settings.learning_rate_end
+    return end + (settings.learning_rate - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def share(sizes: Sequence[int], total: int) -> list[int]:
+    """Split ``total`` whole steps in proportion to ``sizes``; largest remainders get what rounding leaves."""
+    exact = np.asarray(sizes) / sum(sizes) * total
+    steps = np.floor(exact).astype(int)
+    for i in np.argsort(steps - exact, kind="stable")[: total - steps.sum()]:
+        steps[i] += 1
+    return [int(n) for n in steps]
+
+
+def _mean(losses: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    told = [loss for loss in losses if loss is not None]
+    return float(np.average(told, weights=weights)) if len(told) == len(losses) else None
+
+
+def _clipped(
+    pairs: Sequence[tuple[TrainRequest, TrainReply]], settings: AggregateSettings
+) -> list[AdapterState]:
+    if settings.clip is None:
+        return [reply.adapter for _, reply in pairs]
+    return [clip(request.adapter, reply.adapter, settings.clip) for request, reply in pairs]

@@ -1,0 +1,184 @@
+"""One run of training: its settings, where it is written, and what is loaded for it, each once."""
+
+import gc
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fedrouter import __version__
+from fedrouter.bundle import read_probes
+from fedrouter.config import Config
+from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen_spec, load_embedder
+from fedrouter.errors import FedRouterError
+from fedrouter.files import write_atomically
+from fedrouter.models import base_spec, load_base
+from fedrouter.train.client.client import Client
+from fedrouter.train.client.rows import Rendered, load_rows
+from fedrouter.train.client.sft import AdapterTrainer
+from fedrouter.train.client.sources import load_sources
+from fedrouter.train.client.targets import check_targets, left_out
+from fedrouter.train.client.workers import Worker, start_workers
+from fedrouter.train.disk.cache import CachedEmbedder
+from fedrouter.train.machine import device_and_dtype, share_out
+from fedrouter.train.side_by_side import StackedTrainer
+from fedrouter.types import BaseSpec, EmbedderSpec, Record
+
+RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
+
+
+class Session:
+    """What a run works with. ``load`` comes first, then clients are made, then ``load_trainer``.
+
+    Clients embed with the base as it is; the trainer puts adapters into it, or another base in its place.
+
+    Parameters
+    ----------
+    processes : train so many adapters at a time (workers.py); they share the machine.
+
+    Attributes
+    ----------
+    base, embedder : after ``load``.
+    trainer, workers : after ``load_trainer``.
+    """
+
+    base: BaseSpec
+    embedder: CachedEmbedder
+    trainer: AdapterTrainer
+    workers: Sequence[Worker]
+
+    def __init__(self, config: Config, out: Path, console: Console, processes: int = 1):
+        self.config, self.out, self.console, self.processes = config, out, console, processes
+
+    def say(self, line: str) -> None:
+        """Print one line as it is."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def load(self, rendered: Rendered, recorded: EmbedderSpec | None = None) -> None:
+        """Load base and embedder: the one that a bundle recorded, or the one that the settings choose.
+
+        Raises
+        ------
+        ConfigError, TrainingError, ModelError
+            If there is no such device or package, the model does not load, or has no such modules.
+        """
+        settings, routing = self.config.base, self.config.routing
+        self.probes = None if routing.probes is None else read_probes(Path(routing.probes))
+        self._rendered = rendered
+        share_out(settings, self.processes)
+        device, dtype = device_and_dtype(settings)
+        self._model: Any = load_base(rendered.path, dtype, device)
+        check_targets(self._model, self.config.lora.target_modules)
+        for line in left_out(self._model):
+            self.say(line)
+        self.base = base_spec(settings.model, settings.revision, rendered.path)
+        spec = recorded or self._chosen_embedder(dtype)
+        url = self.config.embedder.url if spec.kind == "endpoint" else None
+        found: Embedder
+        if spec.kind == "base":  # before adapters are put into it
+            found = HiddenStateEmbedder(self._model.base_model, rendered.tokenizer, spec)
+        else:
+            found = load_embedder(spec, self.base, url=url)
+        directory = self.config.embedder.cache or self.out / "embeddings"
+        self.embedder = CachedEmbedder(found, Path(directory))
+
+    def _chosen_embedder(self, dtype: str) -> EmbedderSpec:
+        spec, why = chosen_spec(self.config.embedder, self.base, self._rendered.path, dtype)
+        if why:
+            self.say(why)
+        return spec
+
+    def client(
+        self,
+        name: str,
+        records: Sequence[Record],
+        secret: bytes = b"",
+        read: Callable[[], Sequence[Record]] | None = None,
+    ) -> Client:
+        """Make one client: it embeds its rows."""
+        return Client(name, records, self.embedder, self.config.seed, self.config.privacy, secret, read)
+
+    def records(self, name: str, strip: bool = False) -> list[Record]:
+        """Read a client's rows from its source.
+
+        Parameters
+        ----------
+        strip : take their task labels off.
+        """
+        settings = self.config.data
+        rows = load_sources({name: settings.clients[name]}, self.config, settings.max_per_client)[name]
+        return [replace(row, task=None) for row in rows] if strip else rows
+
+    def read_again(self, name: str, strip: bool = False) -> list[Record]:
+        """Read a client's rows once more, ready to be embedded and trained on."""
+        self.trainer.take_out()
+        rows = self.records(name, strip)
+        load_rows(self._rendered.tokeniser, {name: rows})
+        return rows
+
+    def load_trainer(self, rows: Sequence[Record]) -> None:
+        """Make what trains adapters, and its workers; rehearse on the longest of ``rows``, if any."""
+        config, rendered = self.config, self._rendered
+        model = self._quantised()
+        kind = StackedTrainer if config.train.stacked else AdapterTrainer
+        self.trainer = kind(
+            model, rendered.tokenizer, config.lora, config.train, config.seed, rendered.tokeniser
+        )
+        if rows:
+            self.trainer.rehearse(rows, config.train.learning_rate)
+        self.workers = start_workers(self.trainer, config, rendered.path, self.processes)
+
+    def _quantised(self) -> Any:
+        """Return the model to train on: with ``base.quantization`` another one, in place of the first.
+
+        What serves reads the base unquantised, so the embedder must too: it has done its work by now.
+        """
+        settings = self.config.base
+        if settings.quantization == "none":
+            return self._model
+        device, dtype = device_and_dtype(settings)
+        self._model.to("meta")  # frees the weights, whoever still holds the model
+        gc.collect()
+        torch.cuda.empty_cache()
+        return load_base(self._rendered.path, dtype, device, settings.quantization)
+
+    @property
+    def chat_template(self) -> str | None:
+        """What the bundle records: the template that rows were rendered with."""
+        template: str | None = self._rendered.tokenizer.chat_template
+        return template
+
+    @contextmanager
+    def unclaimed(self) -> Iterator[None]:
+        """Remove a new directory again where input is refused before it has become a run."""
+        new = not self.out.exists()
+        try:
+            yield
+        except FedRouterError:
+            if new and not (self.out / "config.json").exists():
+                shutil.rmtree(self.out, ignore_errors=True)  # embeddings
+            raise
+
+    def claim(self, files: Mapping[str, str] | None = None) -> None:
+        """Write the resolved configuration beside the run; not before all that can be refused was.
+
+        Parameters
+        ----------
+        files : written instead, by name.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        resolved = json.dumps(self.config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+        for name, text in (files or {"config.json": resolved}).items():
+            write_atomically(self.out / name, text)
+
+
+def versions() -> dict[str, str]:
+    """Return what a bundle records of the libraries that wrote it."""
+    return {"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}}

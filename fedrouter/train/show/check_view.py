@@ -1,0 +1,71 @@
+"""What ``fedrouter check`` prints; text from outside is printed as it is."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedrouter.layout import Whole
+from fedrouter.layout import show as show_whole
+from fedrouter.train.check import Report, ShownRow
+
+OPEN, CLOSE = "⟦", "⟧"  # around what carries loss, where there are no colours
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report: files, clients, rows as the model sees them, lengths, costs, what is revealed."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    for file in report.files:
+        forms = ", ".join(f"{form}: {number}" for form, number in file["forms"].items())
+        line(f"{file['source']}: {file['num_rows']} rows ({forms})")
+    table = Table("client", "rows", "steps a round")
+    for client in report.clients:
+        table.add_row(Text(client.name), str(client.num_rows), str(client.steps))
+    show_whole(console, Whole(table))
+    for client in report.clients:
+        for row in client.rows:
+            line(f"{client.name}, {row.where or 'a built-in row'}, {row.num_tokens} tokens:")
+            console.print(as_text(row, colours=console.is_terminal), highlight=False, soft_wrap=True)
+    marks = "green" if console.is_terminal else f"{OPEN}…{CLOSE}"
+    line(f"what carries loss: {marks}\n\ntokens a row:")
+    most = max((number for _, _, number in report.histogram), default=1)
+    for low, high, number in report.histogram:
+        line(f"{low:>7}–{high:<7} {'█' * round(40 * number / most)} {number}")
+    needed = ", ".join(f"{length} would hold {share}" for share, length in report.needed.items())
+    line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed}")
+    sizes = _count(report.num_parameters), _count(report.adapter_parameters), _bytes(report.memory_bytes)
+    line("base {} parameters, an adapter {}; memory about {}".format(*sizes))
+    line(
+        f"about {report.round_s:.0f} s a round; a client, round and task cluster: "
+        f"{_bytes(report.bytes_down)} down, {_bytes(report.bytes_up)} up"
+    )
+    revealed = ", ".join(f"{what} {_bytes(number)}" for what, number in report.reveals.items())
+    line(f"each client reveals before the rounds, at most: {revealed} (docs/privacy.md lists it)")
+    for note in report.notes:
+        line(f"note: {note}")
+    line("nothing stands against training this")
+
+
+def as_text(row: ShownRow, colours: bool) -> Text:
+    """Return a row as text, with what carries loss coloured or between marks."""
+    text = Text()
+    for part, learned in row.parts:
+        if colours:
+            text.append(part, style="green" if learned else "dim")
+        else:
+            text.append(f"{OPEN}{part}{CLOSE}" if learned else part)
+    return text
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"

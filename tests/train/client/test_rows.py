@@ -1,0 +1,210 @@
+"""What a row looks like to the model: where loss is, what is cut, what the chat template cannot show."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedrouter.builtin import base_path
+from fedrouter.errors import DataError
+from fedrouter.models import load_tokenizer, render
+from fedrouter.train.client.rows import Tokeniser, TokenRow, load_rows
+from fedrouter.types import Record, Turn
+
+# Marks every turn and shows everything, as the templates of chat models do.
+CHATML = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}"
+    "{% endfor %}"
+    "</s>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Drops what earlier answers thought, and opens a thought before the next one.
+THINKING = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "stock", "arguments": {"item": "lamp"}}}
+TOOL = {"type": "function", "function": {"name": "stock"}}
+QUESTION = (Turn("user", "Which lamp?"),)
+CHAT = (Turn("user", "One?"), Turn("assistant", "First answer"), Turn("user", "Two?"))
+
+
+@pytest.fixture(scope="module")
+def tokeniser() -> Callable[..., Tokeniser]:
+    tokenizer = load_tokenizer(base_path("builtin:tiny"))
+    own = tokenizer.chat_template
+
+    def make(template: str | None = CHATML, max_length: int = 512, **options: Any) -> Tokeniser:
+        tokenizer.chat_template = template or own
+        return Tokeniser(tokenizer, max_length, **options)
+
+    return make
+
+
+def text(tokeniser: Tokeniser, row: TokenRow) -> str:
+    return str(tokeniser._tokenizer.decode(row.ids))
+
+
+def learned(tokeniser: Tokeniser, row: TokenRow) -> list[str]:
+    """Return the stretches of a row that carry loss."""
+    edges = np.flatnonzero(np.diff(np.r_[0, row.learned, 0]))
+    return [tokeniser._tokenizer.decode(row.ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+def test_the_prompt_is_the_servers_and_the_answer_ends(tokeniser: Callable[..., Tokeniser]) -> None:
+    tok = tokeniser(None)
+    (row,) = tok.rows([Record(QUESTION, "The red one.")])
+    prompt = render(tok._tokenizer, QUESTION)
+    ids = tok._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert row.ids[: len(ids)].tolist() == ids
+    assert not row.learned[: len(ids)].any() and row.learned[len(ids) :].all()
+    assert learned(tok, row) == ["The red one.</s>"]
+
+
+def test_every_answer_of_a_conversation_carries_loss_or_the_last_alone(
+    tokeniser: Callable[..., Tokeniser],
+) -> None:
+    tok = tokeniser()
+    (row,) = tok.rows([Record(CHAT, "Second answer")])
+    assert learned(tok, row) == ["First answer</s>", "Second answer</s>"]
+    prompt = render(tok._tokenizer, CHAT)
+    assert text(tok, row) == prompt + "Second answer</s>", "one row, as a server would see it"
+    last = tokeniser(last=True)
+    assert learned(last, last.rows([Record(CHAT, "Second answer")])[0]) == ["Second answer</s>"]
+    unweighted = (CHAT[0], Turn("assistant", "First answer", learned=False), CHAT[2])
+    assert learned(tok, tok.rows([Record(unweighted, "Second answer")])[0]) == ["Second answer</s>"]
+
+
+def test_answers_that_a_template_writes_otherwise_later_get_rows_of_their_own(
+    tokeniser: Callable[..., Tokeniser],
+) -> None:
+    tok = tokeniser(THINKING)
+    rows = tok.rows([Record(CHAT, "<think>\nhm\n</think>\n\nSecond answer")])
+    assert [learned(tok, row) for row in rows] == [
+        ["\n</think>\n\nFirst answer</s>"],
+        ["hm\n</think>\n\nSecond answer</s>"],
+    ]
+    assert text(tok, rows[0]).endswith("<assistant><think>\n\n</think>\n\nFirst answer</s>")
+    assert text(tok, rows[1]).count("<think>") == 1, "what the prompt opened is not opened again"
+    said = "\n".join(tok.lines())
+    assert "1 conversations train a row an answer" in said and "1 answers are trained behind an empty" in said
+
+
+def test_tools_and_calls_are_rendered_and_learned(tokeniser: Callable[..., Tokeniser]) -> None:
+    tok = tokeniser()
+    answer = Turn("assistant", "Let me look.", {"tool_calls": [CALL]})
+    (row,) = tok.rows([Record(QUESTION, "Let me look.", answer=answer, tools=(TOOL,))])
+    assert text(tok, row).startswith("TOOLS [{")
+    assert learned(tok, row) == ['Let me look.CALL stock {"item": "lamp"}</s>']
+    whole = (*QUESTION, answer, Turn("tool", "7 lamps"))
+    (row,) = tok.rows([Record(whole, "Seven.", tools=(TOOL,))])
+    assert learned(tok, row) == ['Let me look.CALL stock {"item": "lamp"}</s>', "Seven.</s>"]
+    assert "<tool>7 lamps</s>" in text(tok, row)
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (Record(QUESTION, "x", tools=(TOOL,), where="a.jsonl:3"), "it does not show tools"),
+        (
+            Record(QUESTION, "x", answer=Turn("assistant", "x", {"tool_calls": [CALL]}), where="a.jsonl:3"),
+            "it does not show the answer's tool calls",
+        ),
+        (
+            Record((*QUESTION, Turn("assistant", "x", {"tool_calls": [CALL]})), "y", where="a.jsonl:3"),
+            "it does not show tool calls",
+        ),
+        (Record((*QUESTION, Turn("tool", "7")), "y", where="a.jsonl:3"), "it does not show tool results"),
+    ],
+)
+def test_a_template_without_tools_refuses_by_row(
+    tokeniser: Callable[..., Tokeniser], record: Record, what: str
+) -> None:
+    silent = (
+        "{% for m in messages %}{% if m.role in 'user assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(
+        DataError, match="a.jsonl:3: the base's chat template cannot render this row: " + what
+    ):
+        tokeniser(silent).rows([record])
+
+
+def test_what_a_template_refuses_is_said_with_client_file_and_row(
+    tokeniser: Callable[..., Tokeniser],
+) -> None:
+    tok = tokeniser(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn here') }}{% endif %}x"
+    )
+    row = Record((Turn("system", "Be."), *QUESTION), "x", where="rows.jsonl:4")
+    with pytest.raises(DataError, match=r"client ulm: rows\.jsonl:4: .*: No system turn here$"):
+        load_rows(tok, {"bern": [Record(QUESTION, "x")], "ulm": [Record(QUESTION, "x"), row]})
+
+
+def test_turns_that_a_template_leaves_out_are_told(tokeniser: Callable[..., Tokeniser]) -> None:
+    silent = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    tok = tokeniser(silent)
+    tok.rows([Record((Turn("system", "Be."), *QUESTION), "x", where="rows.jsonl:4"), Record(QUESTION, "x")])
+    assert next(line for line in tok.lines() if "no system turn" in line).startswith(
+        "the chat template shows no system turn like those of 1 rows, the first rows.jsonl:4"
+    )
+
+
+def test_long_rows_use_all_room_and_say_so(tokeniser: Callable[..., Tokeniser]) -> None:
+    tok = tokeniser(max_length=40)
+    long = "lamp " * 100
+    rows = tok.rows([
+        Record((Turn("user", long),), "short"),
+        Record(QUESTION, long),
+        Record(QUESTION, "short"),
+    ])  # fmt: skip
+    assert [len(row.ids) for row in rows[:2]] == [40, 40] and len(rows[2].ids) < 40
+    assert learned(tok, rows[0]) == ["short</s>"], "the answer is whole"
+    (answer,) = learned(tok, rows[1])
+    assert "</s>" not in answer and long.startswith(answer.strip()), "no end is learned in mid-sentence"
+    assert [(row.cuts_prompt, row.cuts_answer) for row in rows] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    (line,) = tok.lines()
+    longest = max(row.length for row in rows)
+    assert line.startswith("2 of 3 rows are longer than train.max_length = 40 tokens: 1 lose the beginning")
+    assert f"{longest} would hold 100%" in line
+    assert "the base's positions = 30" in "".join(positions_lines(tokeniser, long))
+
+
+def positions_lines(tokeniser: Callable[..., Tokeniser], long: str) -> list[str]:
+    tok = tokeniser(max_length=40, positions=30)
+    assert len(tok.rows([Record(QUESTION, long)])[0].ids) == 30
+    return tok.lines()
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(16, 64))
+def test_no_room_is_left_unused_and_no_answer_is_cut_for_a_prompt(
+    tokeniser: Callable[..., Tokeniser], num_prompt: int, num_answer: int, limit: int
+) -> None:
+    record = Record((Turn("user", "a" + " lamp" * num_prompt),), " lamp" * num_answer)
+    (whole,), (row,) = tokeniser().rows([record]), tokeniser(max_length=limit).rows([record])
+    assert row.length == len(whole.ids) == whole.length
+    assert len(row.ids) == min(limit, whole.length)
+    num = int(whole.learned.sum())
+    assert (row.ids[-1] == whole.ids[-1]) == (num < limit), "the end token is there where the answer is whole"
+    if num < limit:
+        assert row.ids.tolist() == whole.ids[-len(row.ids) :].tolist()
+    else:
+        kept = int(row.learned.sum())
+        assert limit - kept > 0 and row.ids[-kept:].tolist() == whole.ids[whole.learned][:kept].tolist()
+
+
+def test_rows_are_tokenised_once(
+    tokeniser: Callable[..., Tokeniser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tok = tokeniser()
+    records = [Record(QUESTION, "x")]
+    first = tok.rows(records)
+    monkeypatch.setattr(tok, "_tokenise", lambda _: pytest.fail("again"))
+    assert tok.rows(records)[0] is first[0]

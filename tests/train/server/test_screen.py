@@ -1,0 +1,78 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import MODULE, adapter
+
+from fedrouter.train.server.screen import refusals
+from fedrouter.types import AdapterState, TrainReply, TrainRequest
+
+A = f"{MODULE}.lora_A.weight"
+SENT = adapter(0)
+
+
+def moved(length: float) -> AdapterState:
+    return {**SENT, A: SENT[A] + np.float32(length / np.sqrt(SENT[A].size))}
+
+
+def judge(*updates: AdapterState, steps: list[int] | None = None, **changes: object) -> list[str | None]:
+    steps = steps or [2] * len(updates)
+    requests = [TrainRequest(f"c{i}", 0, 0, SENT, s, 1e-3) for i, s in enumerate(steps)]
+    replies = [
+        replace(TrainReply(request.client, 0, update, 8, 1.0, 0.0), **changes)  # type: ignore[arg-type]
+        for request, update in zip(requests, updates, strict=True)
+    ]
+    return refusals(requests, replies, batch_size=4, outlier=10)
+
+
+def test_what_fits_is_taken() -> None:
+    assert judge(moved(1), moved(2), SENT) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("update", "changes", "reason"),
+    [
+        ({n.replace("q_proj", "k_proj"): a for n, a in SENT.items()}, {}, "names, shapes or types"),
+        ({**SENT, A: SENT[A][:1]}, {}, "names, shapes or types"),
+        ({**SENT, "more": SENT[A]}, {}, "names, shapes or types"),
+        ({**SENT, A: SENT[A].astype(np.float16)}, {}, "names, shapes or types"),
+        ({**SENT, A: np.full(SENT[A].shape, "0")}, {}, "names, shapes or types"),
+        ({**SENT, A: SENT[A] * np.float32(np.nan)}, {}, "not finite"),
+        (moved(1), {"loss": float("inf")}, "loss is not finite"),
+        (moved(1), {"num_examples": 0}, "claims 0 examples"),
+        (moved(1), {"num_examples": 9}, "claims 9 examples in 2 steps of 4"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(update: AdapterState, changes: dict, reason: str) -> None:
+    (found,) = judge(update, **changes)
+    assert found is not None
+    assert reason in found
+    assert "\n" not in found
+
+
+def test_far_out_is_judged_among_four_or_more_and_a_step() -> None:
+    assert judge(moved(1), moved(1), moved(500)) == [None] * 3, "three are too few to tell who is wrong"
+    *others, far = judge(moved(1), moved(1.2), moved(0.8), moved(500))
+    assert others == [None] * 3
+    assert far is not None
+    assert "455 times as long" in far
+    assert judge(moved(1), moved(1), moved(1), moved(20), steps=[1, 1, 1, 20], num_examples=4) == [None] * 4
+    assert judge(SENT, SENT, SENT, moved(1)) == [None] * 4, "a median of nothing judges nobody"
+
+
+def test_a_finite_update_too_long_for_float32_is_far_out() -> None:
+    huge = {**SENT, A: np.where(SENT[A] > 0, np.float32(3e38), np.float32(-3e38))}
+    assert [r is None for r in judge(moved(1), moved(1), moved(1), huge)] == [True, True, True, False]
+
+
+def test_noise_of_the_same_length_is_not_divided_by_the_steps() -> None:
+    steps = [1, 20, 20, 20]
+    requests = [TrainRequest(f"c{i}", 0, 0, SENT, s, 1e-3) for i, s in enumerate(steps)]
+    replies = [TrainReply(r.client, 0, moved(5), r.steps * 4, None, 0.0) for r in requests]
+    assert refusals(requests, replies, 4, 10, noisy=True) == [None] * 4
+    assert refusals(requests, replies, 4, 10)[0] is not None
+
+
+def test_one_that_cannot_be_used_does_not_count_towards_four() -> None:
+    broken = {**SENT, A: SENT[A] * np.float32(np.inf)}
+    assert [r is None for r in judge(moved(1), moved(1), moved(500), broken)] == [True, True, True, False]
