@@ -495,7 +495,7 @@ def probe(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or an experiment's.")],
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Test records with a task; built-in runs take theirs."),
@@ -505,9 +505,14 @@ def report(
     embedder_url: EmbedderUrl = None,
 ) -> None:
     """Write one HTML file about a run: losses, task clusters, routing on test data, costs."""
-    from fedrouter.report import write_report
+    if (run / "experiment.json").is_file():
+        from fedrouter.experiment.report import show_report
 
-    page = write_report(run, data, base=base, embedder_url=embedder_url)
+        page = show_report(run)
+    else:
+        from fedrouter.report import write_report
+
+        page = write_report(run, data, base=base, embedder_url=embedder_url)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if show:
         import webbrowser

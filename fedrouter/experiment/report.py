@@ -2,23 +2,36 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from fedrouter.errors import DataError
 from fedrouter.experiment import pictures
 from fedrouter.experiment.compare import OURS, Asked, Results, gain, native
-from fedrouter.experiment.results import Line
+from fedrouter.experiment.results import RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
 from fedrouter.experiment.tables import METRICS, Table, against_best, tables, tidy, told
 from fedrouter.files import write_atomically
 
+SETTINGS, PAGE = "experiment.json", "report.html"
+STYLE = """<!doctype html><meta charset="utf-8"><title>Experiment</title><style>
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1rem; margin: 2rem 0 .5rem }
+div, figure { overflow-x: auto }
+figure { margin: 2rem 0 }
+table { border-collapse: collapse }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+td { font-variant-numeric: tabular-nums }
+</style>"""
 SIZES = (OURS, "fedavg", "local", "oracle")  # methods in the picture of scores over sizes
 
 
 def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> list[Table]:
-    """Write ``report.md``, ``tables.tex``, ``scores.csv`` and ``figures/`` into ``out``; return tables."""
+    """Write ``report.html``, ``report.md``, ``tables.tex``, ``scores.csv`` and ``figures/`` into ``out``."""
     results = Results(lines.values())
     found = [
         claims(settings, results),
@@ -28,10 +41,47 @@ def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> li
     drawn = draw(settings, results, out / "figures")
     sections = [f"## {table.title}\n\n{table.markdown()}\n" for table in found]
     sections += [f"![{name}](figures/{name}.svg)\n" for name in drawn]
+    write_atomically(out / PAGE, _page(found, drawn, out / "figures"))
+    write_results(out / RESULTS, lines)
+    write_atomically(out / SETTINGS, settings.model_dump_json(indent=2) + "\n")
     write_atomically(out / "report.md", "\n".join(sections))
     write_atomically(out / "tables.tex", "\n\n".join(table.latex() for table in found) + "\n")
     write_atomically(out / "scores.csv", tidy(results))
     return found
+
+
+def show_report(out: Path) -> Path:
+    """Write an experiment's report again from its results; return the page.
+
+    Raises
+    ------
+    DataError
+        If ``out`` holds no experiment of this version.
+    """
+    try:
+        settings = Settings.model_validate_json((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{out}: no experiment's directory: {SETTINGS} is missing or of another version"
+        ) from error
+    write_report(settings, read_results(out / RESULTS), out)
+    return out / PAGE
+
+
+def _page(found: Sequence[Table], drawn: Sequence[str], figures: Path) -> str:
+    """Return one HTML file that asks nobody for anything."""
+    parts = [STYLE, "<h1>Experiment</h1>"]
+    for table in found:
+        parts += [f"<h2>{escape(table.title)}</h2>", "<div><table>", _html_row("th", table.columns)]
+        parts += [_html_row("td", row) for row in table.rows]
+        parts.append("</table></div>")
+    parts += [f"<figure>{(figures / f'{name}.svg').read_text(encoding='utf-8')}</figure>" for name in drawn]
+    return "\n".join(parts) + "\n"
+
+
+def _html_row(cell: str, texts: Sequence[str]) -> str:
+    shown = (escape(text.replace("**", "").replace("`", "")) for text in texts)
+    return f"<tr>{''.join(f'<{cell}>{text}</{cell}>' for text in shown)}</tr>"
 
 
 def claims(settings: Settings, results: Results) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 from fedrouter.errors import DataError
 
 Line = dict[str, Any]
+RESULTS = "results.jsonl"
 
 
 def read_results(path: Path) -> dict[str, Line]:

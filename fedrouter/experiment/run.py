@@ -22,14 +22,12 @@ from fedrouter.experiment.compare import OURS
 from fedrouter.experiment.compose import write_mixes
 from fedrouter.experiment.engine import Transformers, Vllm
 from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
-from fedrouter.experiment.report import write_report
-from fedrouter.experiment.results import Line, read_results, write_results
+from fedrouter.experiment.report import PAGE, write_report
+from fedrouter.experiment.results import RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
 from fedrouter.serve.checks import free_port
 from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.machine import device_and_dtype
-
-RESULTS = "results.jsonl"
 
 Pool = ProcessPoolExecutor | None
 
@@ -88,6 +86,7 @@ def run_experiment(
                 losses[cell.world, cell.method][cell.rate] = found
         work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells], pool)
     write_report(settings, lines, out)
+    console.print(f"report: {out / PAGE}", highlight=False, soft_wrap=True)
     if failed:
         first = next(iter(failed))
         raise TrainingError(

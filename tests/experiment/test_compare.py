@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from made_up import TASKS, lines_of, settings_of
 
+from fedrouter.errors import DataError
 from fedrouter.experiment.compare import Asked, Results, Scores, baselines, best, drawn_gains, gain, native
-from fedrouter.experiment.report import claims, write_report
+from fedrouter.experiment.report import claims, show_report, write_report
 from fedrouter.experiment.tables import Table, scores, tidy
 
 METHODS = ["fedrouter", "fedavg", "local", "oracle"]
@@ -121,4 +122,18 @@ def test_a_report_has_tables_and_pictures_that_are_svg(tmp_path: Path):
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("## What the paper claims")
     assert all(f"figures/{name}.svg" in page for name in names)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == len(names)
+    assert "two &amp; &lt;b&gt;" in html
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "")
     assert (tmp_path / "tables.tex").read_text().count(r"\begin{tabular}") >= 4
+
+
+def test_a_report_is_made_again_from_what_a_directory_holds(tmp_path: Path):
+    write_report(SETTINGS, LINES, tmp_path)
+    with pytest.raises(DataError, match="no experiment"):
+        show_report(tmp_path / "figures")
+    before = (tmp_path / "report.md").read_text()
+    (tmp_path / "report.html").unlink()
+    assert show_report(tmp_path).is_file()
+    assert (tmp_path / "report.md").read_text() == before
