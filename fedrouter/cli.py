@@ -351,7 +351,8 @@ def experiment(
     ] = None,
 ) -> None:
     """Run an evaluation like the paper's: methods × scenarios × seeds, cell by cell."""
-    from fedrouter.experiment import load_experiment, run_experiment
+    from fedrouter.experiment.run import run_experiment
+    from fedrouter.experiment.settings import load_experiment
 
     settings = load_experiment(config)
     directory = out or Path("runs") / config.stem

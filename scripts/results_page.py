@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fedrouter.experiment import load_experiment
 from fedrouter.experiment.compare import Results
 from fedrouter.experiment.report import claims, draw
 from fedrouter.experiment.results import Line, read_results
+from fedrouter.experiment.settings import load_experiment
 from fedrouter.experiment.tables import summary, tables
 
 ROOT = Path(__file__).resolve().parents[1]

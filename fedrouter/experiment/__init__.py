@@ -12,8 +12,3 @@ tables.py     Markdown, LaTeX, CSV
 pictures.py   the paper's figures as SVG
 report.py     all of it as one page, and the paper's claims beside what was measured
 """
-
-from fedrouter.experiment.run import run_experiment
-from fedrouter.experiment.settings import load_experiment
-
-__all__ = ["load_experiment", "run_experiment"]

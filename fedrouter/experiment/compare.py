@@ -7,6 +7,7 @@ baseline's adapters as well: a stronger baseline that nobody published.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -146,18 +147,23 @@ def gain(results: Results, world: str, scenario: str, ours: Asked, other: Asked)
 
 def drawn_gains(a: Scores, b: Scores, num: int = DRAWS, seed: int = 0) -> Float64s:
     """Return relative gains of ``a`` over ``b`` in bootstrap samples, (num,)."""
-    draw = np.random.default_rng(seed)
-    seeds = _weights(draw, num, len(a.seeds))
+    seeds, prompts = _weights(num, len(a.seeds), tuple(own.shape[1] for own in a.prompts), seed)
     totals = np.zeros((2, num))
-    for pair in zip(a.prompts, b.prompts, strict=True):
-        prompts = _weights(draw, num, pair[0].shape[1])
-        totals += [np.einsum("np,np->n", seeds @ scores, prompts) for scores in pair]
+    for weights, *pair in zip(prompts, a.prompts, b.prompts, strict=True):
+        totals += [np.einsum("np,np->n", seeds @ scores, weights) for scores in pair]
     return np.asarray(totals[0] / np.maximum(totals[1], 1e-12) - 1)
 
 
-def _weights(draw: np.random.Generator, num: int, size: int) -> Float64s:
-    """Return what each counts when ``size`` are drawn with replacement: (num, size), rows sum to 1."""
-    return draw.multinomial(size, np.full(size, 1 / size), num) / size
+@cache
+def _weights(num: int, seeds: int, prompts: tuple[int, ...], seed: int) -> tuple[Float64s, list[Float64s]]:
+    """Return what each seed, and each prompt of each task, counts in ``num`` bootstrap samples.
+
+    Drawing with replacement is drawing how often each comes: (num, seeds) and a (num, prompts) a task, whose
+    rows sum to 1.
+    """
+    draw = np.random.default_rng(seed)
+    all_ = [draw.multinomial(size, np.full(size, 1 / size), num) / size for size in (seeds, *prompts)]
+    return all_[0], all_[1:]
 
 
 def task_means(results: Results, world: str, scenario: str, asked: Asked, metric: str) -> dict[str, float]:
