@@ -1,0 +1,100 @@
+"""What a cell asks, and what its scores are means of."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fedrouter.evaluate import TaggedRecord
+from fedrouter.evaluate.endpoint import Answer
+from fedrouter.evaluate.scores import score
+from fedrouter.experiment.cell import evaluations
+from fedrouter.experiment.compose import mix_of, name_of, write_mixes
+from fedrouter.experiment.engine import ROWS, Transformers
+from fedrouter.experiment.settings import World
+from fedrouter.types import Decision, Record, TaskCluster, Turn
+
+WORLD = World(tests=["x"], metric="exact_match")
+
+
+def record(task: str, answer: str) -> TaggedRecord:
+    return TaggedRecord(Record((Turn("user", task),), answer, task), "file")
+
+
+def decision(model: str, distances: dict[str, float] | None = None) -> Decision:
+    return Decision(model, "c", 1.0, 2.0, 1.0, False, distances or {})
+
+
+def test_a_prompt_s_score_is_the_mean_over_those_who_ask_it() -> None:
+    # Adapter "yes" answers yes to everything. Client a holds task t alone, b holds both tasks.
+    tests = [record("t", "yes"), record("t", "no"), record("u", "yes")]
+    held = {"a": {"t"}, "b": {"t", "u"}}
+    everywhere = [decision("yes"), decision("no"), decision("yes")]
+    chosen = {
+        "global": {"a": everywhere, "b": everywhere},
+        "local": {"a": [decision("no")] * 3, "b": [decision("yes"), decision("no"), decision("yes")]},
+    }
+    results = {(n, i): score(tests[i], Answer(n, n)) for n in ("yes", "no") for i in range(3)}
+    found = evaluations(tests, held, chosen, results, WORLD)
+    assert found["global/all"]["prompts"] == {"t": [1.0, 1.0], "u": [1.0]}
+    # Of "local", a's adapter says no to all: right for the second prompt.
+    assert found["local/own"]["prompts"] == {"t": [0.5, 1.0], "u": [1.0]}, "u is asked by b alone"
+    assert found["local/all"]["prompts"] == {"t": [0.5, 1.0], "u": [0.5]}
+    assert found["local/all"]["tasks"]["t"]["exact_match"] == 0.75
+    assert found["global/own"] == {"same as": "global/all"}
+
+
+def clusters(*names: str) -> SimpleNamespace:
+    return SimpleNamespace(clusters=[TaskCluster(n, f"{n}-1", 1, (), {}, 1.0) for n in names])
+
+
+@pytest.mark.parametrize(
+    ("distances", "want"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 9.0}, (("a-1", 2), ("b-1", 2))),
+        ({"b": 1.0, "a": 2.0}, (("b-1", 3), ("a-1", 1))),
+        ({"a": 1.0, "b": 50.0}, (("a-1", 4),)),
+        ({"a": 0.0, "b": 1.0}, (("a-1", 4),)),
+        ({"a": 3.0}, (("a-1", 4),)),
+    ],
+)
+def test_the_two_nearest_are_merged_by_how_near_they_are(distances, want) -> None:
+    assert mix_of(clusters("a", "b", "c"), decision("a-1", distances)) == want
+
+
+def test_a_merge_computes_the_weighted_sum_of_products(tmp_path) -> None:
+    draw = np.random.default_rng(0)
+    shapes = {"m.lora_A.weight": (2, 5), "m.lora_B.weight": (3, 2)}
+    states = {
+        n: {k: draw.normal(size=s).astype(np.float32) for k, s in shapes.items()} for n in ("a-1", "b-1")
+    }
+    for name, state in states.items():
+        directory = tmp_path / "adapters" / name
+        directory.mkdir(parents=True)
+        save_file(state, directory / "adapter_model.safetensors")
+        (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    for mix in ((("a-1", 3), ("b-1", 1)), (("a-1", 4),)):
+        written = write_mixes(SimpleNamespace(path=tmp_path), {name_of(mix): mix}, tmp_path / "mixes")
+        (path,) = written.values()
+        merged = load_file(path / "adapter_model.safetensors")
+        want = sum(w / 4 * states[n]["m.lora_B.weight"] @ states[n]["m.lora_A.weight"] for n, w in mix)
+        np.testing.assert_allclose(merged["m.lora_B.weight"] @ merged["m.lora_A.weight"], want, rtol=1e-5)
+        assert '"r": 4' in (path / "adapter_config.json").read_text()
+
+
+def test_prompts_lie_in_blocks_of_one_adapter_and_bounded_batches() -> None:
+    engine = Transformers.__new__(Transformers)
+    engine._tokens = 3 * ROWS * 30
+    draw = np.random.default_rng(0)
+    adapters = draw.integers(0, 3, 150).tolist()
+    prompts = [[0] * int(n) for n in draw.integers(1, 20, 150)]
+    batches = engine._batches(adapters, prompts, max_tokens=10)
+    seen = [i for batch in batches for _, block in batch for i in block]
+    assert sorted(seen) == list(range(150))
+    for batch in batches:
+        longest = max(len(prompts[i]) for _, block in batch for i in block) + 10
+        assert len(batch) * ROWS * longest <= engine._tokens or len(batch) == 1
+        for adapter, block in batch:
+            assert len(block) <= ROWS
+            assert {adapters[i] for i in block} == {adapter}
