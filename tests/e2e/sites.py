@@ -115,12 +115,19 @@ class Sites:
         """Return where a process writes."""
         return self.directory / f"{name}.log"
 
-    def kill(self, name: str) -> None:
-        """End a process and all that it has started, as a machine that loses power."""
+    def kill(self, name: str, alone: bool = False) -> set[int]:
+        """End a process and all that it has started, as a machine that loses power; return those.
+
+        Parameters
+        ----------
+        alone : end the process alone: what it has started must end by itself.
+        """
         process = self.running.pop(name)
-        for pid in {process.pid, *descendants(process.pid)}:
+        started = descendants(process.pid)
+        for pid in {process.pid} if alone else {process.pid, *started}:
             os.kill(pid, signal.SIGKILL)
         process.wait()
+        return started
 
     def end(self) -> None:
         """End what still runs, sites first."""

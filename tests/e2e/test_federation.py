@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,11 @@ def test_a_site_that_restarts_within_a_run_and_one_that_is_not_in_the_roster(sit
     run = sites.train("restarted", "--set", "train.rounds=3")
     wait_for("round 1: trains", sites.log("bern"), START_S)
     wait_for("round 1/3", sites.log("restarted"), START_S)
-    sites.kill("bern")
+    ended = sites.kill("bern", alone=True)
+    until = time.monotonic() + 30
+    while (left := {pid for pid in ended if Path(f"/proc/{pid}").exists()}) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left, "what a killed client had started goes with it"
     sites.start("bern")
     bundle = finished(sites, run, "restarted")
     lines = metrics(sites, "restarted")

@@ -1,17 +1,23 @@
 """What a cell asks, and what its scores are means of."""
 
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedrouter.errors import ServingError
 from fedrouter.evaluate import TaggedRecord
 from fedrouter.evaluate.endpoint import Answer
 from fedrouter.evaluate.scores import score
 from fedrouter.experiment.cell import evaluations
 from fedrouter.experiment.compose import mix_of, name_of, write_mixes
-from fedrouter.experiment.engine import ROWS, Transformers
+from fedrouter.experiment.engine import ROWS, Transformers, Vllm
 from fedrouter.experiment.settings import World
 from fedrouter.types import Decision, Record, TaskCluster, Turn
 
@@ -98,3 +104,46 @@ def test_prompts_lie_in_blocks_of_one_adapter_and_bounded_batches() -> None:
         for adapter, block in batch:
             assert len(block) <= ROWS
             assert {adapters[i] for i in block} == {adapter}
+
+
+class Echo(BaseHTTPRequestHandler):
+    """An OpenAI endpoint that says who was asked what; it knows no adapter "gone"."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = asked["model"] != "gone"
+        message = {"role": "assistant", "content": f"{asked['model']}: {asked['messages'][0]['content']}"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": asked["model"],
+            "choices": [choice],
+        }
+        body = json.dumps(answer if known else {"error": {"message": "no such model"}}).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_vllm_is_asked_by_adapter_and_answers_in_order(url: str) -> None:
+    asked = [("a" if i % 2 else "base", (Turn("user", str(i)),)) for i in range(40)]
+    found = Vllm(url).answers({"a": Path("a")}, asked, max_tokens=3)
+    assert found == [f"{name}: {turns[0].content}" for name, turns in asked]
+    with pytest.raises(ServingError, match=r"gone did not answer.*no such model"):
+        Vllm(url).answers({"gone": Path("gone")}, [("gone", (Turn("user", "x"),))], max_tokens=3)

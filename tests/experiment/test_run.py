@@ -1,13 +1,16 @@
 """A grid goes on with where it stopped, and one cell that fails ends no other."""
 
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_up import lines_of, settings_of
 from rich.console import Console
 
-from fedrouter.errors import DataError, TrainingError
+from fedrouter.errors import DataError, ServingError, TrainingError
 from fedrouter.experiment import run
+from fedrouter.experiment.cell import Trained
 from fedrouter.experiment.results import read_results, write_results
 from fedrouter.experiment.settings import Search
 
@@ -59,6 +62,44 @@ def test_a_part_of_the_grid_keeps_the_lines_of_the_others(asked, tmp_path: Path)
     keys = set(read_results(kept))
     assert {"w/single/fedavg/2", "w/all/fedavg/1", "w/all/fedrouter/1"} <= keys
     assert not any(key.startswith("w/dual/") for key in keys)
+
+
+def test_one_vllm_answers_for_all_cells_of_a_base(asked, monkeypatch, tmp_path: Path):
+    cells, broken = asked
+    broken.clear()
+    served, answered = [], []
+
+    def trained(settings, cell, out):
+        paths = {f"{cell.method}-{cell.seed}": tmp_path / cell.key}
+        bundle = SimpleNamespace(adapter_paths=paths, path=tmp_path / cell.key)
+        return Trained(cell, SimpleNamespace(method="fedavg"), bundle, tmp_path / cell.key, 1.0)
+
+    @contextmanager
+    def server(bundle, options, log):
+        served.append((bundle, dict(options.adapters)))
+        yield "http://127.0.0.1:1"
+
+    def tested(settings, cell, engine):
+        answered.append((cell.cell.key, engine.name))
+        if cell.cell.seed == 2:
+            raise ServingError("it went away")
+        return LINES[cell.cell.key]
+
+    monkeypatch.setattr(run, "train_cell", trained)
+    monkeypatch.setattr(run, "find_base", lambda bundle: Path("base"))
+    monkeypatch.setattr(run, "running_server", server)
+    monkeypatch.setattr(run, "tested", tested)
+    settings = SETTINGS.model_copy(update={"engine": "vllm"})
+    with pytest.raises(TrainingError, match=r"2 cells failed.*it went away"):
+        run.run_experiment(settings, tmp_path, QUIET, only=["w/dual/*"])
+    ((first, others),) = served
+    assert first == tmp_path / "w/dual/fedrouter/1"
+    assert set(others) == {"fedavg-1", "fedrouter-2", "fedavg-2"}
+    assert [key for key, _ in answered] == [c.key for c in cells if not c.search]
+    assert {name for _, name in answered} == {"vllm"}
+    assert {k for k in read_results(tmp_path / "results.jsonl") if not k.startswith("search")} == {
+        "w/dual/fedrouter/1", "w/dual/fedavg/1",
+    }  # fmt: skip
 
 
 def test_a_line_that_was_cut_off_is_left_out_and_any_other_is_refused(tmp_path: Path):

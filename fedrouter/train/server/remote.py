@@ -478,9 +478,7 @@ class RemoteFederation:
         if name in self._members and name in self._names:
             self._say(f"client {name} is back")
         elif name not in self._names:
-            self._say(
-                f"client {name} comes too late for this run: fedrouter join adds it to the finished one"
-            )
+            self._say(f"client {name} comes too late for this run; fedrouter join adds it to the bundle")
         self._nodes[name] = arrived.node
         self._members.setdefault(name, member)
 

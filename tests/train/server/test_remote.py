@@ -22,6 +22,7 @@ from fedrouter.train.local import LocalFederation
 from fedrouter.train.server.loop import run_rounds
 from fedrouter.train.server.methods import group
 from fedrouter.train.server.remote import RemoteFederation, Waiting
+from fedrouter.train.state import fresh_state
 from fedrouter.train.wire.keys import PublicKey, new_key
 from fedrouter.train.wire.messages import Envelope, Hello, Refused, Summarise, seal, unseal
 from fedrouter.types import TrainFailure, TrainReply, TrainRequest
@@ -224,6 +225,31 @@ def test_who_does_not_come_is_named_and_the_others_start_if_they_are_enough(plac
     alone.transport.here = {"node-ulm": places[0].answer}
     with pytest.raises(TrainingError, match=r"1 clients came .* it takes 2: bern, graz did not"):
         alone.federation.members()
+
+
+def test_who_comes_late_is_told_so_and_the_run_goes_on(places: list[Place]) -> None:
+    wire = Wire(places)
+    del wire.transport.here["node-bern"]
+    with pytest.raises(ClientError, match="client bern: it did not come within"):
+        wire.federation.members()
+    wire.federation.leave(["bern"])
+    joined(wire)
+    wire.transport.here["node-bern"] = places[1].answer
+    for number in range(2):
+        answers = by_client(wire.federation.train([request(name, number) for name in ("ulm", "graz")]))
+        assert all(isinstance(answer, TrainReply) for answer in answers.values())
+    assert wire.said("client bern comes too late for this run; fedrouter join adds it to the bundle")
+
+
+def test_who_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> None:
+    wire = Wire(places)
+    assignments = joined(wire)
+    del wire.transport.here["node-bern"]
+    rounds = list(run_rounds(wire.federation, assignments, fresh_state([adapter(0)] * 2), CONFIG))
+    assert len(rounds) == CONFIG.train.rounds
+    for result in rounds:
+        refused = {client: why for c in result.clusters for client, why in c.refused.items()}
+        assert refused == {"bern": "it was not there"}
 
 
 def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
