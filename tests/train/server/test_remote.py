@@ -346,7 +346,6 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
 @pytest.mark.parametrize(
     "broken",
     [
-        LocalClusters(np.array(3.0), np.zeros((1, DIM)), np.eye(DIM)),
         LocalClusters(np.ones(2), np.zeros((2, DIM - 1)), np.eye(DIM)),
         LocalClusters(np.array([np.nan, 1.0]), np.zeros((2, DIM)), np.eye(DIM)),
         LocalClusters(np.array([-5.0, 1.0]), np.zeros((2, DIM)), np.eye(DIM)),

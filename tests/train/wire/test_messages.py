@@ -49,7 +49,7 @@ ASKED = (
 TOLD = (
     Member("a", 3, "0" * 32),
     LocalClusters(np.ones(2), np.zeros((2, 3)), np.eye(3)),
-    Assignment("a", (Subset(0, 5, 2, np.linspace(0, 1, 101, dtype=np.float32), {"x": 5}),)),
+    Assignment("a", (Subset(0, 5, np.linspace(0, 1, 101, dtype=np.float32), {"x": 5}),)),
     Comparison("a", {0: 5, 7: 9}, 12, True),
     TrainReply("a", 1, adapter(1), 8, None, 0.5),
     Failed("no"),
