@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,12 @@ from fedrouter.cli_federation import federation as federation_app
 from fedrouter.errors import ConfigError, FedRouterError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from fedrouter.bundle import Bundle
     from fedrouter.embed import Embedder
     from fedrouter.evaluate import Report
+    from fedrouter.types import Decision
 
 app = typer.Typer(
     name="fedrouter",
@@ -49,6 +53,7 @@ EmbedderUrl = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where the bundle's embedder is, if it is an embeddings endpoint."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
 ]
@@ -209,14 +214,39 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait to be routed.")] = 256,
     routing_timeout_s: Annotated[float, typer.Option(help="The longest wait to be routed.")] = 5.0,
     max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 8.0,
+    decision_log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep every decision, as JSON Lines.")
+    ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Keep texts of prompts in the decision log as well.")
+    ] = False,
+    log_vectors: Annotated[
+        bool, typer.Option("--log-vectors", help="Keep vectors of prompts in the decision log as well.")
+    ] = False,
+    decision_log_mib: Annotated[
+        float, typer.Option(help="The size of a decision log at which the next one is begun.")
+    ] = 64.0,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Let this bundle decide as well, and count where it differs."),
+    ] = None,
+    canary: Annotated[
+        float, typer.Option(min=0, max=100, help="Percent of requests that --shadow's bundle answers.")
+    ] = 0.0,
+    no_console: Annotated[bool, typer.Option("--no-console", help="No web page at /fedrouter/.")] = False,
 ) -> None:
     """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
     try:
+        from fedrouter.serve.decision_log import LogOptions
         from fedrouter.serve.launch import Options
         from fedrouter.serve.launch import serve as run
         from fedrouter.serve.limits import Limits
         from fedrouter.serve.upstream import serve_upstream
 
+        if (log_prompts or log_vectors) and decision_log is None:
+            raise ConfigError("--log-prompts and --log-vectors belong to --decision-log FILE")
+        if canary and shadow is None:
+            raise ConfigError("--canary PERCENT belongs to --shadow BUNDLE, which answers that share")
         directory = bundle_directory(bundle)
         options = Options(
             base=base,
@@ -234,6 +264,12 @@ def serve(
                 name: Path(path)
                 for name, path in (_named(text, "--adapter", "NAME=DIR") for text in adapter or [])
             },
+            log=LogOptions(decision_log, log_prompts, log_vectors, decision_log_mib)
+            if decision_log
+            else None,
+            second=bundle_directory(shadow) if shadow else None,
+            canary=canary / 100,
+            console=not no_console,
             vllm_args=context.args,
         )
         code = serve_upstream(directory, upstream, options) if upstream else run(directory, options)
@@ -279,6 +315,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many records a task.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one request.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0)] = 3,
+    as_json: Json = False,
 ) -> None:
     """Score an endpoint on test records, per task, client and adapter."""
     from fedrouter.evaluate import evaluate as run
@@ -294,11 +331,35 @@ def evaluate(
         limit_per_task=limit,
         timeout_s=timeout_s,
         retries=retries,
-        console=console,
+        console=stderr if as_json else console,
     )
-    _show(report, out, records)
+    _show(report, out, records, as_json=as_json)
     if report.num_failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def experiment(
+    config: Annotated[Path, typer.Argument(help="TOML: worlds, methods, scenarios, seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Where cells go; goes on with what is there.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each a process.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Cells to run: WORLD/SCENARIO/METHOD/SEED.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Their results; without: in --out.")
+    ] = None,
+) -> None:
+    """Run an evaluation like the paper's: methods × scenarios × seeds, cell by cell."""
+    from fedrouter.experiment import load_experiment, run_experiment
+
+    settings = load_experiment(config)
+    directory = out or Path("runs") / config.stem
+    try:
+        run_experiment(settings, directory, console, jobs=jobs, only=only or (), results=results)
+    except KeyboardInterrupt:
+        stderr.print(f"interrupted; the same command goes on with the cells in {directory}")
+        raise typer.Exit(130) from None
 
 
 @app.command("eval-routing")
@@ -312,6 +373,7 @@ def evaluate_routing(
     embedder_url: EmbedderUrl = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
+    as_json: Json = False,
 ) -> None:
     """Say how a bundle routes labelled prompts; no server needed."""
     from fedrouter.evaluate import load, offline
@@ -319,7 +381,10 @@ def evaluate_routing(
     records = load(data, num_per_task=limit)
     loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
-    console.print(offline.render(report))
+    if as_json:
+        print(offline.to_json(report))  # noqa: T201 - for programs
+    else:
+        _print_whole(offline.render(report))
     if out:
         offline.write_json(report, out)
 
@@ -327,38 +392,127 @@ def evaluate_routing(
 @app.command()
 def route(
     bundle: BundleDir,
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without one they are read line by line.")
+    ] = None,
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
+    as_json: Json = False,
 ) -> None:
     """Say which adapter would answer a prompt, and why; no server needed."""
-    from rich.table import Table
-
     from fedrouter.decide import decide
-    from fedrouter.route import REJECT, Router
+    from fedrouter.route import Router
 
     loaded, embedder = _load(bundle, base, embedder_url)
-    for text, decision in zip(prompt, decide(Router(loaded), embedder, prompt), strict=True):
-        answer = "nobody" if decision.model == REJECT else decision.model
-        then = "rejected" if decision.model == REJECT else f"falls back ({loaded.fallback})"
-        why = f"beyond the radius: {then}" if decision.fallback else "within the radius"
-        table = Table(title=text if len(text) < 60 else text[:57] + "…", title_justify="left")
-        for column in ("task cluster", "distance", "radius"):
-            table.add_column(column)
-        radii = {c.name: c.radius for c in loaded.clusters}
-        for name, distance in decision.distances.items():
-            table.add_row(name, f"{distance:.3f}", f"{radii[name]:.3f}")
-        console.print(table)
-        nearest = f"nearest {decision.cluster}, {why}" if decision.cluster else f"no text: {then}"
-        console.print(f"→ {answer} ({nearest})", highlight=False)
+    router = Router(loaded)
+    for text in prompt or _typed():
+        [decision] = decide(router, embedder, [text])
+        if as_json:
+            _print_json(_decision_json(text, decision), indent=None)
+        else:
+            _show_decision(text, decision, loaded)
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")]) -> None:
+def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")], as_json: Json = False) -> None:
     """Show what is in a run or a bundle."""
-    from fedrouter.inspect import show
+    from fedrouter.inspect import look, show
 
-    show(path, console)
+    if as_json:
+        _print_json(look(path))
+    else:
+        show(path, console)
+
+
+@app.command()
+def replay(
+    log: Annotated[Path, typer.Argument(help="A decision log; its older files FILE.1 … are read too.")],
+    bundle: BundleDir,
+    base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Say what another bundle would have decided."""
+    from fedrouter.replay import render
+    from fedrouter.replay import replay as run
+
+    found = run(log, *_load(bundle, base, embedder_url))
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_whole(render(found))
+
+
+@app.command()
+def probe(
+    bundle: BundleDir,
+    file: Annotated[
+        Path | None, typer.Argument(help="Probes, JSON Lines; without it those that the bundle carries.")
+    ] = None,
+    base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether each probe goes to its task cluster; exit code 1 if one does not."""
+    import asyncio
+
+    from fedrouter.bundle import parse_probes, read_probes
+    from fedrouter.decide import decide
+    from fedrouter.probes import ask
+    from fedrouter.route import Router
+
+    probes = parse_probes(read_probes(file), file) if file else ()
+    loaded, embedder = _load(bundle, base, embedder_url)
+    probes = probes or loaded.probes
+    if not probes:
+        raise ConfigError(f"{loaded.path} carries no probes; give a file of them")
+    router = Router(loaded)
+
+    async def route(texts: Sequence[str]) -> "list[Decision]":
+        return decide(router, embedder, texts)
+
+    asked = asyncio.run(ask(probes, route))
+    broken = [one for one in asked if not one.holds]
+    if as_json:
+        found = [
+            {
+                "where": one.probe.where,
+                "turns": one.probe.turns,
+                "expected": one.probe.cluster,
+                "holds": one.holds,
+            }
+            | {"cluster": one.decision.cluster, "fallback": one.decision.fallback}
+            for one in asked
+        ]
+        _print_json({"probes": found, "num_broken": len(broken)})
+    else:
+        for one in broken:
+            console.print(str(one), highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{len(asked) - len(broken)} of {len(asked)} probes hold", highlight=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Test records with a task; built-in runs take theirs."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    base: BaseOption = None,
+    embedder_url: EmbedderUrl = None,
+) -> None:
+    """Write one HTML file about a run: losses, task clusters, routing on test data, costs."""
+    from fedrouter.report import write_report
+
+    page = write_report(run, data, base=base, embedder_url=embedder_url)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if show:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
 
 
 @app.command()
@@ -407,6 +561,7 @@ def demo(
     from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.evaluate import first_of_each_task, load
+    from fedrouter.report import write_report
     from fedrouter.serve.launch import running_server
     from fedrouter.train.machine import side_by_side
     from fedrouter.train.run import train as run_train
@@ -425,9 +580,10 @@ def demo(
         )
         report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
+    page = write_report(out, data or ["builtin:four-tasks"])
     console.print(
-        f"\nThe server is stopped. Next:\n"
-        f'  fedrouter serve {bundle.path}            # then ask it anything, model "fedrouter"\n'
+        f"\nThe server is stopped. All of this as one page: {page}\nNext:\n"
+        f"  fedrouter serve {bundle.path}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
         f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
         f"  fedrouter inspect {out}\n"
         f"  fedrouter train --help                      # your own data: see README.md",
@@ -448,10 +604,74 @@ def _load(directory: Path, base: str | None, embedder_url: str | None) -> "tuple
     return bundle, find_embedder(bundle, find_base(bundle, base), embedder_url)
 
 
-def _show(report: "Report", out: Path | None, records: Path | None) -> None:
-    from fedrouter.evaluate import render, write_json, write_records
+def _typed() -> Iterator[str]:
+    """Yield what is typed or piped in, line by line; blank lines mean nothing."""
+    if sys.stdin.isatty():
+        stderr.print("one prompt a line; Ctrl-D ends", highlight=False)
+    while True:
+        if sys.stdin.isatty():
+            stderr.print("> ", end="", highlight=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+            sys.stdout.flush()
 
-    console.print(render(report))
+
+def _decision_json(text: str, decision: "Decision") -> dict[str, object]:
+    from dataclasses import asdict
+    from math import isfinite
+
+    from fedrouter.decide import verdict
+
+    found = {"prompt": text, **asdict(decision), "verdict": verdict(decision)}
+    found |= {name: None for name in ("distance", "margin") if not isfinite(found[name])}
+    del found["turn"]  # one prompt has one
+    return found
+
+
+def _show_decision(text: str, decision: "Decision", bundle: "Bundle") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedrouter.decide import verdict
+    from fedrouter.layout import Whole
+    from fedrouter.route import REJECT
+
+    console.print(Text(text if len(text) < 60 else f"{text[:57]}…", style="italic"), soft_wrap=True)
+    if decision.distances:
+        table = Table("task cluster", "distance", "radius")
+        radii = {c.name: c.radius for c in bundle.clusters}
+        for name, distance in decision.distances.items():
+            table.add_row(Text(name), f"{distance:.3f}", f"{radii[name]:.3f}")
+        _print_whole(Whole(table))
+    rejected = decision.model == REJECT
+    answer = "nobody" if rejected else decision.model
+    where = f"{verdict(decision)} of {decision.cluster}" if decision.cluster else verdict(decision)
+    then = f", {'rejected' if rejected else f'falls back ({bundle.fallback})'}" if decision.fallback else ""
+    console.print(Text(f"→ {answer}: {where}{then}"), soft_wrap=True, highlight=False)
+
+
+def _print_json(value: object, indent: int | None = 2) -> None:
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=indent), flush=True)  # noqa: T201 - for programs
+
+
+def _print_whole(what: "RenderableType") -> None:
+    from fedrouter.layout import show
+
+    show(console, what)
+
+
+def _show(report: "Report", out: Path | None, records: Path | None, *, as_json: bool = False) -> None:
+    from fedrouter.evaluate import render, to_json, write_json, write_records
+
+    if as_json:
+        print(to_json(report))  # noqa: T201 - for programs
+    else:
+        _print_whole(render(report))
     if out:
         write_json(report, out)
     if records:

@@ -42,7 +42,7 @@ def load_config(
             raise ConfigError(f"configuration {path}: no such file") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path}: {error}") from error
-        _resolve_paths(values, path.parent)
+        resolve_paths(values, path.parent)
     for override in overrides:
         _apply(values, override)
     if clients is not None:
@@ -109,7 +109,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
+def resolve_paths(values: dict[str, Any], directory: Path) -> None:
     """Make the file's relative paths absolute where such a path exists; other names are hub ids."""
 
     def resolve(name: Any) -> Any:
@@ -119,10 +119,11 @@ def _resolve_paths(values: dict[str, Any], directory: Path) -> None:
             return str((directory / name).resolve())
         return name
 
-    for section, keys in (("base", ("model",)), ("data", ("source",)), ("embedder", ("model",))):
+    places = {"base": "model", "data": "source", "embedder": "model", "routing": "probes"}
+    for section, key in places.items():
         table = values.get(section)
         if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
-            table.update({key: resolve(table[key]) for key in keys if key in table})
+            table.update({key: resolve(table[key])} if key in table else {})
     match values:
         case {"data": {"clients": dict(clients)}}:
             values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}

@@ -11,6 +11,29 @@ from fedrouter.types import Decision
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
+NEAR = 1.25  # × radius: up to there a prompt is said to lie just beyond
+
+
+def verdict(decision: Decision) -> str:
+    """Say in a few words how a prompt lies to the nearest task cluster."""
+    if not decision.cluster:
+        return "no text"
+    if decision.radius <= 0:
+        return "far (radius 0)" if decision.fallback else "within"
+    ratio = decision.distance / decision.radius
+    how = "far" if ratio > NEAR else "just beyond" if decision.fallback else "within"
+    return f"{how} ({ratio:.2f} × radius)"
+
+
+def difference(first: Decision, second: Decision) -> str:
+    """Say how the decision of a second bundle differs: "same", "moved", "rejected" or "accepted".
+
+    Task clusters are compared, by name: a bundle trained anew has other adapters for the same tasks.
+    "rejected" is what lies within a radius of the first bundle alone, "accepted" of the second alone.
+    """
+    if first.fallback != second.fallback:
+        return "rejected" if second.fallback else "accepted"
+    return "same" if first.fallback or first.cluster == second.cluster else "moved"
 
 
 def without_text(router: Router) -> Decision:

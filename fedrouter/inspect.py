@@ -1,16 +1,52 @@
-"""Show what is in a run or a bundle: the people's view of config, metrics and manifest."""
+"""Show what is in a run or a bundle: the people's view of config, metrics and manifest, and the programs'."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import DataError
+from fedrouter.layout import Whole
+from fedrouter.layout import show as show_whole
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def look(path: Path) -> dict[str, Any]:
+    """Return what is in a run (``run``, and ``bundle`` once it is there) or in a bundle (``bundle`` alone).
+
+    Raises
+    ------
+    DataError
+        If ``path`` is neither.
+    """
+    if (path / "manifest.json").exists():
+        return {"bundle": _bundle(load_bundle(path))}
+    if not (path / "config.json").exists():
+        raise DataError(f"{path}: neither a run (config.json) nor a bundle (manifest.json)")
+    told = read_metrics(path)
+    joined = path / "joined.json"
+    run = {
+        "path": str(path),
+        "config": json.loads((path / "config.json").read_text(encoding="utf-8")),
+        "num_rounds": max((line["round"] + 1 for line in told if "cluster" in line), default=0),
+        "joined": json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else [],
+        "left_out": {client: why for line in told for client, why in line.get("left_out", {}).items()},
+        "rounds": [line for line in told if "cluster" in line],
+    }
+    there = (path / "bundle").exists()
+    return {"run": run, **({"bundle": _bundle(load_bundle(path / "bundle"))} if there else {})}
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def show(path: Path, console: Console) -> None:
@@ -21,71 +57,74 @@ def show(path: Path, console: Console) -> None:
     DataError
         If ``path`` is neither.
     """
-    if (path / "manifest.json").exists():
-        _show_bundle(load_bundle(path), console)
-    elif (path / "config.json").exists():
-        _show_run(path, console)
+    found = look(path)
+    if "run" in found:
+        _show_run(found["run"], console)
+    if "bundle" in found:
+        _show_bundle(found["bundle"], console)
     else:
-        raise DataError(f"{path}: neither a run (config.json) nor a bundle (manifest.json)")
+        again = "join" if found["run"]["joined"] else "train"
+        console.print(f"no bundle yet; give the same {again} command again to go on")
 
 
-def _show_run(path: Path, console: Console) -> None:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    metrics = path / "metrics.jsonl"
-    told = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    lines = [line for line in told if "cluster" in line]
-    done = max((line["round"] + 1 for line in lines), default=0)
-    console.print(f"run {path}: {done} of {config['train']['rounds']} rounds, base {config['base']['model']}")
-    joined = path / "joined.json"
-    for one in json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else []:
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "path": str(bundle.path),
+        "base": asdict(bundle.base),
+        "rank": bundle.rank,
+        "fallback": bundle.fallback,
+        "embedder": asdict(bundle.embedder),
+        "clusters": [asdict(cluster) for cluster in bundle.clusters],
+        "generalist": bundle.generalist,
+        "privacy": [{**asdict(one), "text": str(one)} for one in bundle.guarantees],
+        "versions": dict(bundle.versions),
+    }
+
+
+def _show_run(run: dict[str, Any], console: Console) -> None:
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    config = run["config"]
+    base = config["base"]["model"]
+    line(f"run {run['path']}: {run['num_rounds']} of {config['train']['rounds']} rounds, base {base}")
+    for one in run["joined"]:
         moved = [f"{name} (moved)" for name in one.get("moved", {})]
-        names = ", ".join([*one["clients"], *moved])
-        console.print(f"joined {one['run']}: {names}", highlight=False, soft_wrap=True)
-    for client, reason in (pair for line in told for pair in line.get("left_out", {}).items()):
-        console.print(f"left out {client}: {reason}", highlight=False, soft_wrap=True, markup=False)
-    if lines:
-        table = Table(
-            "task cluster", "loss by round", "first", "last", "examples", "clients", title="training"
-        )
-        trained = [line for line in lines if line["loss"] is not None]  # null: no update could be used
-        for name in sorted({line["cluster"] for line in trained}):
-            own = [line for line in trained if line["cluster"] == name]
-            losses = [line["loss"] for line in own]
-            examples = sum(line["num_examples"] for line in own)
-            table.add_row(
-                name,
-                spark(losses),
-                f"{losses[0]:.3f}",
-                f"{losses[-1]:.3f}",
-                str(examples),
-                str(own[-1]["num_clients"]),
-            )
-        console.print(table)
-    if (path / "bundle").exists():
-        _show_bundle(load_bundle(path / "bundle"), console)
-    else:
-        console.print(
-            f"no bundle yet; give the same {'join' if joined.exists() else 'train'} command again to go on"
-        )
+        line(f"joined {one['run']}: {', '.join([*one['clients'], *moved])}")
+    for client, reason in run["left_out"].items():
+        line(f"left out {client}: {reason}")
+    if not run["rounds"]:
+        return
+    table = Table("task cluster", "loss by round", "first", "last", "examples", "clients", title="training")
+    trained = [one for one in run["rounds"] if one["loss"] is not None]  # null: no update could be used
+    for name in sorted({one["cluster"] for one in trained}):
+        own = [one for one in trained if one["cluster"] == name]
+        losses = [one["loss"] for one in own]
+        examples = str(sum(one["num_examples"] for one in own))
+        ends = f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
+        table.add_row(Text(name), spark(losses), *ends, examples, str(own[-1]["num_clients"]))
+    show_whole(console, Whole(table))
 
 
-def _show_bundle(bundle: Bundle, console: Console) -> None:
-    console.print(f"bundle {escape(str(bundle.path))}", soft_wrap=True)
-    console.print(f"base {escape(bundle.base.model)}, rank {bundle.rank}, fallback {bundle.fallback}")
-    console.print(
-        f"embedder {bundle.embedder.kind} {escape(bundle.embedder.model)}, {bundle.embedder.dim} dimensions"
-    )
-    table = Table(
-        "task cluster", "adapter", "rows", "clients", "radius", "tasks of its rows", title="task clusters"
-    )
-    for c in bundle.clusters:
-        tasks = ", ".join(f"{escape(task)} {count}" for task, count in c.task_counts.items()) or "no labels"
-        table.add_row(c.name, c.adapter, str(c.num_examples), str(len(c.clients)), f"{c.radius:.2f}", tasks)
-    console.print(table)
-    if bundle.generalist:
-        console.print(f"generalist {bundle.generalist}: for prompts of no task cluster", soft_wrap=True)
-    for guarantee in bundle.guarantees:
-        console.print(f"privacy: {guarantee}", highlight=False, soft_wrap=True, markup=False)
+def _show_bundle(bundle: dict[str, Any], console: Console) -> None:
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    embedder = bundle["embedder"]
+    line(f"bundle {bundle['path']}")
+    line(f"base {bundle['base']['model']}, rank {bundle['rank']}, fallback {bundle['fallback']}")
+    line(f"embedder {embedder['kind']} {embedder['model']}, {embedder['dim']} dimensions")
+    heads = ("task cluster", "adapter", "rows", "clients", "radius", "tasks of its rows")
+    table = Table(*heads, title="task clusters")
+    for c in bundle["clusters"]:
+        tasks = ", ".join(f"{task} {count}" for task, count in c["task_counts"].items()) or "no labels"
+        figures = str(c["num_examples"]), str(len(c["clients"])), f"{c['radius']:.2f}"
+        table.add_row(Text(c["name"]), Text(c["adapter"]), *figures, Text(tasks))
+    show_whole(console, Whole(table))
+    if bundle["generalist"]:
+        line(f"generalist {bundle['generalist']}: for prompts of no task cluster")
+    for guarantee in bundle["privacy"]:
+        line(f"privacy: {guarantee['text']}")
 
 
 def spark(values: list[float]) -> str:

@@ -61,6 +61,7 @@ class RoutingSpace:
     transform: Array  # (d, m)
     centroids: Array  # (n, m), in the transformed space
     cluster_of: tuple[int, ...]  # (n,), the task cluster of each centroid
+    map: Array | None = None  # (m, 2): z @ map is where a picture shows z; older bundles have none
 
     @property
     def num_clusters(self) -> int:
@@ -242,3 +243,48 @@ class Decision:
     margin: float  # distance to the second nearest task cluster minus ``distance``
     fallback: bool  # the prompt lies beyond the radius
     distances: Mapping[str, float]  # by task cluster name
+    turn: int = 0  # of a conversation's user turns with text, the number of the one that decides
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A conversation, and where it must go."""
+
+    turns: tuple[str, ...]  # texts of the user turns
+    cluster: str | None  # a task cluster's name; None: the fallback
+    where: str = field(default="", compare=False)  # the line
+
+
+@dataclass(frozen=True, slots=True)
+class OtherDecision:
+    """What another bundle decided for the same prompt."""
+
+    bundle: str
+    adapter: str
+    cluster: str
+    fallback: bool
+    difference: str  # see ``decide.difference``
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedDecision:
+    """One line of the decision log: a prompt of a request, without its text unless that is asked for."""
+
+    time: float  # seconds since 1970
+    id: str  # of the request, as in the answer's ``x-fedrouter-id``
+    prompt: int  # which of the request's prompts, from 0
+    bundle: str  # of whose manifest the SHA-256 begins so
+    caller: str | None  # the client, where one is named or known
+    adapter: str
+    cluster: str
+    distance: float | None  # null: no text was embedded
+    radius: float
+    margin: float | None  # null: there is no second task cluster
+    fallback: bool
+    reason: str  # of the fallback: "radius", "no_text" or "overload"; empty without
+    turn: int  # the user turn that decided
+    turns: int  # user turns with text
+    routing_ms: float
+    other: OtherDecision | None = None
+    texts: tuple[str, ...] | None = None  # of the turns that may decide, the last one first
+    vectors: tuple[str | None, ...] | None = None  # theirs, base64 of float16; null: not embedded

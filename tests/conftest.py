@@ -11,6 +11,14 @@ hypothesis_settings.load_profile("fedrouter")
 WHOLE_RUNS = Path(__file__).parent / "e2e"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it loudly where the console went untested: a skip among thousands of dots is not seen."""
+    skipped = [one for one in terminalreporter.stats.get("skipped", []) if "NO CHROMIUM" in str(one.longrepr)]
+    if skipped:
+        terminalreporter.section("THE CONSOLE WAS NOT TESTED", red=True, bold=True)
+        terminalreporter.line(f"{len(skipped)} tests: apt-get install -y chromium chromium-driver", red=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what lies in tests/e2e and move it to the end: a broken unit is known within a minute."""
 

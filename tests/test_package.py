@@ -12,10 +12,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own part, from parts of its own layer, and from the layers below.
 LAYERS = (
-    {"types", "config", "config_file", "errors", "files"},
-    {"builtin", "bundle", "data", "decide", "embed", "embed_endpoint", "models", "partition", "route"},
+    {"types", "config", "config_file", "errors", "files", "layout"},
+    {
+        "builtin",
+        "bundle",
+        "conversation",
+        "data",
+        "decide",
+        "embed",
+        "embed_endpoint",
+        "models",
+        "partition",
+        "probes",
+        "route",
+        "stacked",
+    },
     {"train", "serve", "evaluate"},
-    {"cli", "cli_federation", "demo", "inspect", "push", "__main__"},
+    {"cli", "cli_federation", "demo", "experiment", "inspect", "push", "replay", "report", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
@@ -34,6 +47,7 @@ HOMES = {
     "dp_accounting": "train.server.accountant",
     "faiss": "route",
     "trl": "train.client.sft",
+    "matplotlib": "report",
     "vllm": "serve",
     "prometheus_client": "serve",  # comes with vLLM
 }
@@ -173,6 +187,7 @@ def test_help_imports_no_heavy_library():
         "datasets",
         "faiss",
         "flwr",
+        "matplotlib",
         "openai",
         "pandas",
         "peft",

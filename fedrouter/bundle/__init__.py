@@ -7,6 +7,7 @@
       adapters/NAME/       adapter_config.json + adapter_model.safetensors, as PEFT writes them;
                            one a task cluster and, optionally, the generalist
       chat_template.jinja  only when the base has none of its own
+      probes.jsonl         only where some were given: conversations and where each must go
       README.md            model card
 
 A bundle is immutable once written, and untrusted input when read: ``load_bundle`` alone decides whether it is
@@ -23,6 +24,8 @@ from fedrouter.bundle.load import (
     load_bundle,
 )
 from fedrouter.bundle.manifest import CHAT_TEMPLATE, FALLBACKS, GENERALIST, MANIFEST, SCHEMA_VERSION
+from fedrouter.bundle.map import flat_map
+from fedrouter.bundle.probes import PROBES, parse_probes, read_probes
 from fedrouter.bundle.sign import SIGNATURE, sign_bundle
 from fedrouter.bundle.write import write_bundle
 
@@ -31,6 +34,7 @@ __all__ = [
     "FALLBACKS",
     "GENERALIST",
     "MANIFEST",
+    "PROBES",
     "SCHEMA_VERSION",
     "SIGNATURE",
     "Bundle",
@@ -39,8 +43,11 @@ __all__ = [
     "check_modules",
     "find_base",
     "find_embedder",
+    "flat_map",
     "load_bundle",
+    "parse_probes",
     "read_adapter",
+    "read_probes",
     "read_weights",
     "sign_bundle",
     "write_bundle",

@@ -9,12 +9,13 @@ import numpy as np
 from fedrouter.bundle.adapter import Adapter, check_modules, read_adapter
 from fedrouter.bundle.files import MIB, check_links, opened, read
 from fedrouter.bundle.manifest import CHAT_TEMPLATE, ROUTER, Manifest, read_manifest
+from fedrouter.bundle.probes import MAX_BYTES, PROBES, parse_probes
 from fedrouter.bundle.sign import check_signature
 from fedrouter.bundle.tensors import read_header, read_tensors
 from fedrouter.embed import Embedder, find_model, load_embedder, probe
-from fedrouter.errors import BundleError
+from fedrouter.errors import BundleError, DataError
 from fedrouter.models import base_fingerprint, read_json, resolve_base
-from fedrouter.types import Array, BaseSpec, EmbedderSpec, Guarantee, RoutingSpace, TaskCluster
+from fedrouter.types import Array, BaseSpec, EmbedderSpec, Guarantee, Probe, RoutingSpace, TaskCluster
 
 PROBE_TOLERANCE = 0.02  # relative; other CPUs, batch sizes and bfloat16 stay below, other weights far above
 MAX_ROUTER, MAX_TEMPLATE = 1024 * MIB, MIB
@@ -39,6 +40,7 @@ class Bundle:
     guarantees: tuple[Guarantee, ...]  # of the noise that its training added; empty without
     files: Mapping[str, str]  # SHA-256 of all that is used, by path; the manifest says so and is not in it
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors of every adapter, by PEFT's names
+    probes: tuple[Probe, ...] = ()  # conversations, and where each must go
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
         """Return the PEFT directory of a task cluster's adapter."""
@@ -87,7 +89,14 @@ def load_bundle(path: Path, signed_by: Path | None = None) -> Bundle:
         if adapter.shapes != first.shapes:
             raise BundleError(f"{adapter.path}: its tensors differ in name or shape from the others'")
     assert first is not None  # there is a task cluster at least
-    return Bundle(path=path, space=space, probe=probe_vectors, shapes=first.shapes, **manifest.specs())
+    return Bundle(
+        path=path,
+        space=space,
+        probe=probe_vectors,
+        shapes=first.shapes,
+        probes=_read_probes(path, manifest),
+        **manifest.specs(),
+    )
 
 
 def find_base(bundle: Bundle, base: str | None = None) -> Path:
@@ -201,6 +210,8 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], 
         "cluster_of": ("I64", num),
         "probe": ("F32", (3, dim)),
     }
+    if "map" in found:  # bundles from before it have none
+        wanted["map"] = ("F32", (*width, 2))
     if found != wanted or len(num) != 1 or width > (dim,):
         raise BundleError(
             f"{path}: names, dtypes or shapes do not fit the manifest's embedder and task clusters"
@@ -214,6 +225,15 @@ def _check_template(root: Path, manifest: Manifest) -> None:
             content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{root / CHAT_TEMPLATE}: not UTF-8; copy the bundle again") from error
+
+
+def _read_probes(root: Path, manifest: Manifest) -> tuple[Probe, ...]:
+    if PROBES not in manifest.files:
+        return ()
+    try:
+        return parse_probes(read(root, PROBES, MAX_BYTES, manifest.files[PROBES]), root / PROBES)
+    except DataError as error:
+        raise BundleError(str(error)) from error
 
 
 def _check_layer(bundle: Bundle, model_path: Path) -> None:

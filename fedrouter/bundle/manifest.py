@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import from_json
 
 from fedrouter.bundle.files import MIB, first_problem, read, shown
+from fedrouter.bundle.probes import PROBES
 from fedrouter.data import MAX_LABEL, is_label
 from fedrouter.errors import BundleError
 from fedrouter.types import BaseSpec, EmbedderSpec, Guarantee, TaskCluster
@@ -138,7 +139,8 @@ class Manifest(_Strict):
             ROUTER,
             *(f"adapters/{name}/{file}" for name in self.adapters for file in (CONFIG, WEIGHTS)),
         }
-        if odd := sorted(wanted - self.files.keys()) or sorted(self.files.keys() - wanted - {CHAT_TEMPLATE}):
+        more = self.files.keys() - wanted - {CHAT_TEMPLATE, PROBES}
+        if odd := sorted(wanted - self.files.keys()) or sorted(more):
             yield f"files: {shown(odd[0])} must be there exactly if it is used"
         heads = [c.name for c in self.clusters] + [GENERALIST] * (self.generalist is not None)
         for head, name in zip(heads, self.adapters, strict=True):

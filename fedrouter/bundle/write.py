@@ -21,6 +21,8 @@ from fedrouter.bundle.manifest import (
     json_bytes,
     manifest_bytes,
 )
+from fedrouter.bundle.map import flat_map
+from fedrouter.bundle.probes import PROBES
 from fedrouter.errors import BundleError
 from fedrouter.files import partial_directory
 from fedrouter.types import AdapterState, Array, BaseSpec, EmbedderSpec, Guarantee, RoutingSpace, TaskCluster
@@ -41,6 +43,7 @@ def write_bundle(
     chat_template: str | None = None,
     generalist: AdapterState | None = None,
     guarantees: Sequence[Guarantee] = (),
+    probes: bytes | None = None,
 ) -> Bundle:
     """Write a bundle atomically: under a temporary name, validated, then renamed.
 
@@ -50,6 +53,7 @@ def write_bundle(
     adapters : one state a cluster, in the same order.
     adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
     generalist : an adapter for prompts of no task cluster: as a rule the mean of ``adapters``.
+    probes : content of ``probes.jsonl``.
 
     Raises
     ------
@@ -73,11 +77,14 @@ def write_bundle(
             "centroids": space.centroids,
             "cluster_of": np.asarray(space.cluster_of, dtype=np.int64),
             "probe": probe_vectors,
+            "map": flat_map(space.centroids),
         }
     )
     files[ROUTER] = _write(partial / ROUTER, router)
     if chat_template is not None:
         files[CHAT_TEMPLATE] = _write(partial / CHAT_TEMPLATE, chat_template.encode())
+    if probes is not None:
+        files[PROBES] = _write(partial / PROBES, probes)
     manifest = manifest_bytes(
         base,
         embedder,

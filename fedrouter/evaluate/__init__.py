@@ -8,7 +8,7 @@ run.py        records × models → report
 offline.py    how a bundle routes labelled records, without an endpoint
 """
 
-from fedrouter.evaluate.report import Report, render, write_json, write_records
+from fedrouter.evaluate.report import Report, render, to_json, write_json, write_records
 from fedrouter.evaluate.run import ORACLE, evaluate, first_of_each_task, load
 from fedrouter.evaluate.scores import TaggedRecord
 
@@ -20,6 +20,7 @@ __all__ = [
     "first_of_each_task",
     "load",
     "render",
+    "to_json",
     "write_json",
     "write_records",
 ]

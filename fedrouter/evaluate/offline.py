@@ -18,10 +18,13 @@ from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
 from fedrouter.evaluate.scores import TaggedRecord
+from fedrouter.layout import Whole
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # radii of the abstention curve, in those of the bundle
+
+FARTHEST = 1e9  # radii; what has no text is infinitely far
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class TaskRouting:
     accuracy: float | None  # share whose nearest task cluster is mostly this task's; None for unknown tasks
     within: float  # share inside the nearest task cluster's radius
     confusion: dict[str, int]  # prompts by nearest task cluster
+    ratios: tuple[float, ...]  # (101,), distance ÷ radius at quantiles 0 %, 1 % … 100 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ def evaluate_routing(
             accuracy=float(right[own].mean()) if known else None,
             within=float((far[own] <= 1).mean()),
             confusion=dict(sorted(Counter(decisions[i].cluster for i in own).items())),
+            ratios=tuple(np.quantile(np.minimum(far[own], FARTHEST), np.linspace(0, 1, 101)).tolist()),
         )
     is_known = np.array([by_task[task].known for task in tasks])
     weights = 1 / np.array([by_task[task].num_examples for task in tasks])  # every task weighs alike
@@ -107,7 +112,7 @@ def evaluate_routing(
         accuracy=_mean(right, weights, is_known),
         within=_mean(far <= 1, weights, is_known),
         stated=stated,
-        auroc=float(roc_auc_score(~is_known, np.minimum(far, 1e9), sample_weight=weights))
+        auroc=float(roc_auc_score(~is_known, np.minimum(far, FARTHEST), sample_weight=weights))
         if len(set(is_known)) == 2
         else None,
         curve=tuple(
@@ -152,12 +157,17 @@ def render(report: RoutingReport) -> RenderableType:
     lines.append(f"in radius: {_share(report.within)}{stated}")
     if report.auroc is not None:
         lines.append(f"AUROC of distance ÷ radius, unknown against known tasks: {report.auroc:.3f}")
-    return Group(table, curve, *map(Text, lines))
+    return Group(Whole(table), Whole(curve), *map(Text, lines))
+
+
+def to_json(report: RoutingReport) -> str:
+    """Return the report as JSON."""
+    return json.dumps(asdict(report), ensure_ascii=False, indent=2)
 
 
 def write_json(report: RoutingReport, path: Path) -> None:
     """Write the report, atomically."""
-    write_lines(path, [json.dumps(asdict(report), ensure_ascii=False, indent=2)])
+    write_lines(path, [to_json(report)])
 
 
 def _far(decision: Decision) -> float:

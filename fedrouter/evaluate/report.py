@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fedrouter.errors import ConfigError
 from fedrouter.evaluate.scores import Result, Routing, Scores
+from fedrouter.layout import Whole
 
 SCHEMA_VERSION = 1
 NUM_FAILURES_SHOWN = 5
@@ -64,13 +65,13 @@ class Report:
 
 def render(report: Report) -> RenderableType:
     """Return what to print: scores, ratios, scores by client, routing, failures."""
-    parts: list[RenderableType] = [_score_table(report)]
+    parts: list[RenderableType] = [Whole(_score_table(report))]
     parts += [Text(f"mean ROUGE-1, {names} = {ratio:.3f}") for names, ratio in report.ratios.items()]
     if len({client for model in report.models for client in model.by_client}) > 1:
-        parts.append(_client_table(report))
+        parts.append(Whole(_client_table(report)))
     for model in report.models:
         if model.routing:
-            parts += [_routing_table(model, model.routing), _routing_line(model, model.routing)]
+            parts += [Whole(_routing_table(model, model.routing)), _routing_line(model, model.routing)]
     failures = list(_failures(report))
     parts += [
         Text(f"failed: {failure['model']}, record {failure['record']}: {failure['error']}")
@@ -81,8 +82,8 @@ def render(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def write_json(report: Report, path: Path) -> None:
-    """Write everything but the single answers, atomically."""
+def to_json(report: Report) -> str:
+    """Return everything but the single answers."""
     models = {model.model: _aggregates(model) for model in report.models}
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -94,7 +95,12 @@ def write_json(report: Report, path: Path) -> None:
         "num_failed": report.num_failed,
         "failures": list(_failures(report)),
     }
-    write_lines(path, [json.dumps(content, ensure_ascii=False, indent=2)])
+    return json.dumps(content, ensure_ascii=False, indent=2)
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write everything but the single answers, atomically."""
+    write_lines(path, [to_json(report)])
 
 
 def write_records(report: Report, path: Path) -> None:

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedrouter.embed import PROBE_TEXTS
 from fedrouter.errors import BundleError, FedRouterError, ServingError
+from fedrouter.probes import Asked, ask
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.asgi import Answer, Inner, json_answer, reason
 from fedrouter.serve.paths import COMPLETIONS
@@ -30,7 +31,7 @@ async def check_routing(routing: Routing) -> None:
         If the embeddings endpoint cannot be reached.
     """
     try:
-        routing_headers(await routing.probe(), 0.0)
+        routing_headers(await routing.decide_now(PROBE_TEXTS), 0.0)
     except FedRouterError:
         raise
     except Exception as error:
@@ -38,6 +39,20 @@ async def check_routing(routing: Routing) -> None:
             f"{routing.bundle.path}: routing a prompt fails ({type(error).__name__}: {error}); "
             "make the bundle anew"
         ) from error
+
+
+async def broken_probes(new: Routing, old: Routing | None = None) -> list[Asked]:
+    """Return the probes that do not go where they must, by the new bundle.
+
+    Parameters
+    ----------
+    old : its probes are asked too, if they hold there and the new bundle does not say otherwise.
+    """
+    probes, said = list(new.bundle.probes), {probe.turns for probe in new.bundle.probes}
+    if old is not None:
+        held = await ask([p for p in old.bundle.probes if p.turns not in said], old.decide_now)
+        probes += [one.probe for one in held if one.holds]
+    return [one for one in await ask(probes, new.decide_now) if not one.holds]
 
 
 async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
@@ -88,9 +103,13 @@ class Readiness:
         self.state = "starting"
         self._task: asyncio.Task[None] | None = None
 
-    def prove(self, inner: Inner, routing: Routing) -> None:
-        """Begin to ask canary prompts, until every adapter has answered or the bundle cannot be served."""
-        self._task = asyncio.create_task(self._prove(inner, routing))
+    def prove(self, inner: Inner, routing: Routing, more: Iterable[str] = ()) -> None:
+        """Begin to ask canary prompts, until every adapter has answered or the bundle cannot be served.
+
+        ``more`` are adapters beside the bundle's own.
+        """
+        adapters = list(dict.fromkeys([*routing.bundle.adapter_paths, *more]))
+        self._task = asyncio.create_task(self._prove(inner, routing, adapters))
 
     def close(self) -> None:
         """Stop asking."""
@@ -105,12 +124,14 @@ class Readiness:
         told = {"state": self.state} | ({"start": os.environ[START]} if START in os.environ else {})
         return json_answer(200 if self.state == "ready" else 503, told)
 
-    async def _prove(self, inner: Inner, routing: Routing) -> None:
-        last, adapters = None, list(routing.bundle.adapter_paths)
+    async def _prove(self, inner: Inner, routing: Routing, adapters: Sequence[str]) -> None:
+        last = None
         while self.state == "starting":
             try:
                 await check_adapters(inner, adapters)
                 await check_routing(routing)
+                for broken in await broken_probes(routing):
+                    logger.warning("%s: probe %s", routing.bundle.path, broken)
                 self.state = "ready"
                 logger.info("FedRouter is ready: all %d adapters answer", len(adapters))
             except BundleError as error:

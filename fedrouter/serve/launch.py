@@ -19,7 +19,11 @@ from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.serve import engine, watch
 from fedrouter.serve.access import METRICS_KEY, load_keys
+from fedrouter.serve.beside import check_alike, to_env
 from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
+from fedrouter.serve.console import HOME
+from fedrouter.serve.console import VARIABLE as CONSOLE
+from fedrouter.serve.decision_log import LogOptions, check_log
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.paths import READY, VIRTUAL_NAME
 from fedrouter.serve.process import Command, running
@@ -60,6 +64,14 @@ class Options:
     # the public key of whose bundles are served; None: anybody's
     watch: bool = False
     # the bundle's path is a link: serve what it points to, whenever that changes
+    log: LogOptions | None = None
+    # where decisions are kept
+    second: Path | None = None
+    # a bundle that decides as well
+    canary: float = 0.0
+    # the share of requests that it answers, 0 to 1
+    console: bool = True
+    # a web page at /fedrouter/
     vllm_args: Sequence[str] = ()
     # passed on to vLLM, after and so before our own in force
 
@@ -104,6 +116,8 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     """Check everything that can be checked before vLLM starts; return what to start."""
     cpu = find_vllm()
     check_port(options.host, options.port)
+    if options.log is not None:
+        check_log(options.log)
     key = server_key(options)
     metrics_key(options)  # refuses a variable without one
     if options.watch and not bundle_path.is_symlink():
@@ -112,8 +126,12 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     if options.fallback is not None:
         Router(bundle, options.fallback)  # refuses one that the bundle cannot have
     base_path = find_base(bundle, options.base)
-    ranks = [check_adapter(name, path, bundle, base_path) for name, path in options.adapters.items()]
-    command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu)
+    second = load_bundle(options.second, options.signed_by) if options.second else None
+    if second is not None:
+        check_alike(bundle, second)
+    ranks = [second.rank] if second is not None else []
+    ranks += [check_adapter(name, path, bundle, base_path) for name, path in options.adapters.items()]
+    command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu, second=second)
     if options.embedder_url is not None:
         find_embedder(bundle, base_path, options.embedder_url)
     else:  # what it computes is checked in vLLM's processes: here that would import torch once more
@@ -159,6 +177,7 @@ def build_command(
     api_key: str | None = None,
     cpu: bool = False,
     cores: int | None = None,
+    second: Bundle | None = None,
 ) -> Command:
     """Compute vLLM's arguments and environment; pure but for ``cores``.
 
@@ -167,6 +186,7 @@ def build_command(
     rank : the largest rank among all adapters; speed falls with what is declared, not with what is used.
     cpu : whether vLLM is the build for machines without a GPU.
     cores : that this process may use; asked of the system without.
+    second : the bundle of ``options.second``.
 
     Raises
     ------
@@ -180,6 +200,8 @@ def build_command(
     if not allowed:
         raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
     modules = bundle.adapter_paths | dict(options.adapters)
+    if second is not None and options.canary:
+        modules |= second.adapter_paths
     argv = [sys.executable, "-m", engine.__name__]
     argv += ["--model", str(base_path), "--served-model-name", BASE_NAME, VIRTUAL_NAME]
     argv += ["--host", options.host, "--port", str(options.port), "--middleware", MIDDLEWARE]
@@ -204,7 +226,11 @@ def build_command(
     env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
     env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve())}
     env |= {engine.RELOADS: "0" if several else "1"}  # vLLM loads adapters into one process only
-    env |= options.limits.to_env()
+    env |= options.limits.to_env() | {CONSOLE: str(int(options.console))}
+    if options.second is not None:
+        env |= to_env(options.second, options.canary)
+    if options.log is not None:
+        env |= options.log.to_env()
     if options.watch:
         env[watch.VARIABLE] = str(bundle.path.absolute())
     if options.signed_by is not None:
@@ -249,7 +275,7 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
         f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
         f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d '{question}'"
+        f"-d '{question}'" + (f"\nLook: {url}{HOME}" if options.console else "")
     )
 
 

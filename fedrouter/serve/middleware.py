@@ -20,13 +20,11 @@ goes on with what it began with.
 import asyncio
 import json
 import logging
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from fedrouter.errors import FedRouterError
-from fedrouter.serve import engine
+from fedrouter.serve import engine, metrics
 from fedrouter.serve.access import Access, Caller, load_access
 from fedrouter.serve.asgi import (
     Answer,
@@ -37,42 +35,28 @@ from fedrouter.serve.asgi import (
     Scope,
     Send,
     collect,
-    header_values,
     json_answer,
     path_of,
-    reason,
     refused,
+    send_answer,
     upgrades,
 )
-from fedrouter.serve.bodies import Bodies, parse
+from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.canary import Readiness
+from fedrouter.serve.console import Console
 from fedrouter.serve.cors import Replies
-from fedrouter.serve.paths import (
-    AS_BASE,
-    CHAT,
-    CLUSTERS,
-    COMPLETIONS,
-    DRY_RUN,
-    MODELS,
-    OWN_METHODS,
-    READY,
-    RELOAD,
-    ROUTED,
-    UNROUTED,
-    is_admin,
-    is_own,
-)
-from fedrouter.serve.prompts import conversations
+from fedrouter.serve.decision_log import DecisionLog, LogOptions
+from fedrouter.serve.journal import Journal
+from fedrouter.serve.own import OwnEndpoints
+from fedrouter.serve.paths import AS_BASE, MODELS, ROUTED, UNROUTED, is_admin, is_own
 from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.reload import Reloader
-from fedrouter.serve.request import RoutedRequest, check_client, decide, known_names, ms_since
+from fedrouter.serve.request import RoutedRequest, known_names
 from fedrouter.serve.routing import Routing, load_routing
+from fedrouter.serve.second import Second, load_second
 from fedrouter.serve.watch import Watch
 
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
-
-Endpoint = Callable[[Inner, Scope, Receive, Caller], Awaitable[Any]]
-Read = TypeVar("Read")
 
 
 class FedRouterMiddleware:
@@ -83,17 +67,17 @@ class FedRouterMiddleware:
         app: App,
         load: Callable[[], Routing] = load_routing,
         load_access: Callable[[], Access] = load_access,
+        log: Callable[[], LogOptions | None] = LogOptions.from_env,
+        load_second: Callable[[Routing], Second | None] = load_second,
     ):
         self.app = app
-        self._load, self._load_access = load, load_access
+        self._load, self._load_access, self._load_second = load, load_access, load_second
+        self._log_options = log
         self._routing: Routing | None = None
-        self._access, self._replies = Access(), Replies()
-        self._readiness, self._reloader, self._watch = Readiness(), Reloader(), Watch.from_env()
-        self._endpoints: dict[str, Endpoint] = {
-            CLUSTERS: self._clusters,
-            DRY_RUN: self._dry_run,
-            RELOAD: self._reload,
-        }
+        self.second: Second | None = None
+        self._access, self._replies, self.journal = Access(), Replies(), Journal()
+        self._console = Console()
+        self.readiness, self.reloader, self._watch = Readiness(), Reloader(), Watch.from_env()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -107,13 +91,24 @@ class FedRouterMiddleware:
         method, path = scope["method"], path_of(scope)
         if upgrades(scope):
             send = _closing(send)
+        if (page := self._console.answer(method, path)) is not None:
+            return await send_answer(send, page)
         try:
             caller, scope = self._access.admit(scope)
             if is_admin(scope["path"]):
                 raise Refusal(404, "Not Found")
             if method == "POST" and path in (*ROUTED, *AS_BASE, *UNROUTED):
                 with self.routing.in_use() as routing:
-                    request = RoutedRequest(self.app, routing, self._bodies, self._replies, path, caller)
+                    request = RoutedRequest(
+                        self.app,
+                        routing,
+                        self.second,
+                        self._bodies,
+                        self._replies,
+                        self.journal,
+                        path,
+                        caller,
+                    )
                     await request(scope, receive, send)
             elif is_own(path) and method != "OPTIONS":
                 await self._replies(scope, send, await self._own(scope, receive, caller))
@@ -127,7 +122,7 @@ class FedRouterMiddleware:
     @property
     def state(self) -> str:
         """Whether it can answer: "starting", "ready" or "failed"."""
-        return self._readiness.state
+        return self.readiness.state
 
     @property
     def routing(self) -> Routing:
@@ -135,17 +130,30 @@ class FedRouterMiddleware:
         assert self._routing is not None, "FedRouterMiddleware needs a server that runs the lifespan protocol"
         return self._routing
 
+    @property
+    def stay(self) -> frozenset[str]:
+        """The adapters that the second bundle needs, whatever the first one is."""
+        return frozenset(self.second.adapters if self.second else ())
+
+    async def reload(self, inner: Inner, name: Any) -> dict[str, Any]:
+        """Serve another bundle; see ``Reloader.reload``."""
+        return await self.reloader.reload(inner, self.routing, name, self._flip, self.stay)
+
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Load the bundle before the application starts; a server that cannot route must not start."""
         startup: list[Message] = [await receive()]
         try:
             self._access = self._load_access()
+            options = self._log_options()
+            self.journal = Journal(DecisionLog(options, metrics.LOG_LOST.inc) if options else None)
             self._routing = await asyncio.to_thread(self._load)
+            self.second = await asyncio.to_thread(self._load_second, self._routing)
         except Exception as error:  # raised further, uvicorn would take it for "no lifespan" and serve
             if not isinstance(error, FedRouterError):
                 logger.exception("FedRouter cannot start")
             return await send({"type": "lifespan.startup.failed", "message": f"FedRouter: {error}"})
         self._bodies = Bodies(self.routing.limits)
+        self._own = OwnEndpoints(self.app, self, self._bodies)
         self._flip(self.routing)
 
         async def replay() -> Message:
@@ -155,24 +163,27 @@ class FedRouterMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 inner = Inner(self.app, scope, engine.own_authorization(scope))
                 self._replies = Replies(engine.cors_options(scope))
-                self._readiness.prove(inner, self.routing)
+                self.readiness.prove(inner, self.routing, self.stay)
                 self._follow(inner)
             await send(message)
 
         try:
             await self.app(scope, replay, watching_send)
         finally:
-            self._readiness.close()
+            self.readiness.close()
             if self._watch is not None:
                 self._watch.close()
             self.routing.close()
+            if self.second is not None:
+                self.second.routing.close()
+            self.journal.close()
 
     def _follow(self, inner: Inner) -> None:
         if self._watch is not None:
             self._watch.start(
                 self.routing.bundle.path.resolve(),
-                lambda: self.state == "ready" and not self._reloader.busy,
-                lambda name: self._reloader.reload(inner, self.routing, name, self._flip),
+                lambda: self.state == "ready" and not self.reloader.busy,
+                lambda name: self.reload(inner, name),
             )
 
     def _flip(self, routing: Routing) -> None:
@@ -181,77 +192,14 @@ class FedRouterMiddleware:
             "FedRouter routes to %d adapters of %s", len(routing.bundle.clusters), routing.bundle.path
         )
 
-    async def _own(self, scope: Scope, receive: Receive, caller: Caller) -> Answer:
-        """Answer an endpoint of our own; all but one for those only whom the server lets list its models."""
-        path = path_of(scope)
-        if path not in OWN_METHODS:
-            raise Refusal(404, f"{path}: not found; there are {', '.join(OWN_METHODS)}")
-        if scope["method"] != OWN_METHODS[path]:
-            allowed = ((b"allow", OWN_METHODS[path].encode()),)
-            raise Refusal(405, f"{path} takes {OWN_METHODS[path]} only", headers=allowed)
-        if path == READY:
-            return self._readiness.answer()
-        shown = next(iter(header_values(scope, "authorization")), None)
-        inner = Inner(self.app, scope, shown.encode("latin-1") if shown is not None else None)
-        verdict = await inner.ask("GET", MODELS)
-        if verdict.status != 200:
-            raise Refusal(verdict.status, reason(verdict.payload))
-        return json_answer(200, await self._endpoints[path](inner, scope, receive, caller))
-
     async def _models(self, scope: Scope, receive: Receive, caller: Caller) -> Answer:
         """List those models only that a tenant may name."""
         answer = await collect(self.app, scope, receive)
         if answer.status != 200:
             return answer
-        listed, known = json.loads(answer.body), known_names(self.routing, caller)
+        listed, known = json.loads(answer.body), known_names(self.routing, caller, self.second)
         listed["data"] = [model for model in listed["data"] if model["id"] in known]
         return json_answer(200, listed)
-
-    async def _clusters(self, _inner: Inner, _scope: Scope, _receive: Receive, caller: Caller) -> Any:
-        check_client(self.routing, caller)
-        bundle = self.routing.bundle
-        shown = ["name", "adapter", "radius"]
-        if not caller.tenant:  # who else is there, and with how much, is not a tenant's business
-            shown += ["num_examples", "task_counts", "clients"]
-        clusters = [
-            {name: getattr(cluster, name) for name in shown}
-            | ({"clients": [caller.client]} if caller.tenant else {})
-            for cluster in self.routing.clusters(caller.client)
-        ]
-        return {
-            "bundle": {"name": bundle.path.name, "sha256": self.routing.digest},
-            "base": asdict(bundle.base),
-            "fallback": self.routing.fallback,
-            "clusters": clusters,
-        }
-
-    async def _dry_run(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
-        with self.routing.in_use() as routing:
-
-            def look(body: bytes) -> list[list[str]]:
-                payload = parse(body)
-                path = CHAT if "messages" in payload else COMPLETIONS
-                return conversations(path, payload, routing.decode)
-
-            asked = await self._read(receive, caller, look)
-            if len(asked) != 1:
-                raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
-            start = time.perf_counter()
-            [decision] = await decide(routing, asked, caller)
-        return {**asdict(decision), "routing_ms": ms_since(start)}
-
-    async def _reload(self, inner: Inner, scope: Scope, receive: Receive, caller: Caller) -> Any:
-        kind = next(iter(header_values(scope, "content-type")), "")
-        if not kind.startswith("application/json"):  # a web form must not do it
-            raise Refusal(415, "send application/json")
-        payload = await self._read(receive, caller, parse)
-        return await self._reloader.reload(inner, self.routing, payload.get("bundle"), self._flip)
-
-    async def _read(self, receive: Receive, caller: Caller, look: Callable[[bytes], Read]) -> Read:
-        """Return what ``look`` sees in the request's body."""
-        with self._bodies.work(caller.whose) as work:
-            body = await work.read(receive) or b""
-            return await self._bodies.off_loop(len(body), lambda: look(body))
 
 
 def _closing(send: Send) -> Send:

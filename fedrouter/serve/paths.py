@@ -37,10 +37,13 @@ MODELS, METRICS = "/v1/models", "/metrics"
 OWN = "/v1/fedrouter"
 CLUSTERS, DRY_RUN = f"{OWN}/clusters", f"{OWN}/route"
 READY, RELOAD = f"{OWN}/ready", f"{OWN}/reload"
+FEEDBACK, DECISIONS = f"{OWN}/feedback", f"{OWN}/decisions"
+NUMBERS, BUNDLES = f"{OWN}/numbers", f"{OWN}/bundles"
 OWN_METHODS = {CLUSTERS: "GET", DRY_RUN: "POST", READY: "GET", RELOAD: "POST"}
+OWN_METHODS |= {FEEDBACK: "POST", DECISIONS: "GET", NUMBERS: "GET", BUNDLES: "GET"}
 # Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
 OPEN = ("/health", "/ping", METRICS, "/version", READY)
-FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN)
+FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN, FEEDBACK, DECISIONS)
 ADMIN = re.compile(r"load_lora_adapter|(^|/)adapters(/|$)")  # the second: the same by SageMaker's names
 
 

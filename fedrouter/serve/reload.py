@@ -7,16 +7,15 @@ not loaded again. Until the flip nothing that is served changes: a bundle that i
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrouter.bundle import CHAT_TEMPLATE, Bundle, check_base, check_embedder, load_bundle
+from fedrouter.bundle import Bundle
 from fedrouter.errors import BundleError, FedRouterError
 from fedrouter.serve import engine, metrics
 from fedrouter.serve.asgi import Inner, reason
-from fedrouter.serve.canary import check_adapters, check_routing
+from fedrouter.serve.canary import broken_probes, check_adapters, check_routing
 from fedrouter.serve.paths import MODELS
 from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import Routing
@@ -38,7 +37,12 @@ class Reloader:
         return self._busy
 
     async def reload(
-        self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
+        self,
+        inner: Inner,
+        old: Routing,
+        name: Any,
+        flip: Callable[[Routing], None],
+        stay: Collection[str] = (),
     ) -> dict[str, Any]:
         """Serve another bundle; return what was loaded, kept and unloaded.
 
@@ -46,6 +50,7 @@ class Reloader:
         ----------
         name : the bundle's path, in the directory that holds the served bundle.
         flip : makes a routing the one in use.
+        stay : adapters that are not unloaded, whoever has them.
 
         Raises
         ------
@@ -56,7 +61,7 @@ class Reloader:
             raise Refusal(409, "a reload is under way: wait for it to end")
         self._busy = True
         try:
-            changes = await self._reload(inner, old, name, flip)
+            changes = await self._reload(inner, old, name, flip, stay)
         except (FedRouterError, Refusal) as error:
             metrics.RELOADS.labels("refused").inc()
             if isinstance(error, Refusal):
@@ -67,19 +72,38 @@ class Reloader:
         metrics.RELOADS.labels("loaded").inc()
         return changes
 
-    async def _reload(
-        self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None]
+    async def check(
+        self, inner: Inner, old: Routing, name: Any, stay: Collection[str] = ()
     ) -> dict[str, Any]:
-        _check_server(inner)
-        path = find_bundle(Path(os.environ["FEDROUTER_BUNDLES"]), name)
-        new = await asyncio.to_thread(_load_like, old, path)
+        """Say what a reload would load, keep and unload; change nothing.
+
+        Raises
+        ------
+        Refusal
+            If that bundle must not be served here, or nothing could be reloaded.
+        """
+        try:
+            path, new, fresh = await _admitted(inner, old, name)
+            new.close()
+        except FedRouterError as error:
+            raise Refusal(400, str(error), "bundle") from error
+        wanted = new.bundle.adapter_paths
+        return {
+            "bundle": path.name,
+            "sha256": new.digest,
+            "loaded": fresh,
+            "kept": [adapter for adapter in wanted if adapter not in fresh],
+            "unloaded": [adapter for adapter in old.bundle.adapter_paths if adapter not in {*wanted, *stay}],
+            "probes": len(new.bundle.probes),
+        }
+
+    async def _reload(
+        self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None], stay: Collection[str]
+    ) -> dict[str, Any]:
+        path, new, fresh = await _admitted(inner, old, name)
         wanted = new.bundle.adapter_paths
         loaded: list[str] = []
         try:
-            await check_routing(new)
-            served = await _adapters(inner)
-            fresh = [adapter for adapter in wanted if adapter not in served]
-            _check_room(inner, new.bundle, len(served) + len(fresh))
             for adapter in fresh:
                 where = str(wanted[adapter].resolve())
                 await _change(inner, LOAD, {"lora_name": adapter, "lora_path": where})
@@ -92,13 +116,31 @@ class Reloader:
         flip(new)
         await old.drained(DRAIN_S)
         old.close()
-        retired = [adapter for adapter in old.bundle.adapter_paths if adapter not in wanted]
+        retired = [adapter for adapter in old.bundle.adapter_paths if adapter not in {*wanted, *stay}]
         try:
             await _unload(inner, retired)
         except FedRouterError as error:  # the new bundle is served: what is left costs memory only
             logger.warning("%s", error)
         kept = [adapter for adapter in wanted if adapter not in loaded]
         return {"bundle": path.name, "loaded": loaded, "kept": kept, "unloaded": retired}
+
+
+async def _admitted(inner: Inner, old: Routing, name: Any) -> tuple[Path, Routing, list[str]]:
+    """Return a bundle that may replace the old one, and its adapters that are not there yet."""
+    _check_server(inner)
+    path = find_bundle(Path(os.environ["FEDROUTER_BUNDLES"]), name)
+    new = await asyncio.to_thread(old.load_beside, path)
+    try:
+        await check_routing(new)
+        for broken in await broken_probes(new, old):
+            raise BundleError(f"{path.name}: probe {broken}")
+        served = await _adapters(inner)
+        fresh = [adapter for adapter in new.bundle.adapter_paths if adapter not in served]
+        _check_room(inner, new.bundle, len(served) + len(fresh))
+    except BaseException:
+        new.close()
+        raise
+    return path, new, fresh
 
 
 def find_bundle(root: Path, name: Any) -> Path:
@@ -123,6 +165,12 @@ def find_bundle(root: Path, name: Any) -> Path:
     return path
 
 
+def bundle_names() -> list[str]:
+    """Return what lies beside the served bundle and has a manifest; what of it is valid, a reload tells."""
+    root = os.environ.get("FEDROUTER_BUNDLES")
+    return sorted(path.parent.name for path in Path(root).glob("*/manifest.json")) if root else []
+
+
 def _check_server(inner: Inner) -> None:
     if engine.num_api_processes(inner.scope) > 1:
         raise Refusal(
@@ -132,29 +180,6 @@ def _check_server(inner: Inner) -> None:
         )
     if "FEDROUTER_BUNDLES" not in os.environ or os.environ.get(engine.RELOADS) != "1":
         raise Refusal(409, "this server was started without reloading: restart it")
-
-
-def _load_like(old: Routing, path: Path) -> Routing:
-    """Load a bundle for routing; refuse what differs in anything that is fixed while a server runs."""
-    bundle = load_bundle(path, old.signed_by)
-    if bundle.base.fingerprint != old.bundle.base.fingerprint:
-        raise BundleError(
-            f"{path.name} belongs to base model {bundle.base.model}, another than the one served"
-        )
-    mine, theirs = (replace(one.embedder, model="") for one in (old.bundle, bundle))
-    if mine != theirs:
-        raise BundleError(
-            f"{path.name} belongs to embedder {bundle.embedder.model}, another than the one in use"
-        )
-    if bundle.files.get(CHAT_TEMPLATE) != old.bundle.files.get(CHAT_TEMPLATE):
-        raise BundleError(f"{path.name} has another chat template, which only a restart can change")
-    for file, digest in bundle.files.items():  # eight hex digits in a name can be made to agree
-        if file.startswith("adapters/") and old.bundle.files.get(file, digest) != digest:
-            raise BundleError(f"{path.name}: {file} is another than the one served under that name")
-    if old.base_path is not None:
-        check_base(bundle, old.base_path)
-    check_embedder(bundle, old.embedder)
-    return old.like(bundle)
 
 
 async def _adapters(inner: Inner) -> set[str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from fedrouter import conversation
 from fedrouter.route import BASE_NAME, REJECT
-from fedrouter.serve import conversation, metrics, split
+from fedrouter.serve import metrics, split
 from fedrouter.serve.access import CLIENT_HEADER, Caller
 from fedrouter.serve.asgi import (
     Answer,
@@ -25,12 +26,14 @@ from fedrouter.serve.asgi import (
 from fedrouter.serve.batch import Overloaded
 from fedrouter.serve.bodies import Bodies, parse
 from fedrouter.serve.cors import Replies
+from fedrouter.serve.journal import Journal
 from fedrouter.serve.paths import ADAPTER_HEADER, AS_BASE, INVOCATIONS, UNROUTED, VIRTUAL_NAME
 from fedrouter.serve.prompts import conversations, model_of
 from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
+from fedrouter.serve.second import Second
 from fedrouter.serve.shapes import check_shapes
-from fedrouter.types import Decision
+from fedrouter.types import Array, Decision
 
 NO_CLUSTER = "no_task_cluster"  # the error's code where the fallback is to reject
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
@@ -40,10 +43,20 @@ class RoutedRequest:
     """One request to a path of ours: reads its body when vLLM does, marks its answer."""
 
     def __init__(
-        self, app: App, routing: Routing, bodies: Bodies, replies: Replies, path: str, caller: Caller
+        self,
+        app: App,
+        routing: Routing,
+        second: Second | None,
+        bodies: Bodies,
+        replies: Replies,
+        journal: Journal,
+        path: str,
+        caller: Caller,
     ):
         self._app, self._routing, self._path, self._caller = app, routing, path, caller
-        self._bodies, self._replies = bodies, replies
+        self._second = second
+        self._bodies, self._replies, self._journal = bodies, replies, journal
+        self._id = ""  # once it is decided
         self._read = self._answered = False
         self._headers: Headers = ()
         self._answer: Answer | None = None  # ours, in the place of vLLM's
@@ -103,11 +116,16 @@ class RoutedRequest:
         if isinstance(found, bytes):
             return found
         payload, asked = found
-        start = time.perf_counter()
-        decisions = await decide(self._routing, asked, self._caller)
+        start, vectors = time.perf_counter(), dict[str, Array]()
+        routing, other = self._routing, self._second.routing if self._second else None
+        if self._second and self._second.answers(asked, self._caller):
+            routing, other = self._second.routing, self._routing
+        decisions = await decide(routing, asked, self._caller, vectors)
         overload = "overload" if decisions[0] is OVERLOAD else None
         metrics.decided(decisions, time.perf_counter() - start, overload)
-        self._headers = routing_headers(decisions, ms_since(start))
+        ms = ms_since(start)
+        self._id = self._journal.note(self._caller, routing, asked, decisions, vectors, ms, other)
+        self._headers = routing_headers(decisions, ms, self._id)
         models = [decision.model for decision in decisions]
         if REJECT in models:
             self._adapters = (REJECT,)
@@ -131,7 +149,7 @@ class RoutedRequest:
         check_shapes(self._path, payload)
         model = self._model(payload)
         if model != VIRTUAL_NAME:
-            if self._caller.tenant and model not in known_names(self._routing, self._caller):
+            if self._caller.tenant and model not in known_names(self._routing, self._caller, self._second):
                 raise Refusal(404, f"The model `{model}` does not exist.", "model")
             return body
         if self._path in UNROUTED:
@@ -166,6 +184,8 @@ class RoutedRequest:
         status = self._answer.status if self._answer is not None else self._status
         for adapter in self._adapters:
             metrics.answered(adapter, status)
+        if self._adapters:
+            self._journal.answered(self._id, status)
         self._adapters = ()
 
     async def _send(self, send: Send, answer: Answer) -> None:
@@ -182,12 +202,17 @@ class Split:
     models: Sequence[str]  # one a prompt
 
 
-async def decide(routing: Routing, asked: Sequence[Sequence[str]], caller: Caller) -> list[Decision]:
-    """Decide for each conversation, among the task clusters of the caller; for all of them or none."""
+async def decide(
+    routing: Routing, asked: Sequence[Sequence[str]], caller: Caller, vectors: dict[str, Array] | None = None
+) -> list[Decision]:
+    """Decide for each conversation, among the task clusters of the caller; for all of them or none.
+
+    ``vectors`` are those of texts that were embedded; more are put in.
+    """
     check_client(routing, caller)
     try:
         return await conversation.decide(
-            asked, lambda texts: routing.decide(texts, caller.client, caller.whose)
+            asked, lambda texts: routing.decide(texts, caller.client, caller.whose, vectors)
         )
     except Overloaded:
         if REJECT in (routing.limits.overload, routing.fallback):
@@ -203,17 +228,18 @@ def check_client(routing: Routing, caller: Caller) -> None:
         )
 
 
-def known_names(routing: Routing, caller: Caller) -> set[str | None]:
+def known_names(routing: Routing, caller: Caller, second: Second | None = None) -> set[str | None]:
     """Return the names that mean something to a tenant."""
-    adapters = {cluster.adapter for cluster in routing.clusters(caller.client)}
-    return adapters | {BASE_NAME, VIRTUAL_NAME, routing.bundle.generalist}
+    served = [routing, *([second.routing] if second and second.share else [])]
+    adapters = {cluster.adapter for one in served for cluster in one.clusters(caller.client)}
+    return adapters | {BASE_NAME, VIRTUAL_NAME, *(one.bundle.generalist for one in served)}
 
 
 def _named(payload: dict[str, Any], model: str) -> bytes:
     return json.dumps({**payload, "model": model}).encode()
 
 
-def routing_headers(decisions: Sequence[Decision], routing_ms: float) -> Headers:
+def routing_headers(decisions: Sequence[Decision], routing_ms: float, request_id: str = "") -> Headers:
     """Headers for an answer; of several decisions the names in order, and the figures of the worst."""
 
     def names(values: Sequence[str]) -> str:
@@ -227,6 +253,7 @@ def routing_headers(decisions: Sequence[Decision], routing_ms: float) -> Headers
         "margin": f"{min(decision.margin for decision in decisions):.6g}",
         "fallback": str(any(decision.fallback for decision in decisions)).lower(),
         "routing-ms": f"{routing_ms:.3f}",
+        "id": request_id,
     }
     return [(f"x-fedrouter-{name}".encode(), value.encode()) for name, value in values.items()]
 

@@ -9,17 +9,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
+from fedrouter.bundle import (
+    Bundle,
+    check_base,
+    check_embedder,
+    find_base,
+    find_embedder,
+    flat_map,
+    load_bundle,
+)
 from fedrouter.decide import NO_TEXT, without_text
-from fedrouter.embed import PROBE_TEXTS, Embedder
+from fedrouter.embed import Embedder
 from fedrouter.embed_endpoint import EndpointEmbedder
 from fedrouter.errors import EndpointError, ServingError
 from fedrouter.route import Router
 from fedrouter.serve.batch import Batcher, Overloaded
+from fedrouter.serve.beside import check_alike
 from fedrouter.serve.limits import Limits
-from fedrouter.types import Decision, TaskCluster
+from fedrouter.types import Array, Decision, TaskCluster
 
 OVERLOAD = replace(NO_TEXT)
 """What is decided where routing would take too long; told apart from no text by identity."""
@@ -60,7 +70,7 @@ class Routing:
         router = Router(bundle, self.fallback)
         self.no_text = without_text(router)
         self._routers: dict[str | None, Router] = {None: router}
-        self._batcher = Batcher[tuple[str, str | None], Decision](
+        self._batcher = Batcher[tuple[str, str | None], tuple[Decision, Array]](
             self._work,
             REMOTE_BATCH if isinstance(embedder, EndpointEmbedder) else LOCAL_BATCH,
             start=_one_thread,
@@ -68,6 +78,9 @@ class Routing:
             timeout_s=self.limits.routing_timeout_s,
         )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+        flat = bundle.space.map
+        self.map = flat_map(bundle.space.centroids) if flat is None else flat  # (m, 2)
+        self._onto_map = bundle.space.transform @ self.map
         self._problem = ""  # the embedder's last, logged once
         self._num_users = 0
         self._unused = asyncio.Event()
@@ -89,6 +102,21 @@ class Routing:
             self.base_path,
             self.signed_by,
         )
+
+    def load_beside(self, path: Path) -> "Routing":
+        """Load a bundle that can take this one's place, or stand beside it.
+
+        Raises
+        ------
+        FedRouterError
+            If it must not be served, or differs in anything that is fixed while a server runs.
+        """
+        bundle = load_bundle(path, self.signed_by)
+        check_alike(self.bundle, bundle)
+        if self.base_path is not None:
+            check_base(bundle, self.base_path)
+        check_embedder(bundle, self.embedder)
+        return self.like(bundle)
 
     @contextmanager
     def in_use(self) -> Iterator["Routing"]:
@@ -118,7 +146,11 @@ class Routing:
         return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
 
     async def decide(
-        self, texts: Sequence[str], client: str | None = None, tenant: str | None = None
+        self,
+        texts: Sequence[str],
+        client: str | None = None,
+        tenant: str | None = None,
+        vectors: dict[str, Array] | None = None,
     ) -> list[Decision]:
         """Decide for each text; a blank one falls back, to the base where the nearest would answer.
 
@@ -126,28 +158,65 @@ class Routing:
         ----------
         client : one of ``clients``, whose task clusters are chosen from; None for all.
         tenant : whose share of the queue they take; None where nobody can be told apart.
+        vectors : of texts that this embedder has embedded; those of the others are put in.
 
         Raises
         ------
         Overloaded
             If too many texts wait, these would wait too long, or the embedder is an endpoint that fails.
         """
-        items = [(text, client) for text in texts if text.strip()]
+        vectors = {} if vectors is None else vectors
+        known = [text for text in dict.fromkeys(texts) if text in vectors]
+        items = [(text, client) for text in texts if text.strip() and text not in vectors]
         try:
-            decided = iter(await self._batcher.submit_all(items, tenant))
+            found = await self._batcher.submit_all(items, tenant)
         except EndpointError as error:
             if str(error) != self._problem:
                 logger.warning("nothing is routed for now: %s", error)
             self._problem = str(error)
             raise Overloaded from error
         self._problem = "" if items else self._problem
-        return [next(decided) if text.strip() else self.no_text for text in texts]
+        decided: dict[str, Decision] = {}
+        if known:
+            decided |= zip(
+                known, self._router(client).route(np.stack([vectors[t] for t in known])), strict=True
+            )
+        for (text, _), (decision, vector) in zip(items, found, strict=True):
+            decided[text], vectors[text] = decision, vector
+        return [decided[text] if text.strip() else self.no_text for text in texts]
 
-    async def probe(self) -> Sequence[Decision]:
-        """Return what is decided for the probe texts, whatever else waits and fails."""
-        return await self._batcher.at_once([(text, None) for text in PROBE_TEXTS])
+    async def decide_now(self, texts: Sequence[str]) -> list[Decision]:
+        """Decide for each text among all task clusters, whatever else waits: for questions of our own.
 
-    def _work(self, items: Sequence[tuple[str, str | None]]) -> list[Decision]:
+        Raises
+        ------
+        EndpointError
+            If the embedder is an endpoint that fails.
+        """
+        asked = [(text, None) for text in texts if text.strip()]
+        found: list[tuple[Decision, Array]] = []
+        for start in range(0, len(asked), LOCAL_BATCH):
+            found += await self._batcher.at_once(asked[start : start + LOCAL_BATCH])
+        rows = iter(found)
+        return [next(rows)[0] if text.strip() else self.no_text for text in texts]
+
+    def centroids_at(self, cluster: TaskCluster) -> list[tuple[float, float]]:
+        """Return where the map shows a task cluster's centroids."""
+        number = self.bundle.clusters.index(cluster)
+        rows = [row for row, k in enumerate(self.bundle.space.cluster_of) if k == number]
+        return [(float(x), float(y)) for x, y in self.bundle.space.centroids[rows] @ self.map]
+
+    def place(self, vector: Array) -> tuple[float, float]:
+        """Return where the map shows a text of this vector."""
+        x, y = (vector - self.bundle.space.mean) @ self._onto_map
+        return float(x), float(y)
+
+    def _router(self, client: str | None) -> Router:
+        if client not in self._routers:
+            self._routers[client] = Router(self.bundle, self.fallback, client)
+        return self._routers[client]
+
+    def _work(self, items: Sequence[tuple[str, str | None]]) -> list[tuple[Decision, Array]]:
         """Embed all texts together; route each among its client's task clusters."""
         vectors = self.embedder.embed([text for text, _ in items])
         rows: dict[str | None, list[int]] = {}
@@ -155,10 +224,8 @@ class Routing:
             rows.setdefault(client, []).append(row)
         decided: dict[int, Decision] = {}
         for client, own in rows.items():
-            if client not in self._routers:
-                self._routers[client] = Router(self.bundle, self.fallback, client)
-            decided |= zip(own, self._routers[client].route(vectors[own]), strict=True)
-        return [decided[row] for row in range(len(items))]
+            decided |= zip(own, self._router(client).route(vectors[own]), strict=True)
+        return [(decided[row], vectors[row]) for row in range(len(items))]
 
 
 def load_routing() -> Routing:

@@ -51,9 +51,11 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
 async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: str | None) -> None:
     import uvicorn
 
+    from fedrouter.serve.console import VARIABLE as CONSOLE
     from fedrouter.serve.middleware import FedRouterMiddleware
     from fedrouter.serve.proxy import Proxy
     from fedrouter.serve.routing import make_routing
+    from fedrouter.serve.second import Second
 
     keys = load_keys(options.keys_file) if options.keys_file else None
     access = Access(key, keys, metrics_key(options))
@@ -66,9 +68,13 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
         options.embedder_url,
         options.signed_by,
     )
-    models = [BASE_NAME, *routing.bundle.adapter_paths]
+    second = None
+    if options.second is not None:
+        second = Second(await asyncio.to_thread(routing.load_beside, options.second), options.canary)
+    models = [BASE_NAME, *routing.bundle.adapter_paths, *(second.adapters if second else ())]
     proxy = Proxy(urls, models, key, options.limits)
-    hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access)
+    os.environ[CONSOLE] = str(int(options.console))
+    hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access, lambda: options.log, lambda _: second)
     config = uvicorn.Config(
         hook,
         options.host,

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fedrouter.bundle import Bundle, check_base, check_embedder, load_bundle, read_weights, write_bundle
+from fedrouter.bundle import (
+    PROBES,
+    Bundle,
+    check_base,
+    check_embedder,
+    load_bundle,
+    read_weights,
+    write_bundle,
+)
 from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
@@ -182,6 +190,7 @@ def _grown(
         versions=versions(),
         chat_template=session.chat_template,
         generalist=general,
+        probes=(bundle.path / PROBES).read_bytes() if bundle.probes else None,
     )
 
 

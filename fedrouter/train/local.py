@@ -122,7 +122,7 @@ class LocalFederation:
         def work(worker: Trainer) -> None:
             try:
                 for request in left:
-                    elsewhere.put(_tried(request, worker, ask))
+                    elsewhere.put(tried(request, worker, ask))
             except Exception as error:  # raised again below
                 elsewhere.put(error)
 
@@ -137,7 +137,7 @@ class LocalFederation:
         waiting = len(requests)
         try:
             for request in left:
-                yield _tried(request, self._trainer, ask)
+                yield tried(request, self._trainer, ask)
                 waiting -= 1
                 while not elsewhere.empty():
                     yield taken()
@@ -149,9 +149,10 @@ class LocalFederation:
                 pass
 
 
-def _tried(
+def tried(
     request: Request, trainer: Trainer, ask: Callable[[Request, Trainer], Reply]
 ) -> Reply | TrainFailure:
+    """Return a client's reply, or that it failed; running out of memory is no client's failure."""
     try:
         return ask(request, trainer)
     except Exception as error:

@@ -1,5 +1,6 @@
 """The rounds of a run, and what they leave on disk: checkpoints, metrics."""
 
+import time
 from dataclasses import replace
 
 from fedrouter.errors import TrainingError
@@ -59,13 +60,15 @@ def _stretch(
     kept = clustering if config.cluster.every else None
     ahead = range(state.number, until)
     steps = sum(one.steps for r in ahead for one in plan(clustering.assignments, train, config.seed, r))
+    began = time.perf_counter()
     with TrainProgress(session.console, names, train.rounds, steps, state.number) as progress:
         for result in run_rounds(federation, clustering.assignments, state, config, progress.on_reply):
             state = result.state
             save_checkpoint(out / "checkpoints", state, begun.digest, train.keep_checkpoints, kept)
-            metrics.write(result, names)
+            metrics.write(result, names, time.perf_counter() - began)
             trackers.write(result, names)
             progress.on_round(result)
+            began = time.perf_counter()
             if state.number == until:
                 break
     return state

@@ -12,6 +12,7 @@ from rich.console import Console
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, TrainingError
+from fedrouter.train import picture
 from fedrouter.train.check import loaded
 from fedrouter.train.client.client import Client
 from fedrouter.train.disk.promises import keep_promises, noise_key
@@ -24,6 +25,7 @@ from fedrouter.train.server.describe import doubt
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.methods import finish
 from fedrouter.train.session import Session, versions
+from fedrouter.train.side_by_side import StackedFederation, StackedTrainer
 from fedrouter.train.start import cluster_anew, start
 from fedrouter.types import Record, TaskCluster
 
@@ -33,8 +35,8 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; with noise ``privacy.json`` and the secret ``noise.key`` as well; ``left_out.json`` where
-    clients failed before the rounds.
+    ``bundle/``; without noise ``tsne.json``, with noise ``privacy.json`` and the secret ``noise.key``;
+    ``left_out.json`` where clients failed before the rounds.
 
     Parameters
     ----------
@@ -60,8 +62,14 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         left_out = LeftOut(out, list(found.records), console, once=bool(config.privacy.centroid_noise))
         clients = admitted(session, found.records, left_out, secret)
         session.load_trainer([row for name in left_out.others for row in found.records[name]])
-        federation = LocalFederation(clients, session.trainer, session.workers)
-        return run(session, federation, left_out, secret)
+        return run(session, federation_of(session, clients), left_out, secret)
+
+
+def federation_of(session: Session, clients: Sequence[Client]) -> LocalFederation:
+    """Return the clients in this process: trained one after another, or side by side."""
+    if isinstance(session.trainer, StackedTrainer):
+        return StackedFederation(clients, session.trainer)
+    return LocalFederation(clients, session.trainer, session.workers)
 
 
 def finished(out: Path, console: Console) -> Bundle | None:
@@ -113,6 +121,10 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
     ended = train_rounds(session, federation, begun, anew)
     clusters = ended.clustering.clusters
     made = finish(config, ended.state, clusters, session.trainer.adapter_config)
+    if isinstance(federation, LocalFederation) and not (
+        config.privacy.centroid_noise or config.privacy.update_noise
+    ):  # elsewhere the vectors are not here
+        picture.draw(list(federation.clients.values()), [c.name for c in clusters], out, config.seed)
     return write_bundle(
         out / "bundle",
         base=session.base,
@@ -127,6 +139,7 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
         chat_template=session.chat_template,
         generalist=made.generalist,
         guarantees=promised,
+        probes=session.probes,
     )
 
 

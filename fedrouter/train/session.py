@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from fedrouter import __version__
+from fedrouter.bundle import read_probes
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen_spec, load_embedder
 from fedrouter.errors import FedRouterError
@@ -27,6 +28,7 @@ from fedrouter.train.client.targets import check_targets, left_out
 from fedrouter.train.client.workers import Worker, start_workers
 from fedrouter.train.disk.cache import CachedEmbedder
 from fedrouter.train.machine import device_and_dtype, share_out
+from fedrouter.train.side_by_side import StackedTrainer
 from fedrouter.types import BaseSpec, EmbedderSpec, Record
 
 RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy")
@@ -67,7 +69,8 @@ class Session:
         ConfigError, TrainingError, ModelError
             If there is no such device or package, the model does not load, or has no such modules.
         """
-        settings = self.config.base
+        settings, routing = self.config.base, self.config.routing
+        self.probes = None if routing.probes is None else read_probes(Path(routing.probes))
         self._rendered = rendered
         share_out(settings, self.processes)
         device, dtype = device_and_dtype(settings)
@@ -124,7 +127,8 @@ class Session:
         """Make what trains adapters, and its workers; rehearse on the longest of ``rows``, if any."""
         config, rendered = self.config, self._rendered
         model = self._quantised()
-        self.trainer = AdapterTrainer(
+        kind = StackedTrainer if config.train.stacked else AdapterTrainer
+        self.trainer = kind(
             model, rendered.tokenizer, config.lora, config.train, config.seed, rendered.tokeniser
         )
         if rows:

@@ -64,6 +64,7 @@ class ClusterRound:
     norm: float  # L2, of the longest update that was taken
     residual: float | None  # of the exact mean: what the rank leaves out
     refused: Mapping[str, str]  # client → why its update was not taken, or why it could not train
+    num_bytes: int = 0  # of adapters that went to clients and came back
     validation: float | None = None  # mean loss of the new adapter on rows held back, nats a token
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import MODULE, LetterEmbedder, adapter, space, write
-from safetensors.numpy import load_file
-from tamper import edit, first_adapter
+from safetensors.numpy import load_file, save
+from tamper import edit, first_adapter, reseal
 
 from fedrouter.bundle import Bundle, check_embedder, load_bundle
 from fedrouter.embed import probe
@@ -159,3 +159,49 @@ def test_what_noise_promises_is_recorded_and_only_then(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain", space(np.eye(8)[:2]), [1.0, 1.0])
     assert load_bundle(plain.path).guarantees == ()
     assert "privacy" not in (plain.path / "manifest.json").read_text()
+
+
+def test_the_map_shows_what_sets_centroids_apart(tmp_path: Path) -> None:
+    centroids = np.zeros((3, 8))
+    centroids[0, 5], centroids[1, 2] = 9, -4
+    flat = load_bundle(write(tmp_path / "bundle", space(centroids), [0.5] * 3).path).space.map
+    assert flat is not None
+    assert flat.shape == (8, 2)
+    apart = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    drawn = centroids @ flat
+    np.testing.assert_allclose(np.linalg.norm(drawn[:, None] - drawn[None], axis=2), apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_one_or_two_task_clusters_have_a_map_too(tmp_path: Path, num: int) -> None:
+    flat = load_bundle(write(tmp_path / "bundle", space(np.eye(8)[:num]), [0.5] * num).path).space.map
+    assert flat is not None
+    assert np.isfinite(flat).all()
+
+
+def test_a_bundle_from_before_the_map_is_read(bundle: Bundle) -> None:
+    file = bundle.path / "router.safetensors"
+    file.write_bytes(save({name: array for name, array in load_file(file).items() if name != "map"}))
+    reseal(bundle.path)
+    assert load_bundle(bundle.path).space.map is None
+
+
+def test_a_map_of_another_shape_is_refused(bundle: Bundle) -> None:
+    file = bundle.path / "router.safetensors"
+    file.write_bytes(save({**load_file(file), "map": np.zeros((8, 3), np.float32)}))
+    reseal(bundle.path)
+    with pytest.raises(BundleError, match="names, dtypes or shapes"):
+        load_bundle(bundle.path)
+
+
+def test_probes_that_are_none_or_changed_are_refused(tmp_path: Path) -> None:
+    line = b'{"prompt": "x", "cluster": null}\n'
+    bundle = write(tmp_path / "bundle", space(np.eye(8)[:2]), [0.5, 0.5], probes=line)
+    assert [probe.turns for probe in bundle.probes] == [("x",)]
+    (bundle.path / "probes.jsonl").write_bytes(line * 2)
+    with pytest.raises(BundleError, match="differs from what the manifest records"):
+        load_bundle(bundle.path)
+    (bundle.path / "probes.jsonl").write_bytes(b"{}\n")
+    reseal(bundle.path)
+    with pytest.raises(BundleError, match=r"probes.jsonl, line 1"):
+        load_bundle(bundle.path)

@@ -1,6 +1,8 @@
 """The command line as a user meets it: processes, exit codes, one clear line."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,8 +86,90 @@ def test_route_says_where_and_why(run: Path) -> None:
         "What does a goose eat? - What should I feed my pig?",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("→ ") == 2
-    assert "radius" in done.stdout
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith("→ ")]
+    assert len(verdicts) == 2
+    assert all(re.search(r": (within|just beyond|far) \(\d+\.\d\d × radius\) of \S", one) for one in verdicts)
+
+
+def test_route_reads_prompts_from_the_terminal(run: Path) -> None:
+    prompts = "Blackford | population | 5683\n\nWhat does a goose eat? - What should I feed my pig?\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "fedrouter", "route", str(run), "--json"],
+        input=prompts,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["prompt"] for one in found] == [line for line in prompts.splitlines() if line]
+    for one in found:
+        assert one["verdict"].split(" (")[0] in ("within", "just beyond", "far")
+        assert one["fallback"] == (one["distance"] > one["radius"])
+
+
+def test_options_of_serve_that_belong_to_others_are_refused_alone(run: Path) -> None:
+    refused(fedrouter("serve", str(run), "--canary", "10"), "--shadow")
+    refused(fedrouter("serve", str(run), "--log-vectors"), "--decision-log")
+    refused(fedrouter("serve", str(run), "--decision-log", str(run / "no" / "log")), "No such file")
+
+
+def test_inspect_tells_programs_the_same(run: Path) -> None:
+    found = json.loads(fedrouter("inspect", str(run), "--json").stdout)
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    assert [one["adapter"] for one in found["bundle"]["clusters"]] == [
+        one["adapter"] for one in manifest["clusters"]
+    ]
+    assert found["run"]["num_rounds"] == 1
+    assert "run" not in json.loads(fedrouter("inspect", str(run / "bundle"), "--json").stdout)
+
+
+def test_report_writes_one_page_of_all_of_it(run: Path) -> None:
+    done = fedrouter("report", str(run))
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip().removeprefix("report: "))
+    html = page.read_text(encoding="utf-8")
+    for cluster in json.loads((run / "bundle" / "manifest.json").read_text())["clusters"]:
+        assert cluster["adapter"] in html
+    names = {path.stem for path in (run / "report").glob("*.svg")}
+    assert names == {"losses", "tsne", "confusion", "calibration", "abstention", "costs"}
+    assert names == {path.stem for path in (run / "report").glob("*.png")}
+    assert page.stat().st_size < 5_000_000
+    refused(fedrouter("report", str(run / "bundle")), "is a bundle")
+
+
+def test_probe_asks_a_file_and_fails_where_one_goes_elsewhere(run: Path, tmp_path: Path) -> None:
+    decided = json.loads(fedrouter("route", str(run), "Blackford | population | 5683", "--json").stdout)
+    expected = None if decided["fallback"] else decided["cluster"]
+    probes = tmp_path / "probes.jsonl"
+    probes.write_text(json.dumps({"prompt": decided["prompt"], "cluster": expected}) + "\n")
+    done = fedrouter("probe", str(run), str(probes))
+    assert (done.returncode, done.stdout) == (0, "1 of 1 probes hold\n")
+    with probes.open("a") as file:
+        file.write(json.dumps({"prompt": decided["prompt"], "cluster": "nowhere"}) + "\n")
+    done = fedrouter("probe", str(run), str(probes))
+    assert done.returncode == 1
+    assert "line 2 (" in done.stdout and "expected nowhere" in done.stdout
+    assert json.loads(fedrouter("probe", str(run), str(probes), "--json").stdout)["num_broken"] == 1
+    refused(fedrouter("probe", str(run)), "carries no probes")
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_no_name_is_cut_however_narrow_the_terminal(run: Path, columns: str) -> None:
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    names = [one["adapter"] for one in manifest["clusters"]]
+    for terminal in ({}, {"FORCE_COLOR": "1", "TERM": "xterm"}):
+        for command in ("inspect", "eval-routing"):
+            more = ["--data", "builtin:four-tasks", "--limit", "2"] if command == "eval-routing" else []
+            done = subprocess.run(
+                [sys.executable, "-m", "fedrouter", command, str(run), *more],
+                env={**os.environ, "COLUMNS": columns, **terminal},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            assert "…" not in done.stdout
+            wanted = names if command == "inspect" else [one["name"] for one in manifest["clusters"]]
+            assert not [name for name in wanted if name not in done.stdout]
 
 
 def test_inspect_shows_runs_and_bundles(run: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedrouter.bundle import Bundle
+from fedrouter.conversation import decide
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
-from fedrouter.serve.conversation import decide
 from fedrouter.serve.paths import CHAT
 from fedrouter.serve.prompts import conversations
 from fedrouter.serve.routing import Routing

@@ -10,6 +10,7 @@ from echo import PATIENT, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle
 from fedrouter.serve.access import Access
+from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.routing import Routing
 
@@ -38,12 +39,13 @@ def serve_words(
     *,
     fallback: str | None = None,
     access: Access | None = None,
+    log: LogOptions | None = None,
     **limits: Any,
 ) -> Server:
     words = ["write", "a", "headline", "for", "this", "news", "story"]
     decode = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
     return Server(
-        lambda: Routing(bundle, embedder, decode, fallback, Limits(**{**PATIENT, **limits})), app, access
+        lambda: Routing(bundle, embedder, decode, fallback, Limits(**{**PATIENT, **limits})), app, access, log
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedrouter.serve.access import Access
+from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
 from fedrouter.types import Array, EmbedderSpec
@@ -108,9 +109,15 @@ class Answer:
 class Server:
     """The hook around the echoing application, started as an ASGI server starts it."""
 
-    def __init__(self, load: Callable[[], Routing], app: Any = None, access: Access | None = None):
+    def __init__(
+        self,
+        load: Callable[[], Routing],
+        app: Any = None,
+        access: Access | None = None,
+        log: LogOptions | None = None,
+    ):
         self.app = app or EchoApp()
-        self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access())
+        self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access(), lambda: log)
         self.lifespan: list[Any] = []
         self.lifespan_scope: Any = {"type": "lifespan"}
 
@@ -147,6 +154,7 @@ class Server:
         root: str = "",
         headers: Mapping[str, str] | None = None,
         leave: asyncio.Event | None = None,
+        query: str = "",
     ) -> Answer:
         """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON.
 
@@ -185,6 +193,7 @@ class Server:
             "method": method,
             "path": root + path,
             "root_path": root,
+            "query_string": query.encode(),
             "headers": raw_headers,
         }
         await self.hook(scope, receive, send)

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 from fedrouter.cli import app
 from fedrouter.serve import metrics
 from fedrouter.serve.launch import OURS
-from fedrouter.serve.paths import AS_BASE, CLUSTERS, DRY_RUN, OPEN, READY, RELOAD, ROUTED, UNROUTED
+from fedrouter.serve.paths import AS_BASE, OPEN, OWN_METHODS, ROUTED, UNROUTED
 from fedrouter.serve.request import routing_headers
 from fedrouter.serve.routing import NO_TEXT
 
@@ -32,7 +32,7 @@ def test_every_flag_of_serve_and_reload() -> None:
     assert "--api-key" in OURS
 
 
-@pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, *OPEN, CLUSTERS, DRY_RUN, READY, RELOAD])
+@pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, *OPEN, *OWN_METHODS])
 def test_every_endpoint(path: str) -> None:
     short = {f"{one}/{end}": f"`…/{end}`" for one in ROUTED for end in ("render", "derender")}
     assert short.get(path, path) in TEXT
@@ -45,7 +45,7 @@ def test_every_metric() -> None:
         for sample in [family.name]
         if sample.startswith("fedrouter_")
     }
-    assert len(names) == 7
+    assert len(names) == 10
     assert not {name for name in names if f"| `{name}` |" not in TEXT}
 
 

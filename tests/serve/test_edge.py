@@ -246,7 +246,8 @@ def test_a_tenant_is_not_told_what_all_clients_have_together(
 ) -> None:
     access = Access(KEY, {hashlib.sha256(b"ann").hexdigest(): "ann"})
     shown = ask(serve(access=access), CLUSTERS, method="GET", key="ann").json["clusters"]
-    assert {frozenset(cluster) for cluster in shown} == {frozenset({"name", "adapter", "radius", "clients"})}
+    told = {"name", "adapter", "radius", "clients", "at"}
+    assert {frozenset(cluster) for cluster in shown} == {frozenset(told)}
     everything = ask(serve(access=access), CLUSTERS, method="GET").json["clusters"]
     assert all({"num_examples", "task_counts"} <= set(cluster) for cluster in everything)
 

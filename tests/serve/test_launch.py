@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import write_word_bundle
 from safetensors.numpy import load_file, save_file
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ConfigError, ModelError, ServingError
 from fedrouter.serve import checks, launch
+from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
@@ -22,7 +24,8 @@ from fedrouter.serve.process import Command
 
 def build(bundle: Bundle, **more: Any) -> Command:
     """Build the command with options, and whatever else differs from the bundle alone."""
-    options = Options(**{name: more.pop(name) for name in Options.__slots__ if name in more})
+    own = {name: more.pop(name) for name in Options.__slots__ if name in more and name != "second"}
+    options = more.pop("options", Options(**own))
     return build_command(bundle, Path("/models/base"), options, **{"rank": bundle.rank} | more)
 
 
@@ -62,6 +65,33 @@ def test_more_adapters_count_for_the_limits(word_bundle: Bundle, tmp_path: Path)
     assert modules(command)["own"] == str(tmp_path)
     assert value(command, "--max-cpu-loras") == "10"
     assert value(command, "--max-lora-rank") == "32"
+
+
+def test_a_canary_brings_its_adapters_and_a_shadow_none(word_bundle: Bundle, tmp_path: Path) -> None:
+    two = write_word_bundle(tmp_path / "two", seeds=(0, 11, 12))
+    shadow = build(word_bundle, second=two, options=Options(second=two.path))
+    assert modules(shadow).keys() == word_bundle.adapter_paths.keys()
+    canary = build(word_bundle, second=two, options=Options(second=two.path, canary=0.1))
+    assert modules(canary).keys() == {*word_bundle.adapter_paths, *two.adapter_paths}
+    assert len(modules(canary)) == 7, "one is the same in both"
+    assert value(canary, "--max-cpu-loras") == "11", "room for a reload beside them"
+    for command, share in ((shadow, 0), (canary, 0.1)):
+        assert json.loads(command.env["FEDROUTER_SECOND"]) == [str(two.path), share]
+    assert "FEDROUTER_SECOND" not in build(word_bundle).env
+
+
+def test_console_and_log_reach_vllms_processes(
+    word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = LogOptions(tmp_path / "log.jsonl", prompts=True, max_mib=2)
+    command = build(word_bundle, log=log, console=False)
+    assert command.env["FEDROUTER_CONSOLE"] == "0"
+    monkeypatch.setenv("FEDROUTER_DECISION_LOG", command.env["FEDROUTER_DECISION_LOG"])
+    assert LogOptions.from_env() == log
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert LogOptions.from_env() == replace(log, path=tmp_path / f"log.{os.getpid()}.jsonl")
+    assert build(word_bundle).env["FEDROUTER_CONSOLE"] == "1"
+    assert "FEDROUTER_DECISION_LOG" not in build(word_bundle).env
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from holder import HolderApp
 
 from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.errors import BundleError
-from fedrouter.serve import canary, engine, reload
+from fedrouter.serve import canary, engine, reload, routing
 from fedrouter.serve.access import Access
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.paths import ROUTED, is_admin
@@ -101,7 +101,7 @@ def test_a_bundle_whose_routed_prompts_would_fail_is_refused_before_the_flip(
         bundle = load(path, *signed_by)
         return replace(bundle, clusters=tuple(replace(one, radius="12") for one in bundle.clusters))
 
-    monkeypatch.setattr(reload, "load_bundle", damaged)
+    monkeypatch.setattr(routing, "load_bundle", damaged)
 
     async def scenario() -> tuple[Answer, Answer]:
         return await setup.reload("two"), await setup.ask(TASKS["summary"])

@@ -53,7 +53,7 @@ def within(root: Path, scenario: Callable[[Server], Awaitable[Any]]) -> tuple[An
 
 async def served(server: Server, name: str) -> None:
     """Wait until a bundle is served, and the one before it is gone."""
-    while server.hook.routing.bundle.path.name != name or server.hook._reloader.busy:
+    while server.hook.routing.bundle.path.name != name or server.hook.reloader.busy:
         await asyncio.sleep(0.01)
 
 

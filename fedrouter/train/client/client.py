@@ -97,6 +97,14 @@ class Client:
         if records != self._records:
             self._take(records)
 
+    def placed(self) -> tuple[Array, list[str | None], list[int]]:
+        """Return vectors (n, d), task labels and task clusters (-1: none) of its rows, for its own eyes."""
+        clusters = [-1] * len(self._records)
+        for cluster_, rows in self._rows.items():
+            for row in rows:
+                clusters[row] = cluster_
+        return self._vectors, self._tasks, clusters
+
     @property
     def may_summarise(self) -> bool:
         """Whether there are rows enough to reveal a local cluster."""

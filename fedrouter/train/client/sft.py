@@ -98,24 +98,24 @@ class AdapterTrainer:
             task_type="CAUSAL_LM",
         )
         try:
-            self._model: Any = get_peft_model(model, config)
+            self.model: Any = get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"lora.target_modules {lora.target_modules}: {first_line(error)}") from error
         self._tokenizer = tokenizer
         self.tokeniser = tokeniser or Tokeniser(
             tokenizer, settings.max_length, positions_of(model.config), settings.loss == "last"
         )
-        self._settings, self._freeze_a = settings, lora.freeze_a
+        self.settings, self.freeze_a = settings, lora.freeze_a
         if lora.freeze_a:
-            for name, parameter in self._model.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
         if getattr(model, "is_loaded_in_4bit", False):
             # TRL trains adapters of a quantised base in bfloat16; casting them later would part their memory.
-            for parameter in self._model.parameters():
+            for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
-        self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self._model)
+        self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self.model)
         # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
         gc.collect()
         gc.freeze()
@@ -126,7 +126,7 @@ class AdapterTrainer:
     @property
     def adapter_config(self) -> dict[str, Any]:
         """What ``adapter_config.json`` holds, in a stable order."""
-        config = self._model.peft_config["default"].to_dict()
+        config = self.model.peft_config["default"].to_dict()
         config["inference_mode"] = True
         return {
             k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in sorted(config.items())
@@ -135,17 +135,17 @@ class AdapterTrainer:
     @property
     def validation(self) -> float:
         """Share of a subset's rows that is not trained on."""
-        return self._settings.validation
+        return self.settings.validation
 
     @property
     def batch_size(self) -> int:
         """Rows an optimizer step."""
-        return self._settings.step_size
+        return self.settings.step_size
 
     @property
     def trained(self) -> list[str]:
         """Names of the tensors that training changes."""
-        return [name for name in sorted(self._tensors) if not (self._freeze_a and ".lora_A." in name)]
+        return [name for name in sorted(self._tensors) if not (self.freeze_a and ".lora_A." in name)]
 
     def tokenise(self, records: Sequence[Record]) -> Dataset:
         """Tokenise records for this trainer's base model."""
@@ -187,7 +187,7 @@ class AdapterTrainer:
         with torch.no_grad():
             for tensor in self._tensors.values():
                 tensor.zero_()
-        self._model.eval()
+        self.model.eval()
 
     def state(self) -> AdapterState:
         """Copy the adapter that is in the model now."""
@@ -206,15 +206,15 @@ class AdapterTrainer:
         """
         began = time.perf_counter()
         self._put_in(adapter)
-        base, device = self._model.get_base_model(), self._model.device.type
+        base, device = self.model.get_base_model(), self.model.device.type
         arguments = SFTConfig(
             output_dir=self._scratch.name,
             max_steps=steps,
-            per_device_train_batch_size=self._settings.batch_size,
-            gradient_accumulation_steps=self._settings.gradient_accumulation,
+            per_device_train_batch_size=self.settings.batch_size,
+            gradient_accumulation_steps=self.settings.gradient_accumulation,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
-            weight_decay=self._settings.weight_decay,
+            weight_decay=self.settings.weight_decay,
             optim="adamw_torch",
             seed=seed,
             use_cpu=device == "cpu",
@@ -231,12 +231,12 @@ class AdapterTrainer:
         # Of several GPUs the Trainer would use all, for batches so many times as large.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = _Trainer(
-            model=self._model, args=arguments, train_dataset=data, processing_class=self._tokenizer
+            model=self.model, args=arguments, train_dataset=data, processing_class=self._tokenizer
         )
         trainer.remove_callback(PrinterCallback)
-        if self._settings.gradient_checkpointing:
+        if self.settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        hooks = self._pull_back(self._settings.proximal) if self._settings.proximal else []
+        hooks = self._pull_back(self.settings.proximal) if self.settings.proximal else []
         try:
             loss = trainer.train().training_loss
         finally:
@@ -244,7 +244,7 @@ class AdapterTrainer:
                 hook.remove()
             # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
             vars(base).pop("forward", None)
-            if self._settings.gradient_checkpointing:
+            if self.settings.gradient_checkpointing:
                 base.gradient_checkpointing_disable()
                 base.disable_input_require_grads()
         trained = cut(self.state(), rank_of(adapter))
@@ -257,18 +257,16 @@ class AdapterTrainer:
     def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
         """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
         self._put_in(adapter)
-        self._model.eval()
+        self.model.eval()
         total = num_tokens = 0.0
         order = np.argsort([len(ids) for ids in data["input_ids"]], kind="stable")  # less padding
-        for chosen in np.split(
-            order, range(self._settings.batch_size, len(order), self._settings.batch_size)
-        ):
+        for chosen in np.split(order, range(self.settings.batch_size, len(order), self.settings.batch_size)):
             rows = data[chosen]
             ids = [torch.tensor(row) for row in rows["input_ids"]]
             labels = pad_sequence([torch.tensor(row) for row in rows["labels"]], True, IGNORED)
             mask = pad_sequence([torch.ones_like(row) for row in ids], True)
-            inputs = pad_sequence(ids, True).to(self._model.device)
-            logits = self._model(input_ids=inputs, attention_mask=mask.to(self._model.device)).logits
+            inputs = pad_sequence(ids, True).to(self.model.device)
+            logits = self.model(input_ids=inputs, attention_mask=mask.to(self.model.device)).logits
             flat = logits[:, :-1].float().flatten(0, 1)
             wanted = labels[:, 1:].flatten().to(flat.device)
             total += float(
@@ -290,7 +288,7 @@ class AdapterTrainer:
         def towards(parameter: torch.Tensor, start: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda gradient: gradient + mu * (parameter.detach() - start)
 
-        trained = [p for p in self._model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         return [p.register_hook(towards(p, p.detach().clone())) for p in trained]
 
     def _examples(self, num_rows: int, steps: int) -> int:

@@ -33,8 +33,8 @@ class Metrics:
             kept.append(json.dumps(line))
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, result: RoundResult, names: Sequence[str]) -> None:
-        """Append one round."""
+    def write(self, result: RoundResult, names: Sequence[str], seconds: float) -> None:
+        """Append one round, and how long all of it took."""
         with self._path.open("a", encoding="utf-8") as file:
             for c in result.clusters:
                 line = {
@@ -48,6 +48,8 @@ class Metrics:
                     **({} if c.validation is None else {"validation": round(c.validation, 5)}),
                     **({} if c.residual is None else {"residual": round(c.residual, 7)}),
                     **({"refused": dict(c.refused)} if c.refused else {}),
+                    "num_bytes": c.num_bytes,
+                    "seconds": round(seconds, 3),
                     "time": round(time.time(), 3),
                 }
                 file.write(json.dumps(line) + "\n")

@@ -134,6 +134,8 @@ def combine(
     """Make one adapter of a task cluster's replies."""
     cluster = group[0][0].cluster
     refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
+    sent = [one.adapter for pair in group for one in pair if not isinstance(one, TrainFailure)]
+    num_bytes = sum(tensor.nbytes for adapter in sent for tensor in adapter.values())
     answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
     settings = config.aggregate
     reasons = refusals(
@@ -150,7 +152,7 @@ def combine(
         else:
             refused[reply.client] = reason
     if not pairs:
-        return Combined(old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused))
+        return Combined(old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused, num_bytes))
     taken = [reply for _, reply in pairs]
     weights = [reply.num_examples for reply in taken]
     wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
@@ -165,6 +167,7 @@ def combine(
         norm=max(distance(request.adapter, reply.adapter) for request, reply in pairs),
         residual=residual,
         refused=refused,
+        num_bytes=num_bytes,
     )
     return Combined(new, moments, result)
 

@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedrouter.layout import Whole
+from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
 OPEN, CLOSE = "⟦", "⟧"  # around what carries loss, where there are no colours
@@ -21,7 +23,7 @@ def show(report: Report, console: Console) -> None:
     table = Table("client", "rows", "steps a round")
     for client in report.clients:
         table.add_row(Text(client.name), str(client.num_rows), str(client.steps))
-    console.print(table)
+    show_whole(console, Whole(table))
     for client in report.clients:
         for row in client.rows:
             line(f"{client.name}, {row.where or 'a built-in row'}, {row.num_tokens} tokens:")

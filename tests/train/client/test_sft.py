@@ -191,7 +191,7 @@ def test_rows_of_a_step_come_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Record((Turn("user", "word " * (1 + 7 * i % 23)),), "yes") for i in range(16)]
     settings = TrainSettings(batch_size=2, gradient_accumulation=4)
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), settings, seed=0)
-    inner, widths = trainer._model.get_base_model().model, []
+    inner, widths = trainer.model.get_base_model().model, []
     forward = inner.forward
 
     def counting(*args: object, **given: Any) -> Any:

@@ -8,6 +8,7 @@ back.
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from fedrouter.types import Decision
@@ -19,15 +20,16 @@ MAX_TURNS = 8  # user turns that are looked at: bounds what one request can cost
 Route = Callable[[Sequence[str]], Awaitable[list[Decision]]]
 
 
-def candidates(turns: Sequence[str]) -> list[str]:
-    """Return the texts that may decide, the last one first; never empty.
+def candidates(turns: Sequence[str]) -> list[tuple[int, str]]:
+    """Return number and text of the turns that may decide, the last one first; never empty.
 
     Parameters
     ----------
     turns : texts of the user turns, in their order.
     """
-    enough = islice(filter(_says_enough, reversed(turns)), MAX_TURNS)
-    return list(enough) or [turns[-1] if turns else ""]
+    numbered = reversed(list(enumerate(turns)))
+    enough = islice((one for one in numbered if _says_enough(one[1])), MAX_TURNS)
+    return list(enough) or [(max(len(turns) - 1, 0), turns[-1] if turns else "")]
 
 
 def _says_enough(turn: str) -> bool:
@@ -43,15 +45,15 @@ async def decide(conversations: Sequence[Sequence[str]], route: Route) -> list[D
     conversations : texts of the user turns of each.
     route : decides for single texts; a blank one falls back.
     """
-    texts = [candidates(turns) for turns in conversations]
-    decisions = await route([first for first, *_ in texts])
-    return [
-        await _inherited(decision, earlier, route)
-        for decision, (_, *earlier) in zip(decisions, texts, strict=True)
-    ]
+    asked = [candidates(turns) for turns in conversations]
+    decisions = await route([own[0][1] for own in asked])
+    return [await _settled(*one, route) for one in zip(decisions, asked, strict=True)]
 
 
-async def _inherited(decision: Decision, earlier: Sequence[str], route: Route) -> Decision:
-    if not decision.fallback or not earlier:
-        return decision
-    return next((one for one in await route(earlier) if not one.fallback), decision)
+async def _settled(first: Decision, asked: Sequence[tuple[int, str]], route: Route) -> Decision:
+    (number, _), *earlier = asked
+    if first.fallback and earlier:
+        for (turn, _), decision in zip(earlier, await route([text for _, text in earlier]), strict=True):
+            if not decision.fallback:
+                return replace(decision, turn=turn)
+    return replace(first, turn=number) if number else first

@@ -1,0 +1,331 @@
+"""One cell: train, decide who answers each test prompt, have it answered, score; one line of results.
+
+Every test prompt is asked as every client would ask it. An *evaluation* is a pair:
+
+- routing ``global``: the nearest of all task clusters answers, whoever asks; ``local``: the nearest of those
+  that the asking client holds rows of. Of method ``local`` that is the client's own adapter.
+- tests ``own``: a client asks for the tasks that it holds; ``all``: for every task.
+
+A prompt's score is the mean over the clients that ask it, a task's over its prompts, a cell's over tasks.
+Beyond a radius the nearest adapter answers all the same, so that no method is helped by the base.
+"""
+
+import importlib.metadata
+import json
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from fedrouter import __version__
+from fedrouter.bundle import Bundle, find_base, find_embedder
+from fedrouter.config import Config
+from fedrouter.embed import Embedder, routing_text
+from fedrouter.evaluate import TaggedRecord
+from fedrouter.evaluate.endpoint import Answer
+from fedrouter.evaluate.scores import Result, score
+from fedrouter.experiment.compose import Mix, mix_of, name_of, write_mixes
+from fedrouter.experiment.engine import Engine, Transformers
+from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, questions_of, unseen_of
+from fedrouter.experiment.results import Line
+from fedrouter.experiment.settings import Settings, World
+from fedrouter.route import BASE_NAME, Router
+from fedrouter.train.client.sources import load_clients
+from fedrouter.train.run import train
+from fedrouter.types import Decision
+
+ROUTINGS, TESTS = ("global", "local"), ("own", "all")
+METRICS = ("rouge_1", "rouge_l", "exact_match")
+BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
+PLACES = 4  # digits of a score that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A cell after its training: what there is to ask."""
+
+    cell: Cell
+    config: Config
+    bundle: Bundle
+    directory: Path
+    seconds: float
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The adapters' directories by name."""
+        return self.bundle.adapter_paths
+
+
+def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
+    """Train a cell below ``out``, or go on with what is there."""
+    directory = out / cell.key
+    directory.mkdir(parents=True, exist_ok=True)
+    num_tasks = len({record.task for record in questions_of(settings.worlds[cell.world])})
+    config = config_of(settings, cell, num_tasks)
+    began = time.perf_counter()
+    with (directory / "train.log").open("a", encoding="utf-8") as log:
+        bundle = train(config, directory / "run", Console(file=log, width=110))
+    return Trained(cell, config, bundle, directory, time.perf_counter() - began)
+
+
+def searched(trained: Trained) -> Line:
+    """Return the line of a cell that judges its learning rate: the mean loss on rows held back."""
+    best: dict[str, float] = {}
+    for line in _metrics(trained):
+        if line.get("validation") is not None:
+            best[line["cluster"]] = min(best.get(line["cluster"], np.inf), line["validation"])
+    return {
+        **_facts(trained),
+        "loss": round(float(np.mean(list(best.values()))), 5) if best else None,
+        "rounds": _rounds(trained),
+    }
+
+
+def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
+    """Have a cell's adapters answer and return its line."""
+    world = settings.worlds[trained.cell.world]
+    tests, bundle = questions_of(world), trained.bundle
+    embedder = embedder_of(bundle, engine)
+    clients = load_clients(trained.config, lambda _: None)
+    held = {client: {record.task for record in records} for client, records in clients.items()}
+    vectors = embedder.embed([routing_text(one.record.turns) for one in tests])
+    everywhere = Router(bundle, "nearest").route(vectors)
+    chosen = {"global": dict.fromkeys(held, everywhere)}
+    chosen["local"] = {c: Router(bundle, "nearest", c).route(vectors) for c in held}
+    asked = sorted({(d.model, i) for by in chosen.values() for own in by.values() for i, d in enumerate(own)})
+    began = time.perf_counter()
+    results = answered(engine, trained.adapters, tests, asked, world.max_tokens)
+    seconds = time.perf_counter() - began
+    (trained.directory / "answers.jsonl").write_text(
+        "".join(
+            json.dumps({"adapter": name, "prompt": i, "answer": results[name, i].answer.text}) + "\n"
+            for name, i in asked
+        ),
+        encoding="utf-8",
+    )
+    line = {
+        **_facts(trained),
+        "engine": engine.name,
+        "answer_seconds": round(seconds, 1),
+        "num_tests": len(tests),
+        "scores": evaluations(tests, held, chosen, results, world),
+        "routing": _routing(bundle, tests, everywhere),
+        "rounds": _rounds(trained),
+        "traffic": _traffic(trained),
+    }
+    if has_curve(settings, trained.cell):
+        line["curve"] = curve(trained, tests, [d.model for d in everywhere], engine, world)
+    if trained.config.method == "fedrouter":
+        if world.unseen:
+            line["unseen"] = beyond(trained, embedder, engine, world)
+        if is_shown(settings, trained.cell):
+            line["map"] = _map(trained)
+    return line
+
+
+def embedder_of(bundle: Bundle, engine: Engine | None = None) -> Embedder:
+    """Return a bundle's embedder, from the engine where that has it already."""
+    there = engine.embedder(bundle) if isinstance(engine, Transformers) else None
+    return there or find_embedder(bundle, find_base(bundle))
+
+
+def answered(
+    engine: Engine,
+    adapters: Mapping[str, Path],
+    tests: Sequence[TaggedRecord],
+    asked: Sequence[tuple[str, int]],
+    max_tokens: int,
+) -> dict[tuple[str, int], Result]:
+    """Ask each (adapter, test record) and score what is answered."""
+    if not asked:
+        return {}
+    texts = engine.answers(adapters, [(name, tests[i].record.turns) for name, i in asked], max_tokens)
+    return {
+        (name, i): score(tests[i], Answer(text, name)) for (name, i), text in zip(asked, texts, strict=True)
+    }
+
+
+def evaluations(
+    tests: Sequence[TaggedRecord],
+    held: Mapping[str, set[str | None]],
+    chosen: Mapping[str, Mapping[str, Sequence[Decision]]],
+    results: Mapping[tuple[str, int], Result],
+    world: World,
+) -> Line:
+    """Return the scores of each evaluation: by task and metric; by prompt in the world's metric."""
+    found: Line = {}
+    for routing in ROUTINGS:
+        for kind in TESTS:
+            if (routing, kind) == ("global", "own"):
+                continue  # all clients hold equally many tasks, so it is the same as "all"
+            means: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
+            for i, one in enumerate(tests):
+                askers = [c for c in held if kind == "all" or one.record.task in held[c]]
+                own = [results[chosen[routing][client][i].model, i] for client in askers]
+                for metric in METRICS:
+                    means[metric].append([getattr(result, metric) for result in own])
+            by_prompt = {metric: [float(np.mean(each)) for each in means[metric]] for metric in METRICS}
+            tasks: dict[str, list[int]] = defaultdict(list)
+            for i, one in enumerate(tests):
+                tasks[one.task].append(i)
+            found[f"{routing}/{kind}"] = {
+                "tasks": {
+                    task: {
+                        metric: round(float(np.mean([by_prompt[metric][i] for i in rows])), PLACES)
+                        for metric in METRICS
+                    }
+                    for task, rows in tasks.items()
+                },
+                "prompts": {
+                    task: [round(by_prompt[world.metric][i], 3) for i in rows] for task, rows in tasks.items()
+                },
+            }
+    found["global/own"] = {"same as": "global/all"}
+    return found
+
+
+def merged(trained: Trained, world: World, embedder: Embedder) -> tuple[list[Decision], dict[str, Mix]]:
+    """Return where prompts of tasks that nobody trained go, and which merges could answer them."""
+    vectors = embedder.embed([routing_text(one.record.turns) for one in unseen_of(world)])
+    decisions = Router(trained.bundle, "nearest").route(vectors)
+    mixes = [mix_of(trained.bundle, decision) for decision in decisions if decision.fallback]
+    return decisions, {name_of(mix): mix for mix in mixes}
+
+
+def beyond(trained: Trained, embedder: Embedder, engine: Engine, world: World) -> Line:
+    """Return how prompts of tasks that nobody trained are answered, by who answers beyond the radius."""
+    bundle, tests = trained.bundle, unseen_of(world)
+    decisions, mixes = merged(trained, world, embedder)
+    by: dict[str, list[str]] = {}  # who answers each prompt
+    for kind in BEYOND:
+        by[kind] = [
+            d.model
+            if not d.fallback or kind == "nearest"
+            else {"base": BASE_NAME, "generalist": bundle.generalist or BASE_NAME}.get(kind)
+            or name_of(mix_of(bundle, d))
+            for d in decisions
+        ]
+    asked = sorted({(name, i) for own in by.values() for i, name in enumerate(own)})
+    plain = [(name, i) for name, i in asked if name not in mixes]
+    results = answered(engine, trained.adapters, tests, plain, world.max_tokens)
+    if mixes:
+        paths = write_mixes(bundle, mixes, trained.directory / "mixes")
+        results |= answered(
+            engine, paths, tests, [pair for pair in asked if pair[0] in mixes], world.max_tokens
+        )
+    found: Line = {}
+    for task in sorted({one.task for one in tests}):
+        rows = [i for i, one in enumerate(tests) if one.task == task]
+        found[task] = {"beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES)}
+        for kind, names in by.items():
+            own = [results[names[i], i] for i in rows]
+            found[task][kind] = {
+                metric: round(float(np.mean([getattr(result, metric) for result in own])), PLACES)
+                for metric in METRICS
+            }
+    return found
+
+
+def curve(
+    trained: Trained, tests: Sequence[TaggedRecord], names: Sequence[str], engine: Engine, world: World
+) -> list[float]:
+    """Return the score after each round, of the adapters that checkpoints hold; routed as in the end."""
+    bundle, found = trained.bundle, []
+    for checkpoint in sorted((trained.directory / "run" / "checkpoints").glob("round-*")):
+        paths = {}
+        for k, cluster in enumerate(bundle.clusters):
+            paths[cluster.adapter] = trained.directory / "curve" / checkpoint.name / cluster.adapter
+            paths[cluster.adapter].mkdir(parents=True, exist_ok=True)
+            shutil.copy(bundle.adapter_path(cluster) / "adapter_config.json", paths[cluster.adapter])
+            shutil.copy(
+                checkpoint / f"cluster-{k}.safetensors", paths[cluster.adapter] / "adapter_model.safetensors"
+            )
+        asked = [(name, i) for i, name in enumerate(names)]
+        results = answered(engine, paths, tests, asked, world.max_tokens)
+        tasks: dict[str, list[float]] = defaultdict(list)
+        for key in asked:
+            tasks[tests[key[1]].task].append(getattr(results[key], world.metric))
+        found.append(round(float(np.mean([np.mean(own) for own in tasks.values()])), PLACES))
+    return found
+
+
+def _facts(trained: Trained) -> Line:
+    cell, config = trained.cell, trained.config
+    return {
+        "key": cell.key,
+        "world": cell.world,
+        "scenario": cell.scenario,
+        "method": cell.method,
+        "seed": cell.seed,
+        "learning_rate": config.train.learning_rate,
+        "adapters": len(trained.bundle.clusters),
+        "train_seconds": round(trained.seconds, 1),
+        "versions": {
+            "fedrouter": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
+    }
+
+
+def _metrics(trained: Trained) -> list[Line]:
+    text = (trained.directory / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if "cluster" in line]
+
+
+def _rounds(trained: Trained) -> list[Line]:
+    """Return each round's loss, and validation loss where rows are held back: means over examples."""
+    rounds: dict[int, list[Line]] = defaultdict(list)
+    for line in _metrics(trained):
+        rounds[line["round"]].append(line)
+    found = []
+    for number in sorted(rounds):
+        lines = [line for line in rounds[number] if line["loss"] is not None]
+        weights = [line["num_examples"] for line in lines]
+        one: Line = {"round": number}
+        for key in ("loss", "validation"):
+            values = [line[key] for line in lines if line.get(key) is not None]
+            if values and len(values) == len(lines):
+                one[key] = round(float(np.average(values, weights=weights)), 5)
+        found.append(one)
+    return found
+
+
+def _traffic(trained: Trained) -> Line:
+    """Return the bytes that all clients send and receive in a round, before it and in it."""
+    size = sum(4 * int(np.prod(shape)) for shape in trained.bundle.shapes.values())
+    if trained.config.method == "feddpa":  # the bundle's mixes are of twice the rank
+        size //= 2
+    by_round = Counter[int]()
+    for line in _metrics(trained):
+        by_round[line["round"]] += line["num_clients"]
+    if trained.config.method == "local":
+        by_round.clear()  # nothing leaves a client
+    each = float(np.mean(list(by_round.values()))) if by_round else 0.0
+    return {"adapter_bytes": size, "bytes_per_round": round(2 * each * size)}  # there and back
+
+
+def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[Decision]) -> Line:
+    task_of = {
+        c.name: max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in bundle.clusters
+    }
+    right = [task_of[d.cluster] == one.task for d, one in zip(decisions, tests, strict=True)]
+    rejected = [d.fallback for d in decisions]
+    return {
+        "accuracy": round(float(np.mean(right)), PLACES),
+        "beyond": round(float(np.mean(rejected)), PLACES),
+    }
+
+
+def _map(trained: Trained) -> list[list[Any]]:
+    """Return the clients' rows on a map (t-SNE): x, y, task, client."""
+    drawn = json.loads((trained.directory / "run" / "tsne.json").read_text(encoding="utf-8"))
+    return [
+        [round(x, 1), round(y, 1), task, client]
+        for (x, y), task, client in zip(drawn["points"], drawn["tasks"], drawn["clients"], strict=True)
+    ]

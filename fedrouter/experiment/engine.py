@@ -1,0 +1,177 @@
+"""Who answers test prompts: adapters on a base model, greedily, either way.
+
+``Transformers`` runs in this process, on a GPU where there is one: all adapters of a bundle answer in the
+same batches (stacked.py). ``Vllm`` asks a server that holds the adapters of many cells. A cell says in its
+results which of them answered: their arithmetic differs, and so does a word here and there.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.numpy import load_file
+
+from fedrouter.bundle import Bundle
+from fedrouter.embed import Embedder, HiddenStateEmbedder
+from fedrouter.errors import ServingError
+from fedrouter.evaluate.endpoint import Endpoint
+from fedrouter.models import load_base, load_tokenizer, render_prompt
+from fedrouter.route import BASE_NAME
+from fedrouter.stacked import StackedAdapters
+from fedrouter.types import AdapterState, Turn
+
+ROWS = 16  # prompts of one adapter that lie together
+TOKENS_CPU, TOKENS_GPU = 16_384, 131_072  # of prompts and answers in one batch, padding counted
+AT_ONCE, TIMEOUT_S = 32, 300.0  # requests to a server
+
+Conversation = Sequence[Turn]
+
+
+class Engine(Protocol):
+    """Answers prompts by adapter."""
+
+    name: str
+
+    def answers(
+        self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
+    ) -> list[str]:
+        """Return the answer to each (adapter, conversation); an adapter that is not given is the base."""
+        ...
+
+
+class Transformers:
+    """The base model in this process, adapters stacked into it.
+
+    Parameters
+    ----------
+    path : of the base model.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: Path, dtype: str, device: str, chat_template: str | None = None):
+        self._model: Any = load_base(path, dtype, device).eval()
+        self._tokenizer = load_tokenizer(path, chat_template)
+        self._tokens = TOKENS_GPU if device == "cuda" else TOKENS_CPU
+        ends = self._model.generation_config.eos_token_id
+        self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def embedder(self, bundle: Bundle) -> Embedder | None:
+        """Return the bundle's embedder where it is this base, so that it need not be loaded again."""
+        if bundle.embedder.kind != "base":
+            return None
+        return HiddenStateEmbedder(self._model.base_model, self._tokenizer, bundle.embedder)
+
+    @torch.inference_mode()
+    def answers(
+        self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
+    ) -> list[str]:
+        """Return the answers, in the order of ``asked``; see ``Engine``."""
+        states = {
+            name: dict(load_file(path / "adapter_model.safetensors")) for name, path in adapters.items()
+        }
+        like = next(iter(states.values()))
+        base: AdapterState = {name: 0 * array for name, array in like.items()}
+        stack = StackedAdapters(self._model, like, _scale(next(iter(adapters.values()))))
+        matrix = stack.matrix([base, *states.values()], self._model.device)
+        row_of = {name: i for i, name in enumerate(states, start=1)}
+        prompts = [self._ids(turns, max_tokens) for _, turns in asked]
+        texts = [""] * len(asked)
+        with stack.attached():
+            for blocks in self._batches([row_of.get(name, 0) for name, _ in asked], prompts, max_tokens):
+                rows = [i for _, block in blocks for i in (block * ROWS)[:ROWS]]
+                stack.use(matrix[[adapter for adapter, _ in blocks]], self._model.dtype)
+                for i, text in zip(rows, self._generate([prompts[i] for i in rows], max_tokens), strict=True):
+                    texts[i] = text
+        return texts
+
+    def _ids(self, turns: Conversation, max_tokens: int) -> list[int]:
+        text = render_prompt(self._tokenizer, turns)
+        found: Any = self._tokenizer(text, add_special_tokens=False, truncation=False)
+        return list(found["input_ids"][-(self._model.config.max_position_embeddings - max_tokens) :])
+
+    def _batches(
+        self, adapters: Sequence[int], prompts: Sequence[list[int]], max_tokens: int
+    ) -> list[list[tuple[int, list[int]]]]:
+        """Return batches of blocks (adapter, up to ``ROWS`` prompts), prompts of like length together."""
+        order = sorted(range(len(prompts)), key=lambda i: (adapters[i], len(prompts[i]), i))
+        blocks: list[tuple[int, list[int]]] = []
+        for i in order:
+            if not blocks or blocks[-1][0] != adapters[i] or len(blocks[-1][1]) == ROWS:
+                blocks.append((adapters[i], []))
+            blocks[-1][1].append(i)
+        blocks.sort(key=lambda block: len(prompts[block[1][-1]]))
+        batches: list[list[tuple[int, list[int]]]] = []
+        for block in blocks:
+            longest = len(prompts[block[1][-1]]) + max_tokens
+            if not batches or (len(batches[-1]) + 1) * ROWS * longest > self._tokens:
+                batches.append([])
+            batches[-1].append(block)
+        return batches
+
+    def _generate(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+        width = max(map(len, prompts))
+        pad = self._tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        device = self._model.device
+        made = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=pad,
+            eos_token_id=sorted(self._ends),
+        )
+        texts: list[str] = self._tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        return texts
+
+
+class Vllm:
+    """A server that holds all adapters that will be asked for, by the same names.
+
+    Parameters
+    ----------
+    url : of ``fedrouter serve``, or of vLLM itself.
+    """
+
+    name = "vllm"
+
+    def __init__(self, url: str):
+        self._url = url
+
+    def answers(
+        self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
+    ) -> list[str]:
+        """Return the answers, in the order of ``asked``; see ``Engine``.
+
+        Raises
+        ------
+        ServingError
+            If a prompt gets none, after retries.
+        """
+        names = [name if name in adapters else BASE_NAME for name, _ in asked]
+        return asyncio.run(
+            self._ask([(n, turns) for n, (_, turns) in zip(names, asked, strict=True)], max_tokens)
+        )
+
+    async def _ask(self, asked: Sequence[tuple[str, Conversation]], max_tokens: int) -> list[str]:
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with Endpoint(self._url, api_key=None, timeout_s=TIMEOUT_S, retries=3) as endpoint:
+
+            async def one(name: str, turns: Conversation) -> str:
+                async with gate:
+                    answer = await endpoint.ask(name, turns, max_tokens=max_tokens, temperature=0.0)
+                if answer.error is not None:
+                    raise ServingError(f"{name} did not answer: {answer.error}")
+                return answer.text
+
+            return list(await asyncio.gather(*(one(name, turns) for name, turns in asked)))
+
+
+def _scale(directory: Path) -> float:
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    return float(config["lora_alpha"] / config["r"])

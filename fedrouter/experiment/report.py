@@ -1,0 +1,169 @@
+"""An experiment's results as a page, tables for papers, a tidy file and pictures."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fedrouter.experiment import pictures
+from fedrouter.experiment.compare import OURS, Asked, Results, gain, native
+from fedrouter.experiment.results import Line
+from fedrouter.experiment.settings import Settings
+from fedrouter.experiment.tables import METRICS, Table, against_best, tables, tidy, told
+from fedrouter.files import write_atomically
+
+SIZES = (OURS, "fedavg", "local", "oracle")  # methods in the picture of scores over sizes
+
+
+def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> list[Table]:
+    """Write ``report.md``, ``tables.tex``, ``scores.csv`` and ``figures/`` into ``out``; return tables."""
+    results = Results(lines.values())
+    found = [
+        claims(settings, results),
+        *tables(settings, results, [li for li in lines.values() if "loss" in li]),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(settings, results, out / "figures")
+    sections = [f"## {table.title}\n\n{table.markdown()}\n" for table in found]
+    sections += [f"![{name}](figures/{name}.svg)\n" for name in drawn]
+    write_atomically(out / "report.md", "\n".join(sections))
+    write_atomically(out / "tables.tex", "\n\n".join(table.latex() for table in found) + "\n")
+    write_atomically(out / "scores.csv", tidy(results))
+    return found
+
+
+def claims(settings: Settings, results: Results) -> Table:
+    """Return the paper's claims beside what was measured, world by world."""
+    rows = []
+    for world, shown in settings.worlds.items():
+        label = shown.label or world
+        ours, local = native(OURS, "all", settings), Asked("local", "local", "all")
+        for other, wanted, name in (
+            (local, 1.36, "over `local`, each client with its own adapter"),
+            (Asked("local", "global", "all"), None, "over `local` behind our router"),
+            (Asked("fedavg", "global", "all"), 0.0, "over `fedavg`"),
+        ):
+            found = gain(results, world, "single", ours, other) if other.method in settings.methods else None
+            if found:
+                reached = "" if wanted is None else _yes(found.gain >= wanted)
+                goal = "" if wanted is None else f"≥ {wanted:+.0%}" if wanted else "> 0"
+                rows.append([f"{label}: single, all tests, {name}", told(found), goal, reached])
+        for scenario in ("dual", "all"):
+            for routed in (False, True):
+                found = against_best(settings, results, world, scenario, "own", routed)
+                if found is None:
+                    continue
+                behind = "our router before baselines too" if routed else "as published"
+                over = f"the best baseline ({behind}: `{found.over.method}`)"
+                name = f"{label}: {scenario}, own tests, over {over}"
+                reached = "" if routed else _yes(found.gain >= 0.061)
+                rows.append([name, told(found), "" if routed else "≥ +6.1 %", reached])
+        for scenario in shown.scenarios or settings.scenarios:
+            found = gain(results, world, scenario, ours, Asked("oracle", "global", "all"))
+            if found:
+                rows.append(
+                    [
+                        f"{label}: {scenario}, of the oracle's score",
+                        f"{1 + found.gain:.3f}",
+                        "≥ 0.99",
+                        _yes(found.gain >= -0.01),
+                    ]
+                )
+            if shown.metric == "exact_match":
+                points = _points(settings, results, world, scenario)
+                if points is not None:
+                    rows.append(
+                        [
+                            f"{label}: {scenario}, points of exact match over `fedavg`",
+                            f"{points:+.1f}",
+                            "≥ +3",
+                            _yes(points >= 3),
+                        ]
+                    )
+    return Table(
+        "What the paper claims, and what was measured here", ["claim", "measured", "wanted", ""], rows
+    )
+
+
+def draw(settings: Settings, results: Results, out: Path) -> list[str]:
+    """Draw all pictures that there are results for; return their names."""
+    return list(_drawn(settings, results, out))
+
+
+def _drawn(settings: Settings, results: Results, out: Path) -> Iterator[str]:
+    sizes: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for world, shown in settings.worlds.items():
+        label, unit = shown.label or world, METRICS[shown.metric]
+        methods = [m for m in shown.methods or settings.methods if results.of(world, "single", m)]
+        if methods:
+            values: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+            for method in methods:
+                asked = native(method, "all", settings)
+                found = results.scores(world, "single", asked)
+                assert found is not None
+                tasks = sorted(results.of(world, "single", method)[0]["scores"]["global/all"]["prompts"])
+                for task, own in zip(tasks, found.prompts, strict=True):
+                    seeds = own.mean(axis=1)
+                    deviation = float(seeds.std(ddof=1)) if len(seeds) > 1 else math.nan
+                    values[task][method] = float(seeds.mean()), deviation
+            pictures.bars(out / f"{world}-tasks.svg", f"{label}: single, scored on all tasks", values, unit)
+            yield f"{world}-tasks"
+        sent, losses, curves = {}, {}, {}
+        for method in shown.methods or settings.methods:
+            lines = results.of(world, "dual", method)
+            if not lines:
+                continue
+            sent[method] = (
+                float(np.mean([line["traffic"]["bytes_per_round"] for line in lines])) / 2**20,
+                math.nan,
+            )
+            rounds = [line["rounds"] for line in lines]
+            told = [
+                (float(n + 1), float(np.mean([own[n]["validation"] for own in rounds])))
+                for n in range(min(map(len, rounds)))
+                if all("validation" in own[n] for own in rounds)
+            ]
+            if told:
+                losses[method] = told
+            if lines[0].get("curve"):
+                curves[method] = [(float(n), score) for n, score in enumerate(lines[0]["curve"], start=1)]
+            if lines[0].get("map"):
+                title = f"{label}: clients' prompts, t-SNE of their vectors"
+                pictures.embedding_map(out / f"{world}-map.svg", title, lines[0]["map"])
+                yield f"{world}-map"
+            if shown.parameters and shown.metric == "rouge_1" and method in SIZES:
+                found = results.scores(world, "dual", native(method, "own", settings))
+                if found:
+                    sizes[method].append((float(shown.parameters), found.mean))
+        if sent:
+            title = f"{label}: dual, MiB sent and received by all clients in a round"
+            pictures.bars(out / f"{world}-bytes.svg", title, {"": sent}, "MiB")
+            yield f"{world}-bytes"
+        if losses:
+            title = f"{label}: dual, validation loss over rounds"
+            pictures.lines(out / f"{world}-loss.svg", title, losses, "round", "nats a token")
+            yield f"{world}-loss"
+        if curves:
+            title = f"{label}: dual, one seed, score over rounds"
+            pictures.lines(out / f"{world}-curve.svg", title, curves, "round", unit)
+            yield f"{world}-curve"
+    if sizes and max(map(len, sizes.values())) > 1:
+        title = "dual, own tests: score over the size of the base"
+        pictures.lines(out / "sizes.svg", title, sizes, "parameters", METRICS["rouge_1"], logarithmic=True)
+        yield "sizes"
+
+
+def _points(settings: Settings, results: Results, world: str, scenario: str) -> float | None:
+    ours = results.scores(world, scenario, native(OURS, "all", settings))
+    other = results.scores(world, scenario, Asked("fedavg", "global", "all"))
+    if ours is None or other is None:
+        return None
+    seeds = sorted(set(ours.seeds) & set(other.seeds))
+    a, b = (results.scores(world, scenario, Asked(m, "global", "all"), seeds) for m in (OURS, "fedavg"))
+    return 100 * (a.mean - b.mean) if a and b else None
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "**no**"

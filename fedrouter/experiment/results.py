@@ -1,0 +1,41 @@
+"""Results as lines of JSON, one a cell."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedrouter.errors import DataError
+
+Line = dict[str, Any]
+
+
+def read_results(path: Path) -> dict[str, Line]:
+    """Return the lines of a results file by cell; the last one of a cell counts.
+
+    Raises
+    ------
+    DataError
+        If a line is none of ours; one that was cut off at the end is left out.
+    """
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: dict[str, Line] = {}
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            found[line["key"]] = line
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                continue
+            raise DataError(f"{path}:{number}: no line of an experiment's results") from error
+    return found
+
+
+def write_results(path: Path, lines: Mapping[str, Line]) -> None:
+    """Write all lines, in the order of their cells, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8")
+    partial.replace(path)

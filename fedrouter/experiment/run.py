@@ -1,0 +1,209 @@
+"""All cells of an experiment, side by side in processes of their own; gone on with where they stopped."""
+
+import gc
+import multiprocessing
+import os
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fedrouter.bundle import find_base
+from fedrouter.errors import TrainingError
+from fedrouter.experiment.cell import Trained, embedder_of, merged, searched, tested, train_cell
+from fedrouter.experiment.compare import OURS
+from fedrouter.experiment.compose import write_mixes
+from fedrouter.experiment.engine import Transformers, Vllm
+from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
+from fedrouter.experiment.report import write_report
+from fedrouter.experiment.results import Line, read_results, write_results
+from fedrouter.experiment.settings import Settings
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, running_server
+from fedrouter.train.machine import device_and_dtype
+
+RESULTS = "results.jsonl"
+
+Pool = ProcessPoolExecutor | None
+
+
+def run_experiment(
+    settings: Settings,
+    out: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    only: Sequence[str] = (),
+    results: Path | None = None,
+) -> dict[str, Line]:
+    """Run the cells that have no line of results yet; return all lines by cell.
+
+    Parameters
+    ----------
+    out : what cells leave on disk, one directory each, and the report; an interrupted one goes on there.
+    jobs : cells at a time, each in a process of its own; on a GPU they share it.
+    only : patterns of cells (``english-6m/dual/*``).
+    results : the lines; ``results.jsonl`` in ``out`` if not given.
+
+    Raises
+    ------
+    TrainingError
+        At the end, if cells failed; all others have their lines.
+    """
+    file = results or out / RESULTS
+    lines = read_results(file)
+    cells = cells_of(settings, only)
+    failed: dict[str, str] = {}
+
+    def work(todo: Sequence[Cell], pool: Pool) -> None:
+        missing = [cell for cell in todo if cell.key not in lines]
+        console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
+        ended = _side_by_side(settings, missing, out, pool)
+        if settings.engine == "vllm" and not todo[0].search:
+            ended = _asked_of_vllm(settings, ended, out)
+        for cell, line in ended:
+            if isinstance(line, str):
+                failed[cell.key] = line
+                console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
+                continue
+            lines[cell.key] = line
+            write_results(file, lines)
+            console.print(_told(line), highlight=False, soft_wrap=True, markup=False)
+
+    with _pool(jobs) as pool:
+        search = search_of(settings, cells)
+        if search:
+            work(search, pool)
+        losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+        for cell in search:
+            found = lines.get(cell.key, {}).get("loss")
+            if found is not None and cell.rate is not None:
+                losses[cell.world, cell.method][cell.rate] = found
+        work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells], pool)
+    write_report(settings, lines, out)
+    if failed:
+        first = next(iter(failed))
+        raise TrainingError(
+            f"{len(failed)} cells failed, the first {first}: {failed[first]}; its train.log and error.txt in "
+            f"{out / first} say more; the same command tries them again"
+        )
+    return lines
+
+
+def _side_by_side(
+    settings: Settings, cells: Sequence[Cell], out: Path, pool: Pool
+) -> Iterator[tuple[Cell, Line | str]]:
+    """Yield each cell with its line, or with what went wrong, as they end."""
+    if pool is None:
+        for cell in cells:
+            yield cell, run_cell(settings, cell, out)
+        return
+    waiting = {pool.submit(run_cell, settings, cell, out): cell for cell in cells}
+    try:
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[Pool]:
+    if jobs == 1:
+        yield None
+        return
+    spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, spawning, _begin, (threads,)) as pool:
+        yield pool
+
+
+def _asked_of_vllm(
+    settings: Settings, ended: Iterator[tuple[Cell, Line | str]], out: Path
+) -> Iterator[tuple[Cell, Line | str]]:
+    """Have trained cells answered: one server for all cells over the same base."""
+    groups: dict[Path, list[Trained]] = defaultdict(list)
+    for cell, line in ended:
+        if isinstance(line, str):
+            yield cell, line
+            continue
+        trained = train_cell(settings, cell, out)  # it is there; this only loads it
+        trained = replace(trained, seconds=line["train_seconds"])
+        groups[find_base(trained.bundle)].append(trained)
+    for cells in groups.values():
+        adapters = {name: path for trained in cells for name, path in trained.adapters.items()}
+        for trained in cells:
+            world = settings.worlds[trained.cell.world]
+            if world.unseen and trained.config.method == OURS:
+                _, mixes = merged(trained, world, embedder_of(trained.bundle))
+                adapters |= write_mixes(trained.bundle, mixes, trained.directory / "mixes")
+        first = cells[0].bundle
+        others = {name: path for name, path in adapters.items() if name not in first.adapter_paths}
+        serving = Options(port=free_port(), adapters=others)
+        with running_server(first.path, serving, log=out / "server.log") as url:
+            engine = Vllm(url)
+            for trained in cells:
+                yield trained.cell, _line(trained.cell, out, partial(tested, settings, trained, engine))
+
+
+def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
+    """Run one cell to its line, or to what went wrong: one cell must not end the others.
+
+    With vLLM its training alone; the cells are asked together, afterwards.
+    """
+
+    def run() -> Line:
+        trained = train_cell(settings, cell, out)
+        if cell.search or settings.engine == "vllm":
+            return searched(trained)
+        device, dtype = device_and_dtype(trained.config.base)
+        template = trained.config.base.chat_template
+        return tested(settings, trained, _engine(find_base(trained.bundle), dtype, device, template))
+
+    try:
+        return _line(cell, out, run)
+    finally:
+        gc.unfreeze()  # each training freezes what was there; the next cell needs the room
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _line(cell: Cell, out: Path, run: Callable[[], Line]) -> Line | str:
+    try:
+        return run()
+    except Exception as error:
+        (out / cell.key).mkdir(parents=True, exist_ok=True)
+        (out / cell.key / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@cache
+def _engine(path: Path, dtype: str, device: str, chat_template: str | None) -> Transformers:
+    return Transformers(path, dtype, device, chat_template)
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _told(line: Line) -> str:
+    if "loss" in line:
+        return f"{line['key']}: loss {line['loss']}, {line['train_seconds']} s"
+    means = {
+        name: sum(sum(p) / len(p) for p in own["prompts"].values()) / len(own["prompts"])
+        for name, own in line["scores"].items()
+        if "prompts" in own
+    }
+    scores = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    return (
+        f"{line['key']}: {line['adapters']} adapters, {scores}; "
+        f"{line['train_seconds']} + {line['answer_seconds']} s"
+    )

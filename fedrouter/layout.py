@@ -1,0 +1,50 @@
+"""Tables that never cut a name: as wide as they need, or, where the terminal is narrower, row by row."""
+
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+UNBOUNDED = 10_000  # columns
+
+
+class Whole:
+    """Show a table whole: in a file as wide as it is, on a narrow terminal as one block a row."""
+
+    def __init__(self, table: Table):
+        self._table = table
+        for column in table.columns:
+            column.no_wrap = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.update(width=UNBOUNDED, max_width=UNBOUNDED)
+        width = Measurement.get(console, wide, self._table).maximum
+        if width <= options.max_width or not console.is_terminal:
+            self._table.width = width
+            yield from console.render(self._table, wide)
+        else:
+            yield from self._blocks()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, options.max_width)
+
+    def _blocks(self) -> Iterator[RenderableType]:
+        if self._table.title:
+            yield Text.assemble(_text(self._table.title), style="italic")
+        heads = [str(column.header) for column in self._table.columns]
+        for first, *cells in zip(*(column.cells for column in self._table.columns), strict=True):
+            yield Text.assemble(_text(first), style="bold", no_wrap=True, overflow="ignore")
+            for head, cell in zip(heads[1:], map(_text, cells), strict=True):
+                if cell.plain:
+                    yield Text.assemble((f"  {head}: ", "dim"), cell, no_wrap=True, overflow="ignore")
+
+
+def show(console: Console, what: RenderableType) -> None:
+    """Print something whole: rich would cut lines at a width that a file has not."""
+    console.print(what, crop=False)
+
+
+def _text(cell: RenderableType) -> Text:
+    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))

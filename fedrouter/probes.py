@@ -1,0 +1,46 @@
+"""Probes asked: does each conversation go where it must?"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from fedrouter import conversation
+from fedrouter.decide import verdict
+from fedrouter.types import Decision, Probe
+
+Route = Callable[[Sequence[str]], Awaitable[list[Decision]]]
+SHOWN = 60  # characters of a probe's text
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A probe and what was decided for it."""
+
+    probe: Probe
+    decision: Decision
+
+    @property
+    def holds(self) -> bool:
+        """Whether it goes where it must."""
+        return self.decision.fallback == (self.probe.cluster is None) and (
+            self.probe.cluster in (None, self.decision.cluster)
+        )
+
+    def __str__(self) -> str:
+        text = self.probe.turns[-1] if self.probe.turns else ""
+        text = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+        to = "the fallback" if self.decision.fallback else self.decision.cluster
+        wanted = self.probe.cluster or "the fallback"
+        near = f"{verdict(self.decision)} of {self.decision.cluster}" if self.decision.cluster else "no text"
+        expected = "as it must" if self.holds else f"expected {wanted}"
+        return f"{self.probe.where} ({text!r}) goes to {to} ({near}), {expected}"
+
+
+async def ask(probes: Sequence[Probe], route: Route) -> list[Asked]:
+    """Decide for each probe.
+
+    Parameters
+    ----------
+    route : decides for single texts.
+    """
+    decisions = await conversation.decide([probe.turns for probe in probes], route) if probes else []
+    return [Asked(*one) for one in zip(probes, decisions, strict=True)]

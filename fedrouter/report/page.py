@@ -1,0 +1,118 @@
+"""A report as one HTML file that asks nobody for anything, with its figures as SVG and PNG beside it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from fedrouter import __version__
+from fedrouter.report.figures import drawn, figures
+from fedrouter.report.gather import Facts, gather
+
+NAME = "report.html"
+
+
+def write_report(
+    run: Path,
+    data: Sequence[str] | None = None,
+    *,
+    base: str | None = None,
+    embedder_url: str | None = None,
+) -> Path:
+    """Write ``report.html`` into a run, and its figures into ``report/``; return the page's path.
+
+    Parameters
+    ----------
+    data : test records with tasks, for confusion, calibration and abstention; None: the built-in ones, where
+        the run was trained on such.
+
+    Raises
+    ------
+    DataError, BundleError, ModelError
+        If the run, its bundle or the data cannot be used.
+    """
+    facts = gather(run, data, base, embedder_url)
+    beside = run / "report"
+    beside.mkdir(exist_ok=True)
+    shown = {}
+    for name, title, figure in figures(facts):
+        svg, png = drawn(figure)
+        (beside / f"{name}.svg").write_bytes(svg)
+        (beside / f"{name}.png").write_bytes(png)
+        source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
+        shown[name] = {"title": title, "source": source}
+    template = (files("fedrouter.report") / "report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
+    page = environment.from_string(template).render(
+        facts=facts,
+        figures=shown,
+        summary=_summary(facts),
+        losses=_ends(facts),
+        settings=list(_flat(facts.run["config"])),
+        version=__version__,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    partial = run / f".{NAME}.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.rename(run / NAME)
+
+
+def _summary(facts: Facts) -> list[tuple[str, str]]:
+    """Return what stands first, as figure and what it is."""
+    rounds = facts.run["rounds"]
+    clusters = facts.bundle["clusters"] if facts.bundle else []
+    clients = {client for one in clusters for client in one["clients"]}
+    found = [(f"{facts.run['num_rounds']} of {facts.run['config']['train']['rounds']}", "rounds")]
+    if clusters:
+        rows = sum(one["num_examples"] for one in clusters)
+        found += [
+            (str(len(clusters)), "task clusters"),
+            (str(len(clients)), "clients"),
+            (f"{rows:,}", "rows"),
+        ]
+    if facts.routing is not None and facts.routing.accuracy is not None:
+        found.append((f"{facts.routing.accuracy:.1%}", "test prompts to their task's cluster"))
+    measured = [line for line in rounds if "num_bytes" in line]
+    if measured:
+        size = sum(line["num_bytes"] for line in measured)
+        seconds = sum({line["round"]: line["seconds"] for line in measured}.values())
+        found += [(_bytes(size), "adapters, to clients and back"), (_time(seconds), "of rounds")]
+    return found
+
+
+def _ends(facts: Facts) -> dict[str, tuple[float, float]]:
+    """Return the first and last loss of each task cluster."""
+    found: dict[str, tuple[float, float]] = {}
+    for line in facts.run["rounds"]:
+        if line["loss"] is not None:
+            first, _ = found.get(line["cluster"], (line["loss"], 0.0))
+            found[line["cluster"]] = first, line["loss"]
+    return found
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,42 @@
+"""The console at ``/fedrouter/``: a few files of ours, open to everyone; what they ask for needs the key."""
+
+import os
+from importlib.resources import files
+
+from fedrouter.serve.asgi import Answer, Headers
+
+VARIABLE = "FEDROUTER_CONSOLE"  # "0": there is none
+HOME = "/fedrouter/"
+FILES = {"": "index.html", "console.css": "console.css", "console.js": "console.js", "icon.svg": "icon.svg"}
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SAFE: Headers = (
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+)
+
+
+class Console:
+    """Answers with the console's files."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, Answer] = {}
+        if os.environ.get(VARIABLE) == "0":
+            return
+        for path, name in FILES.items():
+            kind = KINDS[name.rpartition(".")[2]]
+            content = (files("fedrouter.serve") / "page" / name).read_bytes()
+            headers = ((b"content-type", f"{kind}; charset=utf-8".encode()), *SAFE)
+            self._answers[HOME + path] = Answer(200, content, headers)
+        away = ((b"location", b"fedrouter/"), *SAFE)  # relative: a proxy may have put us below a path
+        self._answers[HOME.rstrip("/")] = Answer(307, b"", away)
+
+    def answer(self, method: str, path: str) -> Answer | None:
+        """Return what to answer; None where it is not ours."""
+        found = self._answers.get(path) if method in ("GET", "HEAD") else None
+        return found if found is None or method == "GET" else Answer(found.status, b"", found.headers)

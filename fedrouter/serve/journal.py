@@ -1,0 +1,232 @@
+"""What was decided lately: for the console, for feedback, and line by line for the decision log."""
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedrouter import conversation
+from fedrouter.decide import difference
+from fedrouter.errors import FedRouterError
+from fedrouter.serve import metrics
+from fedrouter.serve.access import Caller
+from fedrouter.serve.batch import Overloaded
+from fedrouter.serve.decision_log import DecisionLog, packed
+from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.routing import OVERLOAD, Routing
+from fedrouter.types import Array, Decision, LoggedDecision, OtherDecision
+
+NUM_RECENT = 500  # decisions that can be looked at, without a word of their prompts
+NUM_NOTED = 16_384  # decisions whose requests can get feedback
+OUTCOMES = ("good", "bad")
+logger = logging.getLogger("vllm.fedrouter.journal")
+Vectors = Mapping[str, Array]
+
+
+class Journal:
+    """Notes the decisions of one server process.
+
+    Parameters
+    ----------
+    log : where they are kept; None: in memory only, the last few.
+    """
+
+    def __init__(self, log: DecisionLog | None = None):
+        self._log = log
+        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
+        self._noted: OrderedDict[str, tuple[str | None, list[dict[str, Any]]]] = OrderedDict()
+        self._num_noted = 0
+        self._comparing: set[asyncio.Task[None]] = set()
+
+    def note(
+        self,
+        caller: Caller,
+        routing: Routing,
+        asked: Sequence[Sequence[str]],
+        decisions: Sequence[Decision],
+        vectors: dict[str, Array],
+        routing_ms: float,
+        other: Routing | None = None,
+    ) -> str:
+        """Note what was decided for one request; return the request's id.
+
+        Parameters
+        ----------
+        asked : texts of the user turns of each conversation.
+        vectors : of the texts that were embedded.
+        other : decides as well, a moment later, and answers nothing.
+        """
+        key, now = uuid.uuid4().hex, round(time.time(), 3)
+        entries = [
+            _entry(key, number, now, caller, routing, turns, decision, vectors, routing_ms)
+            for number, (turns, decision) in enumerate(zip(asked, decisions, strict=True))
+        ]
+        self._recent.extend(entries)
+        self._noted[key] = caller.whose, entries
+        self._num_noted += len(entries)
+        while self._num_noted > NUM_NOTED:
+            self._num_noted -= len(self._noted.popitem(last=False)[1][1])
+        if other is not None:
+            task = asyncio.create_task(self._compare(caller, other, asked, decisions, vectors, entries))
+            self._comparing.add(task)
+            task.add_done_callback(self._comparing.discard)
+        elif self._log is not None:
+            self._write(entries, asked, vectors)
+        return key
+
+    def answered(self, key: str, status: int | None) -> None:
+        """Note how the request ended; None: its client left."""
+        for entry in self._noted.get(key, (None, ()))[1]:
+            entry["outcome"] = metrics.outcome(status)
+
+    def recent(self, caller: Caller, limit: int) -> list[dict[str, Any]]:
+        """Return the last decisions that a caller may see, the latest first: a tenant its own."""
+        return [
+            entry
+            for entry in reversed(self._recent)
+            if (not caller.tenant or entry["tenant"]) and caller.client in (None, entry["caller"])
+        ][:limit]
+
+    def feedback(self, caller: Caller, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Attach an outcome to a request; return what it was attached to.
+
+        Raises
+        ------
+        Refusal
+            400 for what is none; 404 for a request that is unknown here, or another tenant's.
+        """
+        key, outcome = payload.get("id"), payload.get("outcome")
+        if not isinstance(key, str) or outcome not in OUTCOMES:
+            raise Refusal(400, f'send {{"id": "x-fedrouter-id of an answer", "outcome": one of {OUTCOMES}}}')
+        whose, entries = self._noted.get(key, (None, []))
+        if not entries or (caller.tenant and whose != caller.whose):
+            raise Refusal(404, f"no request {key} among the last ones of this server process", "id")
+        adapters = list(dict.fromkeys(entry["adapter"] for entry in entries))
+        for entry in entries:
+            entry["feedback"] = outcome
+        for adapter in adapters:
+            metrics.FEEDBACK.labels(adapter, outcome).inc()
+        if self._log is not None:
+            line = {
+                "time": round(time.time(), 3),
+                "feedback": key,
+                "outcome": outcome,
+                "caller": caller.client,
+            }
+            self._log.write(lambda: line)
+        return {"id": key, "outcome": outcome, "adapters": adapters, "logged": self._log is not None}
+
+    def close(self) -> None:
+        """Write what is left."""
+        for task in self._comparing:
+            task.cancel()
+        if self._log is not None:
+            self._log.close()
+
+    async def _compare(
+        self,
+        caller: Caller,
+        other: Routing,
+        asked: Sequence[Sequence[str]],
+        decisions: Sequence[Decision],
+        vectors: dict[str, Array],
+        entries: Sequence[dict[str, Any]],
+    ) -> None:
+        """Let another bundle decide as well: with the same vectors, so that it costs next to nothing."""
+        others: Sequence[Decision] = ()
+        if decisions[0] is not OVERLOAD and caller.client in (None, *other.clients):
+            try:
+                others = await conversation.decide(
+                    asked, lambda texts: other.decide(texts, caller.client, caller.whose, vectors)
+                )
+            except (Overloaded, FedRouterError):
+                others = ()
+            except Exception:  # the bundle was replaced meanwhile, say; the line is written
+                logger.exception("the other bundle decides nothing")
+        if not others:
+            metrics.SHADOW.labels("", "unknown").inc(len(decisions))
+        for entry, first, second in zip(entries, decisions, others or decisions, strict=True):
+            if others:
+                found = difference(first, second)
+                metrics.SHADOW.labels(first.cluster, found).inc()
+                entry["other"] = asdict(
+                    OtherDecision(other.digest[:12], second.model, second.cluster, second.fallback, found)
+                )
+        if self._log is not None:
+            self._write(entries, asked, vectors)
+
+    def _write(
+        self, entries: Sequence[Mapping[str, Any]], asked: Sequence[Sequence[str]], vectors: Vectors
+    ) -> None:
+        assert self._log is not None
+        options = self._log.options
+        for entry, turns in zip(entries, asked, strict=True):
+            texts = []
+            if options.prompts or options.vectors:
+                texts = [text for _, text in conversation.candidates(turns)]
+            line = _line(
+                entry,
+                texts if options.prompts else None,
+                [vectors.get(text) for text in texts] if options.vectors else None,
+            )
+            self._log.write(line)
+
+
+def _entry(
+    key: str,
+    number: int,
+    now: float,
+    caller: Caller,
+    routing: Routing,
+    turns: Sequence[str],
+    decision: Decision,
+    vectors: Vectors,
+    routing_ms: float,
+) -> dict[str, Any]:
+    """Return a decision as the console sees it: all of the log's but what is made of the prompt."""
+    vector = vectors.get(turns[decision.turn]) if turns and decision is not OVERLOAD else None
+    return {
+        "time": now,
+        "id": key,
+        "prompt": number,
+        "bundle": routing.digest[:12],
+        "caller": caller.client,
+        "tenant": caller.tenant,
+        "adapter": decision.model,
+        "cluster": decision.cluster,
+        "distance": _finite(decision.distance),
+        "radius": decision.radius,
+        "margin": _finite(decision.margin),
+        "fallback": decision.fallback,
+        "reason": "overload" if decision is OVERLOAD else metrics.reason(decision),
+        "turn": decision.turn,
+        "turns": len(turns),
+        "routing_ms": routing_ms,
+        "at": None if vector is None else routing.place(vector),
+        "outcome": None,
+        "feedback": None,
+        "other": None,
+    }
+
+
+def _line(
+    entry: Mapping[str, Any], texts: Sequence[str] | None, vectors: Sequence[Array | None] | None
+) -> Callable[[], Mapping[str, Any]]:
+    kept = {name: entry[name] for name in LoggedDecision.__slots__ if name in entry}  # as it is now
+
+    def line() -> Mapping[str, Any]:
+        more: dict[str, Any] = {} if texts is None else {"texts": texts}
+        if vectors is not None:
+            more["vectors"] = [packed(vector) for vector in vectors]
+        return kept | more
+
+    return line
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

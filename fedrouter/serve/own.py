@@ -1,0 +1,174 @@
+"""The hook's own endpoints, below ``/v1/fedrouter``: what they tell whom."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qs
+
+from fedrouter.serve import metrics
+from fedrouter.serve.access import Caller
+from fedrouter.serve.asgi import (
+    Answer,
+    App,
+    Inner,
+    Receive,
+    Scope,
+    header_values,
+    json_answer,
+    path_of,
+    reason,
+)
+from fedrouter.serve.bodies import Bodies, parse
+from fedrouter.serve.paths import (
+    BUNDLES,
+    CHAT,
+    CLUSTERS,
+    COMPLETIONS,
+    DECISIONS,
+    DRY_RUN,
+    FEEDBACK,
+    MODELS,
+    NUMBERS,
+    OWN_METHODS,
+    READY,
+    RELOAD,
+)
+from fedrouter.serve.prompts import conversations
+from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.reload import bundle_names
+from fedrouter.serve.request import check_client, decide, ms_since
+from fedrouter.types import Array
+
+if TYPE_CHECKING:
+    from fedrouter.serve.middleware import FedRouterMiddleware
+
+Endpoint = Callable[[Inner, Scope, Receive, Caller], Awaitable[Any]]
+Read = TypeVar("Read")
+
+
+class OwnEndpoints:
+    """Answers at the hook's own paths; at all but one only those whom the server lets list its models."""
+
+    def __init__(self, app: App, hook: "FedRouterMiddleware", bodies: Bodies):
+        self._app, self._hook, self._bodies = app, hook, bodies
+        self._endpoints: dict[str, Endpoint] = {
+            CLUSTERS: self._clusters,
+            DRY_RUN: self._dry_run,
+            RELOAD: self._reload,
+            FEEDBACK: self._feedback,
+            DECISIONS: self._decisions,
+            NUMBERS: self._numbers,
+            BUNDLES: self._bundles,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, caller: Caller) -> Answer:
+        """Answer a request to a path of ours, or below it.
+
+        Raises
+        ------
+        Refusal
+            For another path or method, or where vLLM refuses the key.
+        """
+        path = path_of(scope)
+        if path not in OWN_METHODS:
+            raise Refusal(404, f"{path}: not found; there are {', '.join(OWN_METHODS)}")
+        if scope["method"] != OWN_METHODS[path]:
+            allowed = ((b"allow", OWN_METHODS[path].encode()),)
+            raise Refusal(405, f"{path} takes {OWN_METHODS[path]} only", headers=allowed)
+        if path == READY:
+            return self._hook.readiness.answer()
+        shown = next(iter(header_values(scope, "authorization")), None)
+        inner = Inner(self._app, scope, shown.encode("latin-1") if shown is not None else None)
+        verdict = await inner.ask("GET", MODELS)
+        if verdict.status != 200:
+            raise Refusal(verdict.status, reason(verdict.payload))
+        return json_answer(200, await self._endpoints[path](inner, scope, receive, caller))
+
+    async def _clusters(self, _inner: Inner, _scope: Scope, _receive: Receive, caller: Caller) -> Any:
+        routing, second = self._hook.routing, self._hook.second
+        check_client(routing, caller)
+        bundle = routing.bundle
+        shown = ["name", "adapter", "radius"]
+        if not caller.tenant:  # who else is there, and with how much, is not a tenant's business
+            shown += ["num_examples", "task_counts", "clients"]
+        clusters = [
+            {name: getattr(cluster, name) for name in shown}
+            | ({"clients": [caller.client]} if caller.tenant else {})
+            | {"at": routing.centroids_at(cluster)}
+            for cluster in routing.clusters(caller.client)
+        ]
+        told: dict[str, Any] = {
+            "bundle": {"name": bundle.path.name, "sha256": routing.digest},
+            "base": asdict(bundle.base),
+            "fallback": routing.fallback,
+            "generalist": bundle.generalist,
+            "clusters": clusters,
+            "operator": not caller.tenant,
+        }
+        if not caller.tenant:
+            told |= {
+                "embedder": asdict(bundle.embedder),
+                "rank": bundle.rank,
+                "versions": dict(bundle.versions),
+                "num_probes": len(bundle.probes),
+                "second": second
+                and {
+                    "name": second.routing.bundle.path.name,
+                    "sha256": second.routing.digest,
+                    "share": second.share,
+                },
+            }
+        return told
+
+    async def _dry_run(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
+        with self._hook.routing.in_use() as routing:
+
+            def look(body: bytes) -> list[list[str]]:
+                payload = parse(body)
+                path = CHAT if "messages" in payload else COMPLETIONS
+                return conversations(path, payload, routing.decode)
+
+            asked = await self._read(receive, caller, look)
+            if len(asked) != 1:
+                raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
+            second = self._hook.second
+            answers = second.routing if second and second.answers(asked, caller) else routing
+            start, vectors = time.perf_counter(), dict[str, Array]()
+            [decision] = await decide(answers, asked, caller, vectors)
+            turns = asked[0]
+            vector = vectors.get(turns[decision.turn]) if turns else None
+        at = None if vector is None else routing.place(vector)
+        return {**asdict(decision), "turns": len(turns), "at": at, "routing_ms": ms_since(start)}
+
+    async def _reload(self, inner: Inner, scope: Scope, receive: Receive, caller: Caller) -> Any:
+        kind = next(iter(header_values(scope, "content-type")), "")
+        if not kind.startswith("application/json"):  # a web form must not do it
+            raise Refusal(415, "send application/json")
+        payload = await self._read(receive, caller, parse)
+        if payload.get("check"):
+            return await self._hook.reloader.check(
+                inner, self._hook.routing, payload.get("bundle"), self._hook.stay
+            )
+        return await self._hook.reload(inner, payload.get("bundle"))
+
+    async def _feedback(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
+        return self._hook.journal.feedback(caller, await self._read(receive, caller, parse))
+
+    async def _decisions(self, _inner: Inner, scope: Scope, _receive: Receive, caller: Caller) -> Any:
+        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("limit", ["100"])[0]
+        if not (given.isascii() and given.isdigit()):
+            raise Refusal(400, "limit must be a whole number", "limit")
+        return {"decisions": self._hook.journal.recent(caller, int(given[:9]))}
+
+    async def _numbers(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
+        return {"state": self._hook.state, "samples": metrics.samples()}
+
+    async def _bundles(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
+        return {"served": self._hook.routing.bundle.path.name, "bundles": bundle_names()}
+
+    async def _read(self, receive: Receive, caller: Caller, look: Callable[[bytes], Read]) -> Read:
+        """Return what ``look`` sees in the request's body."""
+        with self._bodies.work(caller.whose) as work:
+            body = await work.read(receive) or b""
+            return await self._bodies.off_loop(len(body), lambda: look(body))

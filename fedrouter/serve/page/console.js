@@ -1,0 +1,537 @@
+"use strict";
+// The console of `fedrouter serve`: no framework, no build step, no request to another host.
+// All text goes in as text, never as HTML: prompts and names are other people's.
+
+const API = new URL("..", location.href);
+const TABS = ["ask", "map", "traffic", "bundles"];
+const QUIET_MS = 60;       // after the last key, before a decision is asked for
+const REFRESH_MS = 2500;
+const FEW = 30;            // decisions that are listed at first
+const $ = (id) => document.getElementById(id);
+
+let key = "";              // in memory only
+let world = null;          // what is served: GET …/clusters
+let talk = [];          // the conversation: {role, content}
+let latest = null;         // the decision that is shown
+let timer, asking, allShown = false;
+
+// --- building blocks ---
+
+function el(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (name === "class") node.className = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name.includes("-") || name === "role") node.setAttribute(name, value);
+    else node[name] = value;
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+
+function draw(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+const colour = (name) => `k${Math.max(0, world.clusters.findIndex((one) => one.name === name)) % 8}`;
+const width = (node, share) => { node.style.width = `${Math.min(100, 100 * share)}%`; return node; };
+
+function table(heads, rows, stack = true) {
+  const cells = (row) => row.map((cell, i) => {
+    const [head, kind] = heads[i];
+    return el("td", { class: kind || "", ...(i ? { "data-head": head } : {}) }, cell);
+  });
+  return el("div", { class: "scroll" }, el("table", { class: stack ? "stack" : "" },
+    el("thead", {}, el("tr", {}, ...heads.map(([head, kind]) => el("th", { class: kind || "", scope: "col" }, head)))),
+    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row))))));
+}
+
+// --- asking the server ---
+
+class Refused extends Error {
+  constructor(status, message) { super(message); this.status = status; }
+}
+
+async function ask(path, payload, { signal, method } = {}) {
+  for (;;) {
+    const used = key;
+    const headers = { "content-type": "application/json", ...(used ? { authorization: `Bearer ${used}` } : {}) };
+    const answer = await fetch(new URL(path, API), {
+      method: method || (payload === undefined ? "GET" : "POST"),
+      headers, signal, cache: "no-store",
+      body: payload === undefined ? undefined : JSON.stringify(payload),
+    });
+    if (answer.ok) return answer;
+    if (answer.status === 401) {
+      await newKey(used);
+      continue;
+    }
+    const said = await answer.json().catch(() => ({}));
+    const error = said.error && said.error.message ? said.error.message : said.error || answer.statusText;
+    throw new Refused(answer.status, String(error));
+  }
+}
+
+const json = async (...asked) => (await ask(...asked)).json();
+
+let keyAsked = null;
+
+function newKey(used) {
+  if (used !== key) return Promise.resolve();  // another request has been given one meanwhile
+  keyAsked ||= new Promise((resolve) => {
+    const dialog = $("ask-key");
+    $("key-why").textContent = used ? "The server does not know this key." : "This server answers to those who have a key.";
+    $("key-why").className = used ? "failed" : "";
+    $("key").value = "";
+    dialog.addEventListener("cancel", (event) => event.preventDefault());
+    dialog.addEventListener("close", () => {
+      key = $("key").value.trim();
+      $("key").value = "";
+      keyAsked = null;
+      resolve();
+    }, { once: true });
+    dialog.showModal();
+  });
+  return keyAsked;
+}
+
+function trouble(error) {
+  if (error && error.name === "AbortError") return;
+  const lost = error instanceof TypeError;  // what fetch throws where there is no server
+  $("problem").textContent = error ? (lost ? "The server does not answer." : error.message) : "";
+  $("problem").hidden = !error;
+}
+
+// --- Ask ---
+
+function verdict(decision) {
+  if (!decision.cluster) return "no text to route by";
+  const ratio = decision.distance / decision.radius;
+  const how = ratio <= 1 ? "within" : ratio <= 1.25 ? "just beyond" : "far";
+  return `${how} (${fixed(ratio)} × radius)`;
+}
+
+function bars(decision) {
+  const radius = Object.fromEntries(world.clusters.map((one) => [one.name, one.radius]));
+  const rows = Object.entries(decision.distances).filter(([name]) => name in radius);
+  const most = 1.06 * Math.max(...rows.map(([name, distance]) => Math.max(distance, radius[name])), 1e-9);
+  return el("div", { class: "bars" }, ...rows.map(([name, distance], i) => {
+    const tick = el("div", { class: "tick" });
+    tick.style.left = `${(100 * radius[name]) / most}%`;
+    const text = `${name}: distance ${fixed(distance)}, radius ${fixed(radius[name])}`;
+    return el("div", { class: `bar${i ? "" : ` chosen${decision.fallback ? " beyond" : ""}`}` },
+      el("span", {}, name), el("span", { class: "of" }, `${fixed(distance)} of ${fixed(radius[name])}`),
+      el("div", { class: "track", role: "img", "aria-label": text }, width(el("div", { class: "fill" }), distance / most), tick));
+  }));
+}
+
+function showDecision(decision) {
+  latest = decision;
+  const turns = [...document.querySelectorAll("#turns .said")];
+  turns.forEach((turn, i) => turn.classList.toggle("decides", Boolean(decision) && decision.turns > 1 && i === decision.turn));
+  if (!decision) {
+    const names = world ? world.clusters.map((one) => one.name).join(", ") : "";
+    $("where").replaceChildren(el("p", { class: "empty" }, `${names ? `Task clusters: ${names}. ` : ""}Nothing is typed yet.`));
+    return;
+  }
+  const nobody = decision.model === "reject";
+  const near = decision.cluster ? ` of ${decision.cluster}` : "";
+  const then = decision.fallback ? `; ${nobody ? "rejected" : `falls back (${world.fallback})`}` : "";
+  const which = decision.turns > 1 ? `Turn ${decision.turn + 1} of ${decision.turns} decides. ` : "";
+  $("where").replaceChildren(
+    el("div", { class: "verdict" },
+      el("span", { class: "name" }, nobody ? "nobody" : decision.model),
+      el("span", { class: "how" }, `${verdict(decision)}${near}${then}`)),
+    ...(decision.cluster ? [bars(decision)] : []),
+    el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms. `,
+      decision.cluster ? "Bar: distance to the task cluster; mark: its radius." : ""));
+}
+
+async function lookAhead() {
+  clearTimeout(timer);
+  asking?.abort();
+  const draft = $("prompt").value;
+  if (!draft.trim()) return showDecision(talk.length ? latest : null);
+  asking = new AbortController();
+  try {
+    const messages = [...talk, { role: "user", content: draft }];
+    showDecision(await json("v1/fedrouter/route", { messages }, { signal: asking.signal }));
+    trouble(null);
+  } catch (error) { trouble(error); }
+}
+
+function answerCard(model) {
+  const card = {
+    name: el("span", { class: "name" }, model),
+    text: el("div", { class: "text running" }),
+    why: el("div", { class: "why" }),
+    judge: el("div", { class: "judge", hidden: true }),
+  };
+  card.node = el("div", { class: "answer" }, card.name, card.text, card.why, card.judge);
+  return card;
+}
+
+function explain(card, headers) {
+  const of = (name) => headers.get(`x-fedrouter-${name}`);
+  if (!of("id")) return;
+  card.name.textContent = decodeURIComponent(of("adapter"));
+  const parts = [of("cluster") ? `nearest ${decodeURIComponent(of("cluster"))}` : "no text"];
+  if (of("fallback") === "true") parts.push("fallback");
+  if (Number.isFinite(Number(of("margin"))) && of("cluster")) parts.push(`margin ${fixed(Number(of("margin")))}`);
+  parts.push(`routed in ${fixed(Number(of("routing-ms")), 1)} ms`);
+  card.why.textContent = parts.join(" · ");
+  const judges = ["good", "bad"].map((outcome) => el("button", {
+    type: "button", class: "plain small", "aria-pressed": "false",
+    onclick: async () => {
+      try {
+        await ask("v1/fedrouter/feedback", { id: of("id"), outcome });
+        judges.forEach((one) => one.setAttribute("aria-pressed", String(one.textContent.toLowerCase() === outcome)));
+      } catch (error) { trouble(error); }
+    },
+  }, outcome === "good" ? "Good" : "Bad"));
+  card.judge.replaceChildren(...judges);
+}
+
+async function* pieces(answer) {
+  // Server-sent events: "data: {…}" lines, the last one "data: [DONE]".
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+async function stream(card, model, messages) {
+  const began = performance.now();
+  let text = "";
+  try {
+    const max_tokens = Number($("tokens").value) || 256;
+    const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens });
+    explain(card, answer.headers);
+    for await (const piece of pieces(answer)) {
+      if (piece.error) throw new Refused(500, piece.error.message || "the stream broke off");
+      text += piece.choices?.[0]?.delta?.content || "";
+      card.text.textContent = text;
+    }
+    card.judge.hidden = !card.judge.childElementCount;
+    card.why.append(`${card.why.textContent ? " · " : ""}${Math.round(performance.now() - began)} ms`);
+    if (!text) card.text.append(el("span", { class: "quiet" }, "(an empty answer)"));
+  } catch (error) {
+    const lost = error instanceof TypeError;
+    card.text.append(el("p", { class: "failed" }, lost ? "The server broke off." : error.message));
+  }
+  card.text.classList.remove("running");
+  return text;
+}
+
+async function send() {
+  const prompt = $("prompt").value;
+  if (!prompt.trim() || $("send").disabled) return;
+  const messages = [...talk, { role: "user", content: prompt }];
+  const beside = $("beside").value;
+  const routed = answerCard("fedrouter");
+  const other = beside ? answerCard(beside) : null;
+  $("turns").append(el("li", {}, el("div", { class: "said" }, prompt),
+    el("div", { class: "answers" }, routed.node, other && other.node)));
+  await lookAhead();
+  $("prompt").value = "";
+  $("send").disabled = true;
+  $("anew").hidden = false;
+  talk = messages;
+  const [text] = await Promise.all([stream(routed, "fedrouter", messages), other && stream(other, beside, messages)]);
+  if (talk === messages) talk = [...messages, { role: "assistant", content: text }];
+  $("send").disabled = false;
+  $("prompt").focus();
+}
+
+function anew() {
+  talk = [];
+  latest = null;
+  $("turns").replaceChildren();
+  $("anew").hidden = true;
+  lookAhead();
+  $("prompt").focus();
+}
+
+async function listModels() {
+  const { data } = await json("v1/models");
+  const chosen = $("beside").value;
+  const names = data.map((one) => one.id).filter((id) => id !== "fedrouter");
+  $("beside").replaceChildren(el("option", { value: "" }, "nothing"), ...names.map((id) => el("option", { value: id }, id)));
+  $("beside").value = names.includes(chosen) ? chosen : "";
+}
+
+// --- Map ---
+
+async function showMap() {
+  const { decisions } = await json("v1/fedrouter/decisions?limit=100");
+  const past = decisions.filter((one) => one.at && world.bundle.sha256.startsWith(one.bundle));
+  const rings = world.clusters.flatMap((one) => one.at.map(([x, y]) => ({ ...one, x, y: -y })));
+  const now = latest && latest.at;
+  const points = [...past.map((one) => one.at), ...(now ? [now] : [])].map(([x, y]) => [x, -y, 0]);
+  const all = [...rings.map((one) => [one.x, one.y, one.radius]), ...points];
+  const [left, right] = [Math.min(...all.map(([x, , r]) => x - r)), Math.max(...all.map(([x, , r]) => x + r))];
+  const [top, bottom] = [Math.min(...all.map(([, y, r]) => y - r)), Math.max(...all.map(([, y, r]) => y + r))];
+  const size = [$("picture").clientWidth, Math.round(Math.min(0.8 * $("picture").clientWidth, 560))];
+  const edge = 28;
+  const scale = Math.min((size[0] - 2 * edge) / (right - left || 1), (size[1] - 2 * edge) / (bottom - top || 1));
+  const at = (x, y) => ({
+    cx: size[0] / 2 + (x - (left + right) / 2) * scale, cy: size[1] / 2 + (y - (top + bottom) / 2) * scale,
+  });
+  const hint = (text) => draw("title", {}, text);
+  const picture = draw("svg", { viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img", "aria-label":
+    `${world.clusters.length} task clusters, ${past.length} decisions${now ? ", and the prompt" : ""}` });
+  for (const one of rings) {
+    picture.append(draw("circle", { ...at(one.x, one.y), r: one.radius * scale, class: `ring ${colour(one.name)}` },
+      hint(`${one.name}: radius ${fixed(one.radius)}`)));
+  }
+  for (const one of past) {
+    const kind = one.fallback ? "past far" : `past ${colour(one.cluster)}`;
+    picture.append(draw("circle", { ...at(one.at[0], -one.at[1]), r: 4, class: kind },
+      hint(`${one.adapter}, ${new Date(one.time * 1000).toLocaleTimeString()}`)));
+  }
+  const named = new Set();
+  const labels = [];
+  for (const one of rings) {
+    const { cx, cy } = at(one.x, one.y);
+    picture.append(draw("circle", { cx, cy, r: 5, class: `centre ${colour(one.name)}` }));
+    if (named.has(one.name)) continue;  // a task cluster may have several centroids
+    named.add(one.name);
+    const room = one.radius * scale;
+    const half = 4 * one.name.length;  // of the label's width, about
+    let y = room > 30 ? cy - room + 20 : cy - room - 8;
+    while (labels.some(([x, other, reach]) => Math.abs(x - cx) < reach + half && Math.abs(other - y) < 17)) y += 4;
+    labels.push([cx, y, half]);
+    picture.append(draw("text", { x: cx, y, class: `middle ${colour(one.name)}` }, one.name));
+  }
+  if (now) {
+    const { cx, cy } = at(now[0], -now[1]);
+    picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")), draw("text", { x: cx + 13, y: cy + 5 }, "prompt"));
+  }
+  $("picture").replaceChildren(picture);
+  const told = past.length ? `Faint points: the last ${past.length} decisions${past.some((one) => one.fallback) ? ", hollow where they fell back" : ""}. ` : "No decisions yet. ";
+  const count = (counts) => Object.entries(counts).map(([name, number]) => `${name} ${number}`).join(", ");
+  const heads = [["task cluster"], ["radius", "num"], ...(world.operator ? [["rows", "num"], ["tasks"], ["clients"]] : [])];
+  const rows = world.clusters.map((one) => [
+    el("span", { class: colour(one.name) }, el("span", { class: "swatch" }), one.name), fixed(one.radius),
+    ...(world.operator ? [String(one.num_examples), count(one.task_counts) || "no labels", one.clients.join(", ")] : [])]);
+  $("legend").replaceChildren(el("p", { class: "key" },
+    `${told}${now ? "" : "Type a prompt under Ask to see it here. "}Rings: radii. Distances shrink when many dimensions are drawn in two; the bars under Ask tell them.`),
+    el("h2", {}, "Task clusters"), table(heads, rows));
+}
+
+// --- Traffic ---
+
+function quantile(buckets, share) {
+  // From a Prometheus histogram's cumulative buckets: linear within one, as Grafana does.
+  const total = buckets.length ? buckets[buckets.length - 1][1] : 0;
+  if (!total) return null;
+  let [low, before] = [0, 0];
+  for (const [high, count] of buckets) {
+    if (count >= share * total) return Number.isFinite(high) ? low + ((high - low) * (share * total - before)) / (count - before || 1) : low;
+    [low, before] = [high, count];
+  }
+  return low;
+}
+
+async function showTraffic() {
+  const [{ decisions }, numbers] = await Promise.all([
+    json("v1/fedrouter/decisions?limit=200"), world.operator ? json("v1/fedrouter/numbers") : null]);
+  const counts = new Map();  // adapter → outcome → requests
+  const count = (adapter, outcome, number) => {
+    const own = counts.get(adapter) || {};
+    own[outcome] = (own[outcome] || 0) + number;
+    counts.set(adapter, own);
+  };
+  let figures;
+  if (numbers) {
+    const of = (name) => numbers.samples.filter((one) => one.name === `fedrouter_${name}`);
+    const sum = (name, where = () => true) => of(name).filter(where).reduce((total, one) => total + one.value, 0);
+    of("requests_total").forEach((one) => count(one.labels.adapter, one.labels.outcome, one.value));
+    const buckets = of("routing_seconds_bucket").map((one) => [one.labels.le === "+Inf" ? Infinity : Number(one.labels.le), one.value]);
+    buckets.sort(([a], [b]) => a - b);
+    const prompts = sum("distance_ratio_count") + sum("fallbacks_total", (one) => one.labels.reason !== "radius");
+    const [p50, p95] = [quantile(buckets, 0.5), quantile(buckets, 0.95)].map((s) => (s === null ? "–" : `${fixed(1000 * s, 1)} ms`));
+    const good = sum("feedback_total", (one) => one.labels.outcome === "good");
+    const bad = sum("feedback_total", (one) => one.labels.outcome === "bad");
+    figures = [["requests", sum("requests_total")], ["fell back", prompts ? percent(sum("fallbacks_total") / prompts) : "–"],
+      ["routing, median", p50], ["routing, 95 %", p95], ["waiting to be routed", sum("queue_depth")], ["good · bad", `${good} · ${bad}`]];
+    const differ = of("shadow_decisions_total").filter((one) => one.value);
+    if (world.second) {
+      const all = differ.reduce((total, one) => total + one.value, 0);
+      const same = sum("shadow_decisions_total", (one) => one.labels.difference === "same");
+      figures.push([`${world.second.name} decides the same`, all ? percent(same / all) : "–"]);
+    }
+    const lost = sum("decision_log_lost_total");
+    if (lost) figures.push(["lines the log lost", lost]);
+  } else {
+    decisions.forEach((one) => count(one.adapter, one.outcome || "running", 1));
+    const back = decisions.filter((one) => one.fallback).length;
+    figures = [["your last decisions", decisions.length], ["fell back", decisions.length ? percent(back / decisions.length) : "–"]];
+  }
+  $("figures").replaceChildren(...figures.map(([name, value]) => el("div", { class: "figure" }, el("b", {}, String(value)), el("span", {}, name))));
+  const total = (own) => Object.values(own).reduce((a, b) => a + b, 0);
+  const sorted = [...counts].filter(([, own]) => total(own)).sort(([, a], [, b]) => total(b) - total(a));
+  const all = sorted.reduce((sum, [, own]) => sum + total(own), 0);
+  const outcomes = ["ok", "refused", "failed", "gone", "running"].filter((name) => sorted.some(([, own]) => own[name]));
+  const rows = sorted.map(([adapter, own]) => [el("span", { class: "name" }, adapter || "(refused before routing)"),
+    el("div", { class: "track" }, width(el("div", { class: "fill" }), total(own) / all)),
+    ...outcomes.map((name) => (own[name] ? String(own[name]) : ""))]);
+  $("adapters").replaceChildren(rows.length
+    ? table([["adapter"], ["share", "share"], ...outcomes.map((name) => [name, "num"])], rows)
+    : el("p", { class: "empty" }, "No routed request yet."));
+  showDecisions(decisions);
+}
+
+function showDecisions(decisions) {
+  const adapters = [...new Set(decisions.map((one) => one.adapter))].sort();
+  const chosen = $("by-adapter").value;
+  if (document.activeElement !== $("by-adapter")) {
+    $("by-adapter").replaceChildren(el("option", { value: "" }, "all"), ...adapters.map((name) => el("option", { value: name }, name)));
+    $("by-adapter").value = adapters.includes(chosen) ? chosen : "";
+  }
+  const [adapter, outcome, back] = [$("by-adapter").value, $("by-outcome").value, $("by-fallback").checked];
+  const found = decisions.filter((one) => (!adapter || one.adapter === adapter) && (!outcome || one.outcome === outcome) && (!back || one.fallback));
+  const rows = found.slice(0, allShown ? undefined : FEW).map((one) => [
+    el("span", { class: "name" }, one.adapter),
+    new Date(one.time * 1000).toLocaleTimeString(),
+    one.distance === null ? "–" : fixed(one.distance / one.radius),
+    fixed(one.margin),
+    fixed(one.routing_ms, 1),
+    el("span", {}, ...[[one.outcome && one.outcome !== "ok" ? one.outcome : "", true], [one.reason, false], [one.feedback, one.feedback === "bad"],
+      [one.other && one.other.difference !== "same" ? `second: ${one.other.difference}` : "", false]]
+      .filter(([text]) => text).flatMap(([text, warn]) => [el("span", { class: `tag${warn ? " warn" : ""}` }, text.replace("_", " ")), " "])),
+    el("code", { class: "quiet", title: one.id }, one.id.slice(0, 8)),
+  ]);
+  const heads = [["adapter"], ["time"], ["÷ radius", "num"], ["margin", "num"], ["ms", "num"], [""], ["id"]];
+  const more = found.length > rows.length
+    ? el("button", { type: "button", class: "plain small", onclick: () => { allShown = true; showDecisions(decisions); } }, `Show all ${found.length}`) : "";
+  $("decisions").replaceChildren(...rows.length ? [table(heads, rows), more]
+    : [el("p", { class: "empty" }, decisions.length ? "None of them." : "None yet. Ask something, or send a request to model “fedrouter”.")]);
+}
+
+// --- Bundles ---
+
+async function showBundle() {
+  const facts = [["bundle", el("b", {}, world.bundle.name)], ["SHA-256", el("code", {}, world.bundle.sha256)], ["base", world.base.model],
+    ["fallback", world.fallback], ["generalist", world.generalist ? el("code", {}, world.generalist) : "none"]];
+  if (world.operator) {
+    const { kind, model, dim } = world.embedder;
+    facts.push(["embedder", `${model} (${kind}, ${dim} dimensions)`], ["rank", String(world.rank)], ["probes", String(world.num_probes)]);
+    if (world.second) {
+      const { name, sha256, share } = world.second;
+      facts.push(["second", el("span", {}, el("b", {}, name), share ? ` answers ${percent(share)} of the requests ` : " decides as well, and answers nothing ", el("code", { class: "quiet" }, sha256.slice(0, 12)))]);
+    }
+    facts.push(["written with", Object.entries(world.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "unknown"]);
+  }
+  const heads = [["task cluster"], ["adapter"], ["radius", "num"], ...(world.operator ? [["rows", "num"], ["clients"]] : [])];
+  const rows = world.clusters.map((one) => [one.name, el("span", { class: "name" }, one.adapter), fixed(one.radius),
+    ...(world.operator ? [String(one.num_examples), one.clients.join(", ")] : [])]);
+  $("bundle").replaceChildren(el("dl", { class: "card" }, ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
+    el("h2", {}, "Task clusters"), table(heads, rows));
+}
+
+async function showReload() {
+  if (!world.operator) return $("reload").replaceChildren();
+  const { bundles } = await json("v1/fedrouter/bundles");
+  const result = el("div", { class: "result", "aria-live": "polite" });
+  const choice = el("select", { id: "which", "aria-label": "Bundle" }, ...bundles.map((name) => el("option", { value: name }, name)));
+  choice.value = bundles.find((name) => name !== world.bundle.name) || bundles[0] || "";
+  const check = el("button", { type: "button", class: "plain" }, "Check");
+  const go = el("button", { type: "button", disabled: true }, "Reload");
+  const list = (told) => ["loaded", "kept", "unloaded"].filter((what) => told[what].length)
+    .map((what) => el("p", {}, el("span", { class: "quiet" }, `${what === "loaded" ? "new" : what}: `), el("span", { class: "name" }, told[what].join(", "))));
+  const run = async (checked, waiting) => {
+    check.disabled = go.disabled = choice.disabled = true;
+    result.replaceChildren(el("p", { class: "quiet" }, waiting));
+    try {
+      const told = await json("v1/fedrouter/reload", { bundle: choice.value, ...(checked ? { check: true } : {}) });
+      result.replaceChildren(el("p", {}, checked ? `${told.bundle} is valid${told.probes ? `, its ${told.probes} probes hold` : ""}. After a reload:` : `${told.bundle} is served.`), ...list(told));
+      go.disabled = !checked;
+      if (!checked) { world = await json("v1/fedrouter/clusters"); showServed(); await showBundle(); await listModels(); }
+    } catch (error) {
+      result.replaceChildren(el("p", { class: "failed" }, error.message));
+    }
+    check.disabled = choice.disabled = false;
+  };
+  check.addEventListener("click", () => run(true, "Validating, asking its probes …"));
+  go.addEventListener("click", () => run(false, "Loading beside the old one, then changing over …"));
+  choice.addEventListener("change", () => { go.disabled = true; result.replaceChildren(); });
+  $("reload").replaceChildren(el("h2", {}, "Serve another bundle"), bundles.length
+    ? el("div", { class: "card" }, el("div", { class: "row" }, choice, check, go), result)
+    : el("p", { class: "empty" }, "No bundle lies beside the served one, or this server cannot reload."));
+}
+
+// --- the whole page ---
+
+function showServed() {
+  $("served").textContent = `${world.bundle.name} · ${world.bundle.sha256.slice(0, 8)}`;
+}
+
+const SHOW = {
+  ask: async () => { await listModels(); if (!latest) showDecision(null); },
+  map: showMap,
+  traffic: showTraffic,
+  bundles: async () => { await showBundle(); await showReload(); },
+};
+let refreshing;
+
+async function open(tab) {
+  clearTimeout(refreshing);
+  for (const one of TABS) {
+    const chosen = one === tab;
+    $(one).hidden = !chosen;
+    $(`tab-${one}`).setAttribute("aria-selected", String(chosen));
+    $(`tab-${one}`).tabIndex = chosen ? 0 : -1;
+  }
+  if (location.hash !== `#${tab}`) window.history.replaceState(null, "", `#${tab}`);
+  await refresh(tab);
+}
+
+async function refresh(tab) {
+  try {
+    if (!world || tab !== "ask") { world = await json("v1/fedrouter/clusters"); showServed(); }
+    await SHOW[tab]();
+    trouble(null);
+  } catch (error) { trouble(error); }
+  const live = tab === "map" || tab === "traffic";
+  if (live && !$(tab).hidden) {
+    clearTimeout(refreshing);
+    refreshing = setTimeout(() => (document.hidden ? refresh.later = tab : refresh(tab)), REFRESH_MS);
+  }
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && refresh.later) { const tab = refresh.later; refresh.later = null; if (!$(tab).hidden) refresh(tab); }
+});
+for (const tab of TABS) {
+  $(`tab-${tab}`).addEventListener("click", () => open(tab));
+  $(`tab-${tab}`).addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const next = TABS[(TABS.indexOf(tab) + step + TABS.length) % TABS.length];
+    $(`tab-${next}`).focus();
+    open(next);
+  });
+}
+$("prompt").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(lookAhead, QUIET_MS); });
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+});
+$("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+$("anew").addEventListener("click", anew);
+for (const id of ["by-adapter", "by-outcome", "by-fallback"]) $(id).addEventListener("change", () => refresh("traffic"));
+window.addEventListener("hashchange", () => { const tab = location.hash.slice(1); if (TABS.includes(tab)) open(tab); });
+open(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");

@@ -1,0 +1,111 @@
+"""A real Chromium without a screen: Debian's packages chromium and chromium-driver, driven by selenium."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+Found = TypeVar("Found")
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+WAIT_S = 20.0
+needs_chromium = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="NO CHROMIUM: apt-get install -y chromium chromium-driver"
+)
+PHONE = 390, 844
+
+
+class Page:
+    """The console in a browser."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str):
+        self.driver, self.url = driver, url
+
+    def open(self, hash_: str = "") -> "Page":
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.url}/fedrouter/{hash_}")
+        return self
+
+    def find(self, selector: str) -> Any:
+        return self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, selector), selector)[0]
+
+    def text(self, selector: str) -> str:
+        """Return what a person sees of an element; empty if it is not there."""
+        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return found[0].text if found else ""
+
+    def texts(self, selector: str) -> list[str]:
+        return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+
+    def until(self, what: Callable[[], Found], why: str = "") -> Found:
+        """Wait until something holds; return it."""
+        gone = [StaleElementReferenceException]
+        wait = WebDriverWait(self.driver, WAIT_S, poll_frequency=0.02, ignored_exceptions=gone)
+        return wait.until(lambda _: what(), f"waited for {why or what}")
+
+    def shows(self, selector: str, text: str) -> str:
+        return self.until(
+            lambda: text in self.text(selector) and self.text(selector), f"{text!r} in {selector}"
+        )
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def type(self, text: str, send: bool = False) -> None:
+        self.find("#prompt").send_keys(text + (Keys.ENTER if send else ""))
+
+    def choose(self, selector: str, option: str) -> None:
+        box = self.find(selector)
+        self.until(lambda: option in [one.text for one in Select(box).options], f"option {option}")
+        Select(box).select_by_visible_text(option)
+
+    def tab(self, name: str) -> None:
+        self.click(f"#tab-{name}")
+        self.until(lambda: self.find(f"#{name}").is_displayed(), name)
+
+    def complaints(self) -> list[str]:
+        """Return what the browser itself found wrong since it was asked last: scripts, CSP, requests."""
+        return [one["message"] for one in self.driver.get_log("browser") if one["level"] == "SEVERE"]
+
+    def js(self, script: str) -> Any:
+        return self.driver.execute_script(script)
+
+    def picture(self, path: Path) -> None:
+        self.driver.save_screenshot(str(path))
+
+
+@contextmanager
+def chromium(size: tuple[int, int] = (1280, 900), dark: bool = False) -> Iterator[webdriver.Chrome]:
+    """Start a browser of that size for the length of the block."""
+    assert BROWSER and DRIVER
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--no-proxy-server",
+    ]
+    for flag in [*flags, f"--window-size={size[0]},{size[1]}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    if size[0] < 500:  # no window is so narrow
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 2, "mobile": True}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    if dark:
+        scheme = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+    try:
+        yield driver
+    finally:
+        driver.quit()

@@ -1,0 +1,313 @@
+"""The console in a real Chromium, before the real hook; what stands for vLLM echoes prompts."""
+
+import hashlib
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import PHONE, Page, chromium, needs_chromium
+from bundles import write_word_bundle
+from echo import KEY, PATIENT, TASKS, WordEmbedder
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from stub import serving
+
+from fedrouter.bundle import Bundle
+from fedrouter.serve import canary
+from fedrouter.serve.access import Access
+from fedrouter.serve.limits import Limits
+from fedrouter.serve.routing import Routing
+
+pytestmark = needs_chromium
+TENANTS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob")}
+FAR = "zebra " * 30
+SECRET = "the tea of ann is oolong"
+
+
+def words(bundle: Bundle, fallback: str | None = None) -> Routing:
+    return Routing(bundle, WordEmbedder(), str, fallback, Limits(**PATIENT))
+
+
+def post(url: str, path: str, payload: Any, key: str = "") -> Any:
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(f"{url}{path}", json.dumps(payload).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read()
+
+
+def say(url: str, text: str, key: str = "") -> None:
+    messages = [{"role": "user", "content": text}]
+    post(url, "/v1/chat/completions", {"model": "fedrouter", "messages": messages}, key)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def url(word_bundle: Bundle) -> Iterator[str]:
+    with serving(lambda: words(word_bundle), pause_s=0.03) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browser: Any, url: str) -> Iterator[Page]:
+    page = Page(browser, url)
+    page.complaints()
+    yield page.open()
+    assert page.complaints() == [], "neither errors nor what the policy forbids"
+
+
+def test_empty_states_say_what_to_do(page: Page) -> None:
+    page.shows("#where", "Nothing is typed yet")
+    assert all(name in page.text("#where") for name in TASKS)
+    page.tab("map")
+    page.shows("#legend", "No decisions yet")
+    page.tab("traffic")
+    page.shows("#decisions", "None yet")
+    page.tab("bundles")
+    page.shows("#reload", "No bundle lies beside")
+    assert page.text("#problem") == ""
+
+
+def test_shows_while_typing_where_a_prompt_goes(page: Page, word_bundle: Bundle) -> None:
+    page.type(TASKS["headline"])
+    page.shows("#where .name", word_bundle.clusters[0].adapter)
+    assert page.text("#where .how").startswith("within (0.00 × radius) of headline")
+    assert page.texts("#where .bar span:first-child")[0] == "headline"
+    chosen, *others = page.driver.find_elements(By.CSS_SELECTOR, "#where .fill")
+    assert chosen.size["width"] < min(one.size["width"] for one in others)
+    page.find("#prompt").clear()
+    page.type(FAR)
+    page.shows("#where .how", "falls back (base)")
+    assert "far (" in page.text("#where .how")
+    assert page.text("#where .name") == "base"
+    assert page.find("#where .chosen.beyond")
+    page.find("#prompt").clear()
+    page.type(" ")
+    page.shows("#where", "Nothing is typed yet")
+
+
+def test_an_answer_streams_in_and_can_be_judged(page: Page, word_bundle: Bundle) -> None:
+    adapter = word_bundle.clusters[1].adapter
+    page.type(TASKS["summary"], send=True)
+    growing = page.until(lambda: page.text(".answer .text"))
+    assert "friends" not in growing, "it shows before it is whole"
+    page.shows(".answer .text", f"{adapter} says: {TASKS['summary']}")
+    page.until(lambda: "running" not in page.find(".answer .text").get_attribute("class"))
+    assert page.text(".answer .name") == adapter
+    assert "margin" in page.text(".answer .why")
+    assert "routed in" in page.text(".answer .why")
+    page.find(".judge button").click()
+    page.until(lambda: page.find(".judge button").get_attribute("aria-pressed") == "true")
+    page.tab("traffic")
+    page.shows("#decisions", "good")
+
+
+def test_follow_ups_show_which_turn_decides(page: Page) -> None:
+    page.type(TASKS["summary"], send=True)
+    page.until(lambda: page.find("#send").is_enabled() and page.text(".answer .why"))
+    page.type(FAR)
+    page.shows("#where .key", "Turn 1 of 2 decides")
+    assert "decides" in page.find("#turns .said").get_attribute("class")
+    page.click("#anew")
+    page.shows("#where .key", "Decided")
+    assert page.texts("#turns li") == []
+
+
+def test_side_by_side_with_the_base_the_generalist_or_an_adapter(page: Page, word_bundle: Bundle) -> None:
+    others = ["base", word_bundle.generalist or "", word_bundle.clusters[2].adapter]
+    for number, other in enumerate(others):
+        page.choose("#beside", other)
+        page.type(TASKS["headline"], send=True)
+        page.until(lambda: len(page.texts(".answer")) == 2 * number + 2)  # noqa: B023
+        page.until(lambda: f"{other} says" in page.texts(".answer .text")[-1])  # noqa: B023
+        page.until(lambda: page.find("#send").is_enabled())
+    first, second = page.driver.find_elements(By.CSS_SELECTOR, ".answer")[:2]
+    assert first.rect["y"] == second.rect["y"], "beside, not below"
+
+
+def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> None:
+    for text in [TASKS["headline"]] * 3 + [FAR]:
+        say(url, text)
+    page.type(TASKS["summary"])
+    page.shows("#where .how", "summary")
+    page.tab("map")
+    page.until(lambda: len(page.driver.find_elements(By.CSS_SELECTOR, "#picture .past")) >= 4)
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, "#picture .ring")) == len(TASKS)
+    assert page.find("#picture .past.far") and page.find("#picture .now")
+    assert "a, b" in page.text("#legend"), "the clients"
+    page.tab("traffic")
+    page.shows("#adapters", word_bundle.clusters[0].adapter)
+    page.choose("#by-adapter", "base")
+    page.until(lambda: set(page.texts("#decisions tbody .name")) == {"base"})
+    page.choose("#by-adapter", "all")
+    page.click("#by-fallback")
+    page.until(lambda: set(page.texts("#decisions tbody .name")) == {"base"})
+    page.choose("#by-outcome", "failed")
+    page.shows("#decisions", "None of them")
+
+
+def test_prompts_and_names_are_text_and_never_markup(page: Page) -> None:
+    page.type("<img src=x onerror=alert(1)> <b>bold</b> write a headline", send=True)
+    page.shows(".answer .text", "<b>bold</b>")
+    assert page.driver.find_elements(By.CSS_SELECTOR, "#turns img, #turns b") == []
+
+
+def test_the_keyboard_alone_is_enough(page: Page) -> None:
+    page.shows("#where", "Nothing is typed yet")
+    page.find("#tab-ask").send_keys(Keys.ARROW_RIGHT)
+    page.until(lambda: page.find("#map").is_displayed())
+    assert page.driver.switch_to.active_element.get_attribute("id") == "tab-map"
+    page.driver.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    page.until(lambda: page.find("#ask").is_displayed())
+    page.driver.switch_to.active_element.send_keys(Keys.TAB)
+    page.until(lambda: page.driver.switch_to.active_element.get_attribute("id") == "prompt")
+    page.driver.switch_to.active_element.send_keys(TASKS["headline"] + Keys.TAB + Keys.TAB + Keys.TAB)
+    assert page.driver.switch_to.active_element.get_attribute("id") == "send"
+    page.driver.switch_to.active_element.send_keys(Keys.SPACE)
+    page.shows(".answer .text", "says: write a headline")
+
+
+def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: Path) -> None:
+    say(url, TASKS["headline"])
+    with chromium(PHONE, dark=True) as driver:
+        page = Page(driver, url).open()
+        page.type(TASKS["summary"], send=True)
+        page.shows(".answer .text", "says: summarise")
+        for tab in ("ask", "map", "traffic", "bundles"):
+            page.tab(tab)
+            page.until(lambda: page.text("main").strip())
+            assert page.js("return document.documentElement.scrollWidth <= innerWidth"), tab
+            small = page.js(
+                "return [...document.querySelectorAll('main button, [role=tab], main select')]"
+                ".filter((one) => one.offsetParent && one.getBoundingClientRect().height < 22).length"
+            )
+            assert small == 0, f"{tab}: too small to touch"
+        background = page.js("return getComputedStyle(document.documentElement).backgroundColor")
+        assert sum(int(part) for part in background[4:-1].split(",")) < 120, "dark"
+        assert page.complaints() == []
+
+
+def test_a_key_is_asked_for_once_and_a_wrong_one_again(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle), Access(KEY), KEY) as url:
+        page = Page(browser, url).open()
+        page.until(lambda: page.find("#ask-key").get_attribute("open"))
+        page.find("#key").send_keys("wrong" + Keys.ENTER)
+        page.shows("#key-why", "does not know this key")
+        page.find("#key").send_keys(KEY + Keys.ENTER)
+        page.shows("#where", "Nothing is typed yet")
+        for tab in ("map", "traffic", "bundles", "ask"):
+            page.tab(tab)
+            assert not page.find("#ask-key").get_attribute("open")
+        page.type(TASKS["headline"], send=True)
+        page.shows(".answer .text", "says: write a headline")
+        stored = page.js(
+            "return [localStorage.length, sessionStorage.length, document.cookie, location.href]"
+        )
+        assert stored[:3] == [0, 0, ""]
+        assert KEY not in stored[3] and KEY not in page.driver.page_source
+        page.open()
+        page.until(lambda: page.find("#ask-key").get_attribute("open"), "in memory only")
+        page.complaints()  # the 401s are among them
+
+
+def test_one_tenant_sees_nothing_of_another(browser: Any, tenants_bundle: Bundle) -> None:
+    with serving(lambda: words(tenants_bundle), Access(KEY, TENANTS), KEY) as url:
+        say(url, f"{TASKS['headline']} {SECRET}", "ann")
+        page = Page(browser, url).open()
+        page.find("#key").send_keys("bob" + Keys.ENTER)
+        page.shows("#where", "summary")
+        seen = []
+        page.type(TASKS["headline"])
+        page.until(lambda: page.text("#where .how"))
+        for tab in ("ask", "map", "traffic", "bundles"):
+            page.tab(tab)
+            page.until(lambda: page.text("main").strip())
+            time.sleep(0.3)
+            seen.append(page.driver.page_source)
+        shown = " ".join(seen)
+        assert "summary" in shown
+        assert "ann" not in page.texts("td") and "headline-" not in shown
+        assert "oolong" not in shown
+        page.tab("traffic")
+        page.shows("#decisions", "None yet")
+        page.tab("bundles")
+        page.shows("#bundle", "SHA-256")
+        assert page.text("#reload") == "", "a tenant reloads nothing"
+        page.complaints()
+
+
+def test_a_bundle_is_checked_and_then_reloaded(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(canary, "RETRY_S", 0.01)
+    one = write_word_bundle(tmp_path / "one")
+    two = write_word_bundle(tmp_path / "two", seeds=(0, 11, 12))
+    broken = write_word_bundle(tmp_path / "zwei", seeds=(0, 11, 12))
+    os.truncate(broken.path / "router.safetensors", 100)
+    with serving(lambda: words(one)) as url:
+        page = Page(browser, url).open("#bundles")
+        page.choose("#which", "zwei")
+        page.find("#reload .plain").click()
+        page.shows("#reload .result", "router.safetensors")
+        assert not page.find("#reload button:not(.plain)").is_enabled()
+        page.choose("#which", "two")
+        page.find("#reload .plain").click()
+        page.shows("#reload .result", "two is valid")
+        assert two.clusters[1].adapter in page.text("#reload .result")
+        assert "one" in page.text("#bundle")
+        page.find("#reload button:not(.plain)").click()
+        page.shows("#bundle", two.clusters[1].adapter)
+        page.shows("#served", "two")
+        page.complaints()  # the 400 is among them
+
+
+def test_a_rejected_prompt_and_a_server_that_is_gone_are_said(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle, "reject")) as url:
+        page = Page(browser, url).open()
+        page.type(FAR)
+        page.shows("#where .how", "rejected")
+        page.type("", send=True)
+        page.shows(".answer .text", "no task cluster is near")
+    page.type("more of it")
+    page.shows("#problem", "The server does not answer")
+    page.complaints()
+
+
+def test_the_first_view_is_small_and_asks_nobody_else(browser: Any, url: str) -> None:
+    browser.get_log("performance")
+    page = Page(browser, url).open()
+    page.shows("#where", "Nothing is typed yet")
+    events = [json.loads(one["message"])["message"] for one in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert len(asked) > 3
+    assert [one for one in asked if not one.startswith((url, "about:"))] == []
+    sizes = [e["params"]["encodedDataLength"] for e in events if e["method"] == "Network.loadingFinished"]
+    assert sum(sizes) <= 100_000
+
+
+def test_no_console_where_it_is_off(word_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDROUTER_CONSOLE", "0")
+    with serving(lambda: words(word_bundle)) as url, pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}/fedrouter/", timeout=10)
+
+
+def test_the_page_forbids_scripts_within_it(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/fedrouter", timeout=10) as answer:
+        assert answer.url == f"{url}/fedrouter/"
+        policy = answer.headers["content-security-policy"]
+        html = answer.read().decode()
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "style=" not in html and "onclick" not in html
+    assert html.count("<script") == 1

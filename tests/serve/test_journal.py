@@ -1,0 +1,225 @@
+"""What is kept of decisions: in memory, in the log, and who may see it; and a log decided anew."""
+
+import asyncio
+import hashlib
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import write_word_bundle
+from echo import DIM, KEY, TASKS, Answer, Server, WordEmbedder
+from prometheus_client import REGISTRY
+
+from fedrouter.bundle import Bundle
+from fedrouter.errors import DataError, ServingError
+from fedrouter.replay import read_log, replay
+from fedrouter.serve.access import Access
+from fedrouter.serve.decision_log import DecisionLog, LogOptions
+from fedrouter.serve.paths import CHAT, COMPLETIONS, DECISIONS, FEEDBACK
+from fedrouter.types import RoutingSpace
+
+FAR = "zebra " * 50
+TENANTS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob")}
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    return {"model": "fedrouter", "messages": [{"role": "user", "content": turn} for turn in turns]}
+
+
+def within(server: Server, *requests: tuple[str, Any, dict[str, Any]]) -> list[Answer]:
+    async def all_of_them() -> list[Answer]:
+        async with server:
+            return [await server.ask(path, body, **options) for path, body, options in requests]
+
+    return asyncio.run(all_of_them())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_decision_is_a_line_and_no_word_of_its_prompt(
+    make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    prompts = [TASKS["summary"], TASKS["headline"], FAR]
+    answers = within(
+        make_server(log=LogOptions(log)),
+        (CHAT, chat(TASKS["summary"]), {}),
+        (CHAT, chat(TASKS["headline"], FAR), {"headers": {"x-fedrouter-client": "a"}}),
+        (COMPLETIONS, {"model": "fedrouter", "prompt": prompts}, {}),
+        (COMPLETIONS, {"model": "fedrouter", "prompt": " "}, {}),
+        (COMPLETIONS, {"model": word_bundle.clusters[0].adapter, "prompt": "x"}, {}),
+    )
+    ids = [answer.routing.get("id") for answer in answers]
+    assert ids[4] is None, "who names an adapter is not routed"
+    assert len(set(ids)) == 5
+    found = lines(log)
+    assert [line["id"] for line in found] == [ids[0], ids[1], *[ids[2]] * 3, ids[3]]
+    assert [line["cluster"] for line in found[:4]] == ["summary", "headline", "summary", "headline"]
+    assert [line["prompt"] for line in found] == [0, 0, 0, 1, 2, 0]
+    assert [line["reason"] for line in found] == ["", "", "", "", "radius", "no_text"]
+    assert (found[1]["caller"], found[1]["turn"], found[1]["turns"]) == ("a", 0, 2)
+    assert found[5]["distance"] is None
+    for answer, line in zip(answers[:2], found, strict=False):
+        assert answer.routing["adapter"] == line["adapter"]
+        assert float(answer.routing["margin"]) == pytest.approx(line["margin"], rel=1e-4)
+        assert float(answer.routing["routing-ms"]) == pytest.approx(line["routing_ms"], abs=1e-3)
+    text = log.read_text()
+    assert not [word for prompt in prompts for word in prompt.split() if f"{word} " in text]
+    assert "texts" not in text and "vectors" not in text
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_texts_and_vectors_by_option_alone(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    turns = TASKS["summary"], FAR, "ok"
+    within(make_server(log=LogOptions(log, prompts=True, vectors=True)), (CHAT, chat(*turns), {}))
+    [line] = read_log(log)
+    assert line.texts == (FAR, TASKS["summary"])
+    [far, near] = line.vectors or ()
+    assert far is not None and near is not None
+    assert len(far) == 4 * -(-DIM * 2 // 3)
+    assert line.turn == 0
+
+
+@pytest.mark.parametrize("kept", ["prompts", "vectors"])
+def test_the_same_bundle_decides_a_log_the_same_again(
+    make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path, kept: str
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    requests: list[Any] = [(CHAT, chat(text), {}) for text in [*TASKS.values(), FAR, " "]]
+    requests.append((CHAT, chat(TASKS["headline"], FAR), {}))
+    within(make_server(log=LogOptions(log, **{kept: True})), *requests)
+    found = replay(log, word_bundle, WordEmbedder())
+    assert (found.num_decided, found.total("same"), found.num_skipped) == (6, 6, {})
+
+
+@pytest.mark.parametrize("kept", ["prompts", "vectors"])
+def test_another_bundle_decides_otherwise(
+    make_server: Callable[..., Server], tmp_path: Path, kept: str
+) -> None:
+    log, embedder = tmp_path / "decisions.jsonl", WordEmbedder()
+    requests: list[Any] = [(CHAT, chat(text), {}) for text in [*TASKS.values(), TASKS["summary"], FAR]]
+    within(make_server(log=LogOptions(log, **{kept: True})), *requests)
+    first, second, _ = TASKS.values()
+    centroids = embedder.embed([second, first, FAR])  # two task clusters change places, the third moves away
+    space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), centroids, (0, 1, 2))
+    found = replay(log, write_word_bundle(tmp_path / "other", space=space), embedder).to_json()
+    assert (found["moved"], found["rejected"], found["accepted"], found["same"]) == (3, 1, 1, 0)
+    assert found["by_cluster"]["summary"] == {"moved": 2, "accepted": 1}, "the far prompt is nearest to it"
+    assert found["moved_to"][0] == {"from": "summary", "to": "headline", "decisions": 2}
+
+
+def test_a_log_without_texts_and_vectors_cannot_be_decided_anew(
+    make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    within(make_server(log=LogOptions(log)), (CHAT, chat(TASKS["summary"]), {}))
+    with pytest.raises(DataError, match="--log-vectors or --log-prompts"):
+        replay(log, word_bundle, WordEmbedder())
+    with pytest.raises(DataError, match="no such file"):
+        replay(tmp_path / "none", word_bundle, WordEmbedder())
+    log.write_text("{}\n")
+    with pytest.raises(DataError, match="line 1: no line of a decision log"):
+        replay(log, word_bundle, WordEmbedder())
+
+
+def test_what_the_log_cannot_know_is_skipped_and_said(
+    make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The last turn decided; a bundle that rejects it would look at the turn before, never embedded."""
+    log = tmp_path / "decisions.jsonl"
+    conversation = TASKS["headline"], TASKS["summary"]
+    within(make_server(log=LogOptions(log, vectors=True)), (CHAT, chat(*conversation), {}))
+    embedder = WordEmbedder()
+    space = RoutingSpace(
+        np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), embedder.embed([FAR, FAR, FAR]), (0, 1, 2)
+    )
+    found = replay(log, write_word_bundle(tmp_path / "other", space=space), embedder)
+    assert found.num_decided == 0
+    assert found.num_skipped == {"an earlier turn would decide, and its vector is not in the log": 1}
+
+
+def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:
+    log = DecisionLog(LogOptions(tmp_path / "log.jsonl", max_mib=0.001))
+    for number in range(40):
+        log.write(lambda number=number: {"n": number, "filler": "x" * 100})
+    log.close()
+    older = sorted(tmp_path.glob("log.jsonl.*"), key=lambda path: -int(path.suffix[1:]))
+    assert len(older) > 2
+    assert all(path.stat().st_size <= 1100 for path in [*older, tmp_path / "log.jsonl"])
+    kept = [line["n"] for path in [*older, tmp_path / "log.jsonl"] for line in lines(path)]
+    assert kept == list(range(40))
+
+
+def test_a_full_disk_costs_lines_and_no_answer(make_server: Callable[..., Server]) -> None:
+    before = REGISTRY.get_sample_value("fedrouter_decision_log_lost_total") or 0
+    requests = [(CHAT, chat(TASKS["summary"]), {})] * 3
+    answers = within(make_server(log=LogOptions(Path("/dev/full"))), *requests)
+    assert [answer.status for answer in answers] == [200] * 3
+    assert REGISTRY.get_sample_value("fedrouter_decision_log_lost_total") == before + 3
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="No such file or directory"):
+        DecisionLog(LogOptions(tmp_path / "none" / "log.jsonl"))
+    with pytest.raises(ServingError, match="above 0"):
+        LogOptions(tmp_path / "log.jsonl", max_mib=0)
+
+
+def test_feedback_is_attached_to_a_request(
+    make_server: Callable[..., Server], adapter_of: Callable[[str], str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    counted = {"adapter": adapter_of("summary"), "outcome": "bad"}
+    before = REGISTRY.get_sample_value("fedrouter_feedback_total", counted) or 0
+
+    async def scenario() -> list[Answer]:
+        async with make_server(log=LogOptions(log)) as server:
+            key = (await server.ask(CHAT, chat(TASKS["summary"]))).routing["id"]
+            told = [{"id": key, "outcome": "bad"}, {"id": key, "outcome": "dreadful"}, {"id": "0"}, {}]
+            told += [{"id": "0" * 32, "outcome": "good"}]
+            answers = [await server.ask(FEEDBACK, one) for one in told]
+            return [*answers, await server.ask(DECISIONS, method="GET")]
+
+    answers = asyncio.run(scenario())
+    assert [answer.status for answer in answers] == [200, 400, 400, 400, 404, 200]
+    assert answers[0].json["adapters"] == [adapter_of("summary")]
+    assert answers[0].json["logged"] is True
+    assert answers[5].json["decisions"][0]["feedback"] == "bad"
+    assert answers[5].json["decisions"][0]["outcome"] == "ok"
+    decided, fed = lines(log)
+    assert (fed["feedback"], fed["outcome"]) == (decided["id"], "bad")
+    assert REGISTRY.get_sample_value("fedrouter_feedback_total", counted) == before + 1
+    assert [line.id for line in read_log(log)] == [decided["id"]], "replay reads past feedback"
+
+
+def test_a_tenant_sees_and_judges_its_own_requests_alone(serve: Callable[..., Server]) -> None:
+    async def scenario() -> tuple[Any, ...]:
+        async with serve(access=Access(KEY, TENANTS)) as server:
+            mine = (await server.ask(CHAT, chat(TASKS["headline"]), key="ann")).routing["id"]
+            await server.ask(CHAT, chat(TASKS["summary"]), key="bob")
+            as_ann = {"x-fedrouter-client": "ann"}
+            await server.ask(CHAT, chat(TASKS["headline"]), key=KEY, headers=as_ann)
+            seen = [
+                [one["id"] for one in (await server.ask(DECISIONS, method="GET", key=key)).json["decisions"]]
+                for key in ("ann", "bob", KEY)
+            ]
+            few = (await server.ask(DECISIONS, method="GET", query="limit=1")).json["decisions"]
+            odd = (await server.ask(DECISIONS, method="GET", query="limit=-1")).status
+            judged = {"id": mine, "outcome": "good"}
+            told = [(await server.ask(FEEDBACK, judged, key=key)).status for key in ("bob", "ann", KEY)]
+            return mine, seen, few, odd, told
+
+    mine, (anns, bobs, all_of_them), few, odd, told = asyncio.run(scenario())
+    assert anns == [mine], "what the operator asks in ann's name is not ann's"
+    assert len(bobs) == 1
+    assert len(all_of_them) == 3
+    assert [one["id"] for one in few] == all_of_them[:1]
+    assert odd == 400
+    assert told == [404, 200, 200]
