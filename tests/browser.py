@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 Found = TypeVar("Found")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WAIT_S = 20.0
+WAIT_S = 60.0  # for a machine that has more to do
 needs_chromium = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="NO CHROMIUM: apt-get install -y chromium chromium-driver"
 )
