@@ -57,6 +57,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
 ]
+FieldOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FIELD=NAME", help="What the files call a field, as in [data.fields]."),
+]
 
 
 def version(show: bool) -> None:
@@ -315,6 +319,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many records a task.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one request.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0)] = 3,
+    field: FieldOption = None,
     as_json: Json = False,
 ) -> None:
     """Score an endpoint on test records, per task, client and adapter."""
@@ -323,7 +328,7 @@ def evaluate(
 
     report = run(
         url,
-        load(data, num_per_task=limit or 100),
+        load(data, num_per_task=limit or 100, fields=_fields(field)),
         model or ["fedrouter"],
         api_key=_api_key(api_key_env),
         concurrency=concurrency,
@@ -374,12 +379,13 @@ def evaluate_routing(
     embedder_url: EmbedderUrl = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
+    field: FieldOption = None,
     as_json: Json = False,
 ) -> None:
     """Say how a bundle routes labelled prompts; no server needed."""
     from fedrouter.evaluate import load, offline
 
-    records = load(data, num_per_task=limit)
+    records = load(data, num_per_task=limit, fields=_fields(field))
     loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
     if as_json:
@@ -696,6 +702,13 @@ def _sources(given: list[str] | None, option: str) -> dict[str, str]:
     if len(sources) < len(given or []):
         raise ConfigError(f"{option}: a name is given twice")
     return sources
+
+
+def _fields(given: Sequence[str] | None) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given or ()]
+    if bad := next((field for field, _, name in pairs if not name), None):
+        raise ConfigError(f"--field {bad}: expected FIELD=NAME, as in prompt=question")
+    return {field: name for field, _, name in pairs}
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -32,11 +32,17 @@ from fedrouter.evaluate.scores import (
 ORACLE = "oracle"  # a model name that stands for: the adapter of the record's own task
 
 
-def load(sources: Sequence[str], *, num_per_task: int = 100, seed: int = 0) -> list[TaggedRecord]:
+def load(
+    sources: Sequence[str],
+    *,
+    num_per_task: int = 100,
+    seed: int = 0,
+    fields: Mapping[str, str] | None = None,
+) -> list[TaggedRecord]:
     """Read test records from files, data sets (their ``test`` split) or ``builtin:`` names.
 
     The client of a record is its file's name without suffix, or the whole source where two files have the
-    same name. ``num_per_task`` and ``seed`` are for built-in data.
+    same name. ``num_per_task`` and ``seed`` are for built-in data, ``fields`` as in ``[data.fields]``.
 
     Raises
     ------
@@ -50,7 +56,7 @@ def load(sources: Sequence[str], *, num_per_task: int = 100, seed: int = 0) -> l
         if source.startswith("builtin:"):
             records = builtin_records(source, "test", num_per_task, seed)
         else:
-            records = load_records(source, split="test")
+            records = load_records(source, split="test", fields=fields)
         tagged += [TaggedRecord(record, client) for record in records]
     return tagged
 

@@ -107,9 +107,8 @@ class Sites:
 
     def train(self, out: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start the server of a run."""
-        settings = ["train.rounds=2", "train.steps=2", "train.batch_size=4", "lora.rank=4"]
-        sets = [part for setting in settings for part in ("--set", setting)]
-        return self._start(out, "train", "--federation", "fed", "--out", out, *sets, *arguments)
+        (self.directory / "plan.toml").write_text(PLAN)
+        return self._start(out, "train", "plan.toml", "--federation", "fed", "--out", out, *arguments)
 
     def log(self, name: str) -> Path:
         """Return where a process writes."""

@@ -169,6 +169,13 @@ def test_load_names_clients_after_files(tmp_path):
     assert [example.client for example in load([north, south])] == [north, south]
 
 
+def test_load_reads_fields_by_the_names_that_files_give_them(tmp_path):
+    file = tmp_path / "faq.jsonl"
+    file.write_text('{"question": "why?", "answer": "so", "category": "faq"}\n')
+    (one,) = load([str(file)], fields={"prompt": "question", "completion": "answer", "task": "category"})
+    assert (one.record.turns[-1].content, one.record.completion, one.task) == ("why?", "so", "faq")
+
+
 def test_load_of_built_in_test_records():
     records = load(["builtin:four-tasks"], num_per_task=3, seed=1)
     assert len(records) == 12

@@ -115,13 +115,14 @@ class Resident:
         return None
 
     def _replies(self, envelope: Envelope) -> Iterator[Any]:
-        """Yield one reply a message; after one that cannot be done, none."""
+        """Yield one reply a message; after one that failed, none."""
         for message in envelope.messages:
             reason = against_request(self._policy, message)
             if reason:
                 yield Refused(reason)
                 return
-            if not isinstance(message, Hello | Goodbye) and self._federation is None:
+            known = self._federation is not None and self._run == envelope.run
+            if not isinstance(message, Hello | Goodbye) and not known:
                 yield Behind()
                 return
             if isinstance(message, TrainRequest | SumTrain | ValidationRequest) and not self._assigned:

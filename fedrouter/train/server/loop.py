@@ -95,7 +95,9 @@ def validate(
     losses: list[float | None] = []
     for k in range(len(adapters)):
         group = [
-            r for _, r in sorted(replies.items()) if r.cluster == k and r.num_tokens and math.isfinite(r.loss)
+            r
+            for _, r in sorted(replies.items())
+            if r.cluster == k and r.num_tokens > 0 and math.isfinite(r.loss)
         ]
         weights = [reply.num_tokens for reply in group]
         losses.append(float(np.average([r.loss for r in group], weights=weights)) if group else None)

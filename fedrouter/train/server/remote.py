@@ -498,11 +498,8 @@ class RemoteFederation:
 def _together(exchanges: Sequence[Traffic]) -> Traffic:
     total = Traffic()
     for one in exchanges:
-        total.down, total.up, total.seconds = (
-            total.down + one.down,
-            total.up + one.up,
-            total.seconds + one.seconds,
-        )
+        total.down, total.up = total.down + one.down, total.up + one.up
+        total.seconds += one.seconds
         total.rounding = max(total.rounding, one.rounding)
         total.missing |= one.missing
     return total
@@ -535,7 +532,7 @@ def _numbers(told: Membership) -> list[int]:
 
 
 def _checked_summary(found: LocalClusters, name: str, dim: int) -> LocalClusters:
-    num = len(found.counts)
+    num = found.counts.size
     shapes = (num,), (num, dim), (dim, dim)
     arrays = found.counts, found.centroids, found.scatter
     if tuple(array.shape for array in arrays) != shapes or not num:

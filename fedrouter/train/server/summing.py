@@ -8,7 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedrouter.errors import WireError
-from fedrouter.train.wire.masks import Ring, loose, pair_mask, restored, stream, threshold
+from fedrouter.train.wire.masks import LENGTH, Ring, loose, pair_mask, restored, stream, threshold
 from fedrouter.train.wire.messages import (
     Masked,
     Peer,
@@ -115,7 +115,9 @@ def _keep(one: _Sum, name: str, reply: Any) -> None:
 
 
 def _same(reply: Any, name: str, cluster: int, number: int) -> bool:
-    return (reply.client, reply.cluster, reply.round) == (name, cluster, number)
+    keys = [reply.mask, reply.box] if isinstance(reply, SumKey) else []
+    right = all(key.shape == (LENGTH,) for key in keys)
+    return right and (reply.client, reply.cluster, reply.round) == (name, cluster, number)
 
 
 def _enough(one: _Sum, num: int, least: int) -> None:
@@ -175,10 +177,10 @@ def unmasked(
     WireError
         If too few shares came.
     """
-    sizes = {len(values) for values in masked.values()}
-    if len(sizes) != 1:
+    shapes = {values.shape for values in masked.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise WireError("parts of different lengths")
-    size, least = sizes.pop(), threshold(len(names))
+    ((size,),), least = shapes, threshold(len(names))
     total: Ring = np.zeros(size, dtype=np.uint64)
     for values in masked.values():
         total = total + values

@@ -25,7 +25,7 @@ from fedrouter.train.server.remote import RemoteFederation, Waiting
 from fedrouter.train.state import fresh_state
 from fedrouter.train.wire.keys import PublicKey, new_key
 from fedrouter.train.wire.messages import Envelope, Hello, Refused, Summarise, seal, unseal
-from fedrouter.types import TrainFailure, TrainReply, TrainRequest
+from fedrouter.types import Assignment, LocalClusters, TrainFailure, TrainReply, TrainRequest
 
 NAMES = ("ulm", "bern", "graz")
 PROBE = np.ones((3, DIM), np.float32)
@@ -341,3 +341,26 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
     kinds = [k for line in summed[0].site.audit.read_text().splitlines() for k in json.loads(line)["kinds"]]
     assert "TrainReply" not in kinds
     assert {"SumKey", "SumSealed", "Masked", "SumOpened"} <= set(kinds)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        LocalClusters(np.ones(2), np.zeros((2, DIM - 1)), np.eye(DIM)),
+        LocalClusters(np.array([np.nan, 1.0]), np.zeros((2, DIM)), np.eye(DIM)),
+        LocalClusters(np.array([-5.0, 1.0]), np.zeros((2, DIM)), np.eye(DIM)),
+        Assignment("ulm", ()),
+    ],
+)
+def test_numbers_that_no_rows_have_are_the_client_s_failure(places: list[Place], broken: Any) -> None:
+    places[0].resident._done = lambda *_: iter([broken])  # type: ignore[method-assign]
+    wire = Wire(places[1:])
+    wire.federation._roster = {place.name: place.key for place in places}
+    wire.federation.members()
+    wire.federation._names = sorted(NAMES)
+    wire.federation._members["ulm"] = replace(wire.federation._members["bern"], client="ulm")
+    wire.transport.here["node-ulm"] = places[0].answer
+    wire.federation._nodes["ulm"] = "node-ulm"
+    places[0].resident._federation, places[0].resident._run = wire.federation, "run"
+    with pytest.raises(ClientError, match="client ulm: it"):
+        list(wire.federation.summarise("auto"))
