@@ -83,6 +83,7 @@ def status(
     """Show who is there, since when, with how many rows, and when each answered last."""
     from rich.table import Table
 
+    from fedrouter.layout import Whole, show
     from fedrouter.train.flower.status import status as look
 
     found = look(directory)
@@ -92,7 +93,7 @@ def status(
     table = Table("client", "there", "since", "rows", "last answer", "to")
     for one in found:
         table.add_row(*(str(one[key]) for key in ("client", "there", "since", "rows", "last_answer", "to")))
-    console.print(table)
+    show(console, Whole(table))
 
 
 @client.command("init")

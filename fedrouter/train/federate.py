@@ -17,7 +17,7 @@ from fedrouter.train.client.site import Site
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
-from fedrouter.train.run import finished, refuse_another_run, run
+from fedrouter.train.run import federation_of, finished, refuse_another_run, run
 from fedrouter.train.server.accountant import check_accountant
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.remote import OnAnswer, RemoteFederation, Transport, Waiting
@@ -132,7 +132,7 @@ def opened_client(
 
     (client,) = each([name], lambda name: session.client(name, rows, secret, read))
     session.load_trainer(rows)
-    federation = LocalFederation([client], session.trainer)
+    federation = federation_of(session, [client])
     return federation, session.base.fingerprint, session.embedder.probe
 
 

@@ -144,7 +144,9 @@ def plan_of(hello: Hello, site: Site) -> Config:
         }
         embedder = {**values.get("embedder", {}), "cache": None}
         train = {**values.get("train", {}), "report_to": []}
-        return validated({**values, "base": base, "data": data, "embedder": embedder, "train": train})
+        routing = {**values.get("routing", {}), "probes": None}  # a file of the server's
+        own_here = {"base": base, "data": data, "embedder": embedder, "train": train, "routing": routing}
+        return validated({**values, **own_here})
     except (TypeError, ValueError) as error:
         raise ConfigError("the server's plan is none that this version knows") from error
 
