@@ -111,6 +111,13 @@ def test_an_answer_streams_in_and_can_be_judged(page: Page, word_bundle: Bundle)
     page.shows("#decisions", "good")
 
 
+def test_what_is_sent_twice_at_once_is_asked_once(page: Page) -> None:
+    page.type(TASKS["summary"] + Keys.ENTER + Keys.ENTER)
+    page.shows(".answer .text", "two friends")
+    page.until(lambda: page.find("#send").is_enabled())
+    assert len(page.texts("#turns li")) == 1
+
+
 def test_follow_ups_show_which_turn_decides(page: Page) -> None:
     page.type(TASKS["summary"], send=True)
     page.until(lambda: page.find("#send").is_enabled() and page.text(".answer .why"))

@@ -239,6 +239,7 @@ async function stream(card, model, messages) {
 async function send() {
   const prompt = $("prompt").value;
   if (!prompt.trim() || $("send").disabled) return;
+  $("send").disabled = true;
   const messages = [...talk, { role: "user", content: prompt }];
   const beside = $("beside").value;
   const routed = answerCard("fedrouter");
@@ -247,7 +248,6 @@ async function send() {
     el("div", { class: "answers" }, routed.node, other && other.node)));
   await lookAhead();
   $("prompt").value = "";
-  $("send").disabled = true;
   $("anew").hidden = false;
   talk = messages;
   const [text] = await Promise.all([stream(routed, "fedrouter", messages), other && stream(other, beside, messages)]);
