@@ -4,7 +4,7 @@ SETUP := $(VENV)/.ready
 SOURCES := fedrouter tests benchmarks scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup federation demo smollm2 test fuzz check hostile lint types clean
+.PHONY: help setup federation federation-test demo smollm2 test fuzz check hostile lint types clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -40,6 +40,12 @@ fuzz: export FUZZ_EXAMPLES = 100000
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: $(SETUP)  ## Load 100,000 bundles that were changed on purpose; half an hour
 	$(PYTHON_IN_VENV) -m pytest tests/bundle/test_fuzz.py
+
+federation-test: export HF_HUB_OFFLINE = 1
+federation-test: export OMP_NUM_THREADS = 1
+federation-test: export FEDERATION = 1
+federation-test: $(SETUP) federation  ## Kill and restart sites and server of a real Flower federation; ten minutes
+	$(PYTHON_IN_VENV) -m pytest tests/e2e/test_federation.py
 
 lint: $(SETUP)  ## Check format and lint
 	$(PYTHON_IN_VENV) -m ruff format --check $(wildcard $(SOURCES))

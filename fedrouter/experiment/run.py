@@ -110,6 +110,8 @@ def _side_by_side(
             yield waiting[future], future.result()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():  # else it would be waited for until its cell ends
+            child.terminate()
         raise
 
 

@@ -67,7 +67,7 @@ def test_a_sentence_embedder_goes_from_training_to_a_decision(tmp_path: Path) ->
     decisions = Router(bundle).route(find_embedder(bundle, find_base(bundle)).embed(rows))
     assert np.mean([decision.fallback for decision in decisions]) <= 0.05
     routed = fedrouter("route", str(tmp_path / "run"), rows[0])
-    assert f"→ {decisions[0].model} " in routed.stdout, routed.stderr
+    assert f"→ {decisions[0].model}: " in routed.stdout, routed.stderr
 
 
 @dataclass(frozen=True)

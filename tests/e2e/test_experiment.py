@@ -89,13 +89,15 @@ def test_one_cell_fails_and_the_others_have_their_lines(done: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(done: Path) -> None:
-    began = (done / "out" / "results.jsonl").stat().st_mtime_ns
+    answers = done / "out" / "tiny" / "dual" / "fedavg" / "1" / "answers.jsonl"
+    began, lines = answers.stat().st_mtime_ns, read_results(done / "out" / "results.jsonl")
     ran = subprocess.run(
         command(done, "--only", "tiny/dual/fed*/1"), capture_output=True, text=True, timeout=200
     )
     assert ran.returncode == 0, ran.stderr
     assert "2 cells, 2 of them done" in ran.stdout
-    assert (done / "out" / "results.jsonl").stat().st_mtime_ns == began
+    assert answers.stat().st_mtime_ns == began
+    assert read_results(done / "out" / "results.jsonl") == lines
 
 
 def test_an_interrupted_grid_leaves_no_process_and_goes_on(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Many machines, as their operators run them: real processes over Flower, with TLS and keys."""
 
 import json
+import os
 import subprocess
 import time
 import tomllib
@@ -20,6 +21,8 @@ from fedrouter.train.run import train
 
 NAMES = ("bern", "graz", "ulm")
 ROUND_S = 40.0  # more than any of these rounds takes, less than Flower needs to see a lost machine
+
+MORE = pytest.mark.skipif(not os.environ.get("FEDERATION"), reason="ten minutes more: make federation-test")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,6 +84,7 @@ def test_a_site_is_killed_in_training_and_the_run_goes_on(sites: Sites) -> None:
     assert f"client ulm: it did not answer within {ROUND_S:.0f} s" in sites.log("killed").read_text()
 
 
+@MORE
 def test_it_comes_back_and_the_server_is_killed_and_the_bundle_is_that_of_one_process(
     sites: Sites, tmp_path: Path
 ) -> None:
@@ -100,6 +104,7 @@ def test_it_comes_back_and_the_server_is_killed_and_the_bundle_is_that_of_one_pr
     ]
 
 
+@MORE
 def test_a_site_that_restarts_within_a_run_and_one_that_is_not_in_the_roster(sites: Sites) -> None:
     """It has another address after the restart; its name is its key's. A revoked key is out."""
     file = sites.directory / "fed" / "federation.toml"
