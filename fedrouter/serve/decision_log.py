@@ -25,7 +25,7 @@ from fedrouter.types import Array
 VARIABLE = "FEDROUTER_DECISION_LOG"  # how the options reach vLLM's processes
 KEPT = 9  # older files, FILE.1 the youngest
 MAX_WAITING = 10_000  # lines
-LINGER_S = 0.02  # a line waits for others
+LINGER_S = 0.25  # a line waits for others
 MAX_WRITE = 1 << 16  # characters written at once
 ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 logger = logging.getLogger("vllm.fedrouter.log")
@@ -114,7 +114,8 @@ class DecisionLog:
         ended = False
         while not ended:
             line, texts, size = self._lines.get(), list[str](), 0
-            time.sleep(LINGER_S if line else 0)
+            if self._lines.empty():
+                time.sleep(LINGER_S)
             while line is not None:
                 texts.append(ENCODE(line()))
                 size += len(texts[-1])

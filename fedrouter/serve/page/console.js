@@ -481,12 +481,12 @@ function showServed() {
 }
 
 const SHOW = {
-  ask: async () => { await listModels(); if (!latest) showDecision(null); },
+  ask: async () => { if (!latest) showDecision(null); await models; },
   map: showMap,
   traffic: showTraffic,
   bundles: async () => { await showBundle(); await showReload(); },
 };
-let refreshing;
+let refreshing, models;
 
 async function open(tab) {
   clearTimeout(refreshing);
@@ -502,6 +502,8 @@ async function open(tab) {
 
 async function refresh(tab) {
   try {
+    models = tab === "ask" ? listModels() : null;  // beside what follows, not behind it
+    models?.catch(() => {});  // what went wrong is told where it is waited for
     if (!world || tab !== "ask") { world = await json("v1/fedrouter/clusters"); showServed(); }
     await SHOW[tab]();
     trouble(null);
