@@ -4,8 +4,8 @@ python benchmarks/console.py                  trains a small bundle of the built
 python benchmarks/console.py --bundle DIR --run RUN      existing ones; the report is RUN's
 
 The page is opened and typed into in a real Chromium. The log's cost is the CPU time of a line, which other
-work on the machine disturbs less than rates: as a share of the routed requests a second that benchmarks/serving.py
-measured through a real vLLM, and, far stricter, of the hook alone before an application that answers at once.
+work disturbs less than rates: as a share of the routed requests a second that benchmarks/serving.py measured
+through a real vLLM, and, far stricter, of the hook alone before an application that answers at once.
 """
 # ruff: noqa: E402
 
