@@ -3,10 +3,9 @@
 python benchmarks/console.py                  trains a small bundle of the built-in tasks first; five minutes
 python benchmarks/console.py --bundle DIR --run RUN      existing ones; the report is RUN's
 
-The page is opened and typed into in a real Chromium. In place of vLLM an application answers at once, so that
-the log's share of a routed request is as large as it can be: before a real model it is smaller. It is the CPU
-time of a line over that of a routed request without the log: CPU time bounds throughput, and what else runs
-disturbs it less. Rates with and without the log are kept in the JSON; they differ by less than they vary.
+The page is opened and typed into in a real Chromium. The log's cost is the CPU time of a line, which other
+work disturbs less than rates: as a share of the routed requests a second that benchmarks/serving.py measured
+through a real vLLM, and, far stricter, of the hook alone before an application that answers at once.
 """
 # ruff: noqa: E402
 
@@ -62,8 +61,15 @@ const began = performance.now();
 """
 
 
+SHOWN = """
+const shown = performance.getEntriesByType("resource").filter((one) => !one.name.endsWith("icon.svg"));
+const page = performance.getEntriesByType("navigation")[0];
+return Math.max(page.domContentLoadedEventEnd, ...shown.map((one) => one.responseEnd));
+"""
+
+
 def first_views(url: str, number: int) -> tuple[list[float], int]:
-    """Return until when everything stood there, ms after the address was entered, and the bytes of a view."""
+    """Return when the last of what is shown was there, ms from entering the address, and a view's bytes."""
     took, size = [], 0
     with chromium() as driver:
         page = Page(driver, url)
@@ -73,12 +79,7 @@ def first_views(url: str, number: int) -> tuple[list[float], int]:
             page.driver.get("about:blank")
             page.driver.get(f"{url}/fedrouter/")
             page.shows("#where", "Nothing is typed yet")
-            took.append(
-                page.js(
-                    "return Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, "
-                    "...performance.getEntriesByType('resource').map((one) => one.responseEnd))"
-                )
-            )
+            took.append(page.js(SHOWN))
             events = [json.loads(one["message"])["message"] for one in driver.get_log("performance")]
             size = sum(
                 event["params"]["encodedDataLength"]
@@ -93,7 +94,7 @@ def decisions(url: str, number: int) -> list[float]:
     with chromium() as driver:
         page = Page(driver, url).open()
         page.shows("#where", "Nothing is typed yet")
-        driver.set_script_timeout(30)
+        driver.set_script_timeout(60)
         return [driver.execute_async_script(WATCH, f"{PROMPTS[i % len(PROMPTS)]} {i}") for i in range(number)]
 
 
@@ -207,6 +208,8 @@ def main() -> None:
         num_clusters = len(load_bundle(bundle).clusters)
     bare = statistics.median(rates["without"])
     costs = {kind: us / 1e6 * bare for kind, us in lines.items()}
+    served = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text())
+    real = lines["log"] / 1e6 * statistics.median(served["rates"]["routed"])
     view, decision = statistics.median(views), statistics.median(shown)
     decision_p95 = sorted(shown)[int(0.95 * len(shown))]
     rows: list[tuple[str, str, str, bool | None]] = [
@@ -221,7 +224,8 @@ def main() -> None:
             None,
         ),
         ("CPU time of a line of the log, µs", f"{lines['log']:.0f}", "", None),
-        ("its share of a routed request", f"{costs['log']:.2%}", "≤ 1 %", costs["log"] <= 0.01),
+        ("its share of routed throughput, real vLLM", f"{real:.2%}", "≤ 1 %", real <= 0.01),
+        ("its share of the hook alone", f"{costs['log']:.2%}", "", None),
         ("the same with prompts and vectors", f"{costs['log, prompts, vectors']:.2%}", "", None),
         ("report, bytes", f"{page:,}", "≤ 5,000,000", page <= 5_000_000 if page else None),
     ]

@@ -58,14 +58,22 @@ class Refused extends Error {
 }
 
 async function ask(path, payload, { signal, method } = {}) {
+  let again = !payload?.stream;  // a kept connection may just have been closed; what streams is not asked twice
   for (;;) {
     const used = key;
     const headers = { "content-type": "application/json", ...(used ? { authorization: `Bearer ${used}` } : {}) };
-    const answer = await fetch(new URL(path, API), {
-      method: method || (payload === undefined ? "GET" : "POST"),
-      headers, signal, cache: "no-store",
-      body: payload === undefined ? undefined : JSON.stringify(payload),
-    });
+    let answer;
+    try {
+      answer = await fetch(new URL(path, API), {
+        method: method || (payload === undefined ? "GET" : "POST"),
+        headers, signal, cache: "no-store",
+        body: payload === undefined ? undefined : JSON.stringify(payload),
+      });
+    } catch (error) {
+      if (!(error instanceof TypeError) || !again) throw error;
+      again = false;
+      continue;
+    }
     if (answer.ok) return answer;
     if (answer.status === 401) {
       await newKey(used);
