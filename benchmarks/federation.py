@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from fedrouter.builtin.tasks import TASKS, generate
@@ -100,17 +101,7 @@ class Sites:
 
 
 def children(pid: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {pid})
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def memory_mib(pids: Sequence[int]) -> float:

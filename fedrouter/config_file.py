@@ -5,12 +5,14 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 ELSEWHERE = "(on the client's machine)"
 BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
@@ -36,12 +38,7 @@ def load_config(
     if path is None:
         values = tomllib.loads(BUILTIN_CONFIG.read_text(encoding="utf-8"))
     else:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"configuration {path}: no such file") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"configuration {path}: {error}") from error
+        values = read_toml(path, f"configuration {path}")
         resolve_paths(values, path.parent)
     for override in overrides:
         _apply(values, override)
@@ -49,11 +46,42 @@ def load_config(
         if path is not None and values.get("data"):
             raise ConfigError(f"{path}: [data] is the sites' with --federation; remove it")
         values["data"] = {"clients": dict.fromkeys(clients, ELSEWHERE)}
+    return fitted(values, Config, str(path) if path else "configuration")
+
+
+def read_toml(path: Path, name: str | None = None, missing: str | None = None) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Parameters
+    ----------
+    name : what errors call it, if not by its path.
+    missing : what to say where there is no such file.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, or not readable as TOML.
+    """
     try:
-        return Config.model_validate(values)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(missing or f"{name or path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{name or path}: {error}") from error
+
+
+def fitted(values: dict[str, Any], model: type[Model], name: str) -> Model:
+    """Return values as settings.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key or a value that does not fit; it begins with ``name``.
+    """
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        where = str(path) if path else "configuration"
-        raise ConfigError(f"{where}: " + "; ".join(explained(e, Config) for e in error.errors())) from error
+        raise ConfigError(f"{name}: " + "; ".join(explained(e, model) for e in error.errors())) from error
 
 
 def read_resolved(file: Path) -> Config:

@@ -20,7 +20,7 @@ import numpy as np
 from fedrouter.config import EmbedderSettings
 from fedrouter.embed_endpoint import KIND as ENDPOINT
 from fedrouter.embed_endpoint import EndpointEmbedder, beginning, endpoint_spec
-from fedrouter.errors import ConfigError, ModelError
+from fedrouter.errors import ConfigError, ModelError, first_line
 from fedrouter.models import ENCODER, base_fingerprint, quieten, resolve_base
 from fedrouter.types import Array, BaseSpec, EmbedderSpec, Turn
 
@@ -305,7 +305,7 @@ def load_embedder(
         model = AutoModel.from_pretrained(str(path), dtype=getattr(torch, spec.dtype))
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise ModelError(f"embedder {path} does not load: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"embedder {path} does not load: {first_line(error)}") from error
     return HiddenStateEmbedder(model.eval(), tokenizer, spec, owned=True)
 
 

@@ -1,4 +1,4 @@
-"""Tables that never cut a name: as wide as they need, or, where the terminal is narrower, row by row."""
+"""What people read: tables that never cut a name, row by row where the terminal is narrower; sizes."""
 
 from collections.abc import Iterator
 
@@ -44,6 +44,15 @@ class Whole:
 def show(console: Console, what: RenderableType) -> None:
     """Print something whole: rich would cut lines at a width that a file has not."""
     console.print(what, crop=False)
+
+
+def size_text(number: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
 
 
 def _text(cell: RenderableType) -> Text:

@@ -1,13 +1,12 @@
 """Probes asked: does each conversation go where it must?"""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedrouter import conversation
 from fedrouter.decide import verdict
 from fedrouter.types import Decision, Probe
 
-Route = Callable[[Sequence[str]], Awaitable[list[Decision]]]
 SHOWN = 60  # characters of a probe's text
 
 
@@ -35,7 +34,7 @@ class Asked:
         return f"{self.probe.where} ({text!r}) goes to {to} ({near}), {expected}"
 
 
-async def ask(probes: Sequence[Probe], route: Route) -> list[Asked]:
+async def ask(probes: Sequence[Probe], route: conversation.Route) -> list[Asked]:
     """Decide for each probe.
 
     Parameters

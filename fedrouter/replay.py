@@ -19,7 +19,7 @@ from fedrouter import conversation
 from fedrouter.bundle import Bundle
 from fedrouter.decide import NO_TEXT, difference, without_text
 from fedrouter.embed import Embedder
-from fedrouter.errors import DataError
+from fedrouter.errors import DataError, first_line
 from fedrouter.layout import Whole
 from fedrouter.route import Router
 from fedrouter.types import Array, Decision, LoggedDecision
@@ -127,7 +127,7 @@ def read_log(log: Path) -> Iterator[LoggedDecision]:
                         yield LINE.validate_json(line)
                 except (ValueError, ValidationError) as error:
                     raise DataError(
-                        f"{file}, line {number}: no line of a decision log: {str(error).splitlines()[0]}"
+                        f"{file}, line {number}: no line of a decision log: {first_line(error)}"
                     ) from error
 
 

@@ -216,6 +216,11 @@ class TaskCluster:
     radius: float  # distance beyond which a prompt is out of distribution
     training: Mapping[str, float] = field(default_factory=dict)  # "loss", "steps", "examples"
 
+    @property
+    def task(self) -> str:
+        """The commonest task label of its rows; "" without labels."""
+        return max(self.task_counts, key=lambda task: (self.task_counts[task], task), default="")
+
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:

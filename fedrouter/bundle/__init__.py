@@ -23,7 +23,15 @@ from fedrouter.bundle.load import (
     find_embedder,
     load_bundle,
 )
-from fedrouter.bundle.manifest import CHAT_TEMPLATE, FALLBACKS, GENERALIST, MANIFEST, SCHEMA_VERSION
+from fedrouter.bundle.manifest import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    FALLBACKS,
+    GENERALIST,
+    MANIFEST,
+    SCHEMA_VERSION,
+    WEIGHTS,
+)
 from fedrouter.bundle.map import flat_map
 from fedrouter.bundle.probes import PROBES, parse_probes, read_probes
 from fedrouter.bundle.sign import SIGNATURE, sign_bundle
@@ -31,12 +39,14 @@ from fedrouter.bundle.write import write_bundle
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "CONFIG",
     "FALLBACKS",
     "GENERALIST",
     "MANIFEST",
     "PROBES",
     "SCHEMA_VERSION",
     "SIGNATURE",
+    "WEIGHTS",
     "Bundle",
     "check_base",
     "check_embedder",

@@ -3,7 +3,6 @@
 A line: ``{"prompt": "…", "cluster": "headline"}``, or ``messages`` for ``prompt``, and null for the fallback.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +79,3 @@ def read_probes(file: Path) -> bytes:
         raise DataError(f"{file}: empty, or larger than {MAX_BYTES // MIB} MiB")
     parse_probes(content, file)
     return content
-
-
-__all__: Sequence[str] = ["PROBES", "parse_probes", "read_probes"]

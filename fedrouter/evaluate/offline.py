@@ -84,9 +84,7 @@ def evaluate_routing(
         raise DataError(
             "a record has no task; add a task field to every row, it is what routing is judged by"
         )
-    task_of = {
-        c.name: max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in bundle.clusters
-    }
+    task_of = {c.name: c.task for c in bundle.clusters}
     if not any(task_of.values()):
         raise DataError(f"{bundle.path}: was trained without task labels; nothing to judge its routing by")
     decisions = decide(Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records])

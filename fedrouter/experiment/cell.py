@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from fedrouter import __version__
-from fedrouter.bundle import Bundle, find_base, find_embedder
+from fedrouter.bundle import CONFIG, WEIGHTS, Bundle, find_base, find_embedder
 from fedrouter.config import Config
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.evaluate import TaggedRecord
@@ -33,16 +33,15 @@ from fedrouter.evaluate.scores import Result, score
 from fedrouter.experiment.compose import Mix, mix_of, name_of, write_mixes
 from fedrouter.experiment.engine import Engine, Transformers
 from fedrouter.experiment.grid import Cell, config_of, has_curve, is_shown, questions_of, unseen_of
-from fedrouter.experiment.results import Line
+from fedrouter.experiment.results import BEYOND, METRICS, Line
 from fedrouter.experiment.settings import Settings, World
+from fedrouter.inspect import read_metrics
 from fedrouter.route import BASE_NAME, Router
 from fedrouter.train.client.sources import load_clients
 from fedrouter.train.run import train
 from fedrouter.types import Decision
 
 ROUTINGS, TESTS = ("global", "local"), ("own", "all")
-METRICS = ("rouge_1", "rouge_l", "exact_match")
-BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
 PLACES = 4  # digits of a score that are kept
 
 
@@ -242,10 +241,8 @@ def curve(
         for k, cluster in enumerate(bundle.clusters):
             paths[cluster.adapter] = trained.directory / "curve" / checkpoint.name / cluster.adapter
             paths[cluster.adapter].mkdir(parents=True, exist_ok=True)
-            shutil.copy(bundle.adapter_path(cluster) / "adapter_config.json", paths[cluster.adapter])
-            shutil.copy(
-                checkpoint / f"cluster-{k}.safetensors", paths[cluster.adapter] / "adapter_model.safetensors"
-            )
+            shutil.copy(bundle.adapter_path(cluster) / CONFIG, paths[cluster.adapter])
+            shutil.copy(checkpoint / f"cluster-{k}.safetensors", paths[cluster.adapter] / WEIGHTS)
         asked = [(name, i) for i, name in enumerate(names)]
         results = answered(engine, paths, tests, asked, world.max_tokens)
         tasks: dict[str, list[float]] = defaultdict(list)
@@ -274,8 +271,7 @@ def _facts(trained: Trained) -> Line:
 
 
 def _metrics(trained: Trained) -> list[Line]:
-    text = (trained.directory / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    return [line for line in map(json.loads, text.splitlines()) if "cluster" in line]
+    return [line for line in read_metrics(trained.directory / "run") if "cluster" in line]
 
 
 def _rounds(trained: Trained) -> list[Line]:
@@ -311,9 +307,7 @@ def _traffic(trained: Trained) -> Line:
 
 
 def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[Decision]) -> Line:
-    task_of = {
-        c.name: max(c.task_counts, key=lambda t: (c.task_counts[t], t), default="") for c in bundle.clusters
-    }
+    task_of = {c.name: c.task for c in bundle.clusters}
     right = [task_of[d.cluster] == one.task for d, one in zip(decisions, tests, strict=True)]
     rejected = [d.fallback for d in decisions]
     return {

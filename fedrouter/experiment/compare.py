@@ -169,14 +169,15 @@ def _weights(num: int, seeds: int, prompts: tuple[int, ...], seed: int) -> tuple
 def task_means(results: Results, world: str, scenario: str, asked: Asked, metric: str) -> dict[str, float]:
     """Return the mean over seeds in ``metric``, by task."""
     lines = results.of(world, scenario, asked.method)
-    own = [_evaluation(line, asked.evaluation)["tasks"] for line in lines]
+    own = [evaluation(line, asked.evaluation)["tasks"] for line in lines]
     return {task: float(np.mean([o[task][metric] for o in own])) for task in sorted(own[0])} if own else {}
 
 
-def _evaluation(line: Line, name: str) -> Mapping[str, Mapping[str, dict[str, float]]]:
+def evaluation(line: Line, name: str) -> Mapping[str, Mapping[str, dict[str, float]]]:
+    """Return an evaluation's scores, which may stand under the name of another one."""
     found = line["scores"][name]
     return line["scores"][found["same as"]] if "same as" in found else found  # type: ignore[no-any-return]
 
 
 def _prompts(line: Line, name: str) -> Mapping[str, Sequence[float]]:
-    return _evaluation(line, name)["prompts"]  # type: ignore[return-value]
+    return evaluation(line, name)["prompts"]  # type: ignore[return-value]

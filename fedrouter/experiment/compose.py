@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from fedrouter.bundle import Bundle
+from fedrouter.bundle import CONFIG, WEIGHTS, Bundle, read_weights
 from fedrouter.files import write_atomically
 from fedrouter.models import read_json
 from fedrouter.train.lora import stack
@@ -42,14 +42,12 @@ def write_mixes(bundle: Bundle, mixes: Mapping[str, Mix], directory: Path) -> di
     paths = {}
     for name, mix in mixes.items():
         parts = list(mix) if len(mix) == NEAREST else [mix[0], (mix[0][0], 0)]
-        states = [
-            dict(load_file(bundle.path / "adapters" / a / "adapter_model.safetensors")) for a, _ in parts
-        ]
-        config = read_json(bundle.path / "adapters" / mix[0][0] / "adapter_config.json")
+        states = [read_weights(bundle.adapter_paths[adapter]) for adapter, _ in parts]
+        config = read_json(bundle.adapter_paths[mix[0][0]] / CONFIG)
         config |= {"r": NEAREST * config["r"], "lora_alpha": NEAREST * config["lora_alpha"]}
         paths[name] = directory / name
         paths[name].mkdir(parents=True, exist_ok=True)
         merged = stack(states, [weight / STEPS for _, weight in parts])
-        save_file(dict(merged), paths[name] / "adapter_model.safetensors")
-        write_atomically(paths[name] / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        save_file(dict(merged), paths[name] / WEIGHTS)
+        write_atomically(paths[name] / CONFIG, json.dumps(config, indent=2) + "\n")
     return paths

@@ -6,19 +6,17 @@ results which of them answered: their arithmetic differs, and so does a word her
 """
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.numpy import load_file
 
-from fedrouter.bundle import Bundle
+from fedrouter.bundle import CONFIG, Bundle, read_weights
 from fedrouter.embed import Embedder, HiddenStateEmbedder
 from fedrouter.errors import ServingError
 from fedrouter.evaluate.endpoint import Endpoint
-from fedrouter.models import load_base, load_tokenizer, render_prompt
+from fedrouter.models import load_base, load_tokenizer, read_json, render_prompt
 from fedrouter.route import BASE_NAME
 from fedrouter.stacked import StackedAdapters
 from fedrouter.types import AdapterState, Turn
@@ -70,9 +68,7 @@ class Transformers:
         self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
     ) -> list[str]:
         """Return the answers, in the order of ``asked``; see ``Engine``."""
-        states = {
-            name: dict(load_file(path / "adapter_model.safetensors")) for name, path in adapters.items()
-        }
+        states = {name: read_weights(path) for name, path in adapters.items()}
         like = next(iter(states.values()))
         base: AdapterState = {name: 0 * array for name, array in like.items()}
         stack = StackedAdapters(self._model, like, _scale(next(iter(adapters.values()))))
@@ -173,5 +169,5 @@ class Vllm:
 
 
 def _scale(directory: Path) -> float:
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / CONFIG)
     return float(config["lora_alpha"] / config["r"])

@@ -11,9 +11,9 @@ import numpy as np
 from fedrouter.errors import DataError
 from fedrouter.experiment import pictures
 from fedrouter.experiment.compare import OURS, Asked, Results, gain, native
-from fedrouter.experiment.results import RESULTS, Line, read_results, write_results
+from fedrouter.experiment.results import METRICS, RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
-from fedrouter.experiment.tables import METRICS, Table, against_best, tables, tidy, told
+from fedrouter.experiment.tables import Table, against_best, tables, tidy, told
 from fedrouter.files import write_atomically
 
 SETTINGS, PAGE = "experiment.json", "report.html"

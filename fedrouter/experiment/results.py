@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fedrouter.errors import DataError
+from fedrouter.files import write_atomically
 
 Line = dict[str, Any]
 RESULTS = "results.jsonl"
+METRICS = {"rouge_1": "ROUGE-1", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
 
 
 def read_results(path: Path) -> dict[str, Line]:
@@ -37,6 +40,4 @@ def read_results(path: Path) -> dict[str, Line]:
 def write_results(path: Path, lines: Mapping[str, Line]) -> None:
     """Write all lines, in the order of their cells, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))

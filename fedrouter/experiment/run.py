@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fedrouter.bundle import find_base
-from fedrouter.errors import TrainingError
+from fedrouter.errors import TrainingError, first_line
 from fedrouter.experiment.cell import Trained, embedder_of, merged, searched, tested, train_cell
 from fedrouter.experiment.compare import OURS
 from fedrouter.experiment.compose import write_mixes
@@ -104,8 +104,8 @@ def _side_by_side(
         for cell in cells:
             yield cell, run_cell(settings, cell, out)
         return
-    waiting = {pool.submit(run_cell, settings, cell, out): cell for cell in cells}
     try:
+        waiting = {pool.submit(run_cell, settings, cell, out): cell for cell in cells}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     except BaseException:
@@ -183,7 +183,7 @@ def _line(cell: Cell, out: Path, run: Callable[[], Line]) -> Line | str:
     except Exception as error:
         (out / cell.key).mkdir(parents=True, exist_ok=True)
         (out / cell.key / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 @cache

@@ -1,7 +1,6 @@
 """An experiment's configuration file."""
 
 import glob
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedrouter.builtin import is_builtin
-from fedrouter.config_file import resolve_paths
+from fedrouter.config_file import read_toml, resolve_paths
 from fedrouter.errors import ConfigError
 
 Scenario = Literal["single", "dual", "all"]
@@ -98,12 +97,7 @@ def load_experiment(path: Path) -> Settings:
     ConfigError
         For a missing file, TOML that does not parse, an unknown key or a value that does not fit.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"experiment {path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"experiment {path}: {error}") from error
+    values = read_toml(path, f"experiment {path}")
     for run in _runs(values):
         resolve_paths(run, path.parent)
     for world in _tables(values.get("worlds")).values():

@@ -15,15 +15,13 @@ from fedrouter.experiment.compare import (
     Results,
     baselines,
     best,
+    evaluation,
     gain,
     native,
     task_means,
 )
-from fedrouter.experiment.results import Line
+from fedrouter.experiment.results import BEYOND, METRICS, Line
 from fedrouter.experiment.settings import Settings
-
-METRICS = {"rouge_1": "ROUGE-1", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
-BEYOND = ("base", "nearest", "generalist", "composed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +251,8 @@ def tidy(results: Results) -> str:
     writer.writerow(["world", "scenario", "method", "seed", "routing", "tests", "task", *METRICS, "engine"])
     for line in results.lines:
         cell = [line["world"], line["scenario"], line["method"], line["seed"]]
-        for name, found in line["scores"].items():
-            own = line["scores"][found["same as"]] if "same as" in found else found
-            for task, means in own["tasks"].items():
+        for name in line["scores"]:
+            for task, means in evaluation(line, name)["tasks"].items():
                 writer.writerow([*cell, *name.split("/"), task, *(means[m] for m in METRICS), line["engine"]])
     return text.getvalue()
 

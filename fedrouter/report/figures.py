@@ -113,13 +113,7 @@ def confusion(facts: Facts) -> Figure | None:
     counts = np.array([[task.confusion.get(name, 0) for name in names] for task in tasks.values()])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, [axes] = _panels(1, height=1.3 + 0.42 * len(tasks))
-    axes.imshow(
-        shares,
-        cmap=mpl.colors.LinearSegmentedColormap.from_list("", ["#ffffff", COLOURS[0]]),
-        vmin=0,
-        vmax=1,
-        aspect="auto",
-    )
+    axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(
         range(len(names)), [name or "(no text)" for name in names], rotation=20 if len(names) > 4 else 0
     )

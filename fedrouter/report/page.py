@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fedrouter import __version__
+from fedrouter.files import write_atomically
+from fedrouter.layout import size_text
 from fedrouter.report.figures import drawn, figures
 from fedrouter.report.gather import Facts, gather
 
@@ -59,9 +61,8 @@ def write_report(
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    partial = run / f".{NAME}.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.rename(run / NAME)
+    write_atomically(run / NAME, page)
+    return run / NAME
 
 
 def _summary(facts: Facts) -> list[tuple[str, str]]:
@@ -83,7 +84,7 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
     if measured:
         size = sum(line["num_bytes"] for line in measured)
         seconds = sum({line["round"]: line["seconds"] for line in measured}.values())
-        found += [(_bytes(size), "adapters, to clients and back"), (_time(seconds), "of rounds")]
+        found += [(size_text(size), "adapters, to clients and back"), (_time(seconds), "of rounds")]
     return found
 
 
@@ -104,14 +105,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Any:
             yield from _flat(value, f"{key}.")
         else:
             yield key, value
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 def _time(seconds: float) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from fedrouter.bundle import (
+    CONFIG,
     PROBES,
     Bundle,
     check_base,
@@ -305,5 +306,5 @@ def _only(assignment: Assignment, clusters: range) -> Assignment:
 
 
 def _adapter_config(bundle: Bundle) -> dict[str, Any]:
-    file = bundle.adapter_path(bundle.clusters[0]) / "adapter_config.json"
+    file = bundle.adapter_path(bundle.clusters[0]) / CONFIG
     return dict(json.loads(file.read_text(encoding="utf-8")))

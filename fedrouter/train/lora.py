@@ -62,6 +62,20 @@ def distance(old: AdapterState, new: AdapterState) -> float:
     return math.sqrt(sum(float(((new[n].astype(np.float64) - old[n]) ** 2).sum()) for n in old))
 
 
+def update_of(sent: AdapterState, trained: AdapterState, names: Sequence[str]) -> Float64s:
+    """Return how the tensors ``names`` have changed, as one vector."""
+    return np.concatenate([(trained[n].astype(np.float64) - sent[n]).ravel() for n in names])
+
+
+def updated(sent: AdapterState, update: Float64s, names: Sequence[str]) -> AdapterState:
+    """Return the tensors ``names`` with an update given as one vector."""
+    parts = np.split(update, np.cumsum([sent[n].size for n in names])[:-1])
+    return {
+        n: (sent[n] + part.reshape(sent[n].shape)).astype(np.float32)
+        for n, part in zip(names, parts, strict=True)
+    }
+
+
 def stack(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
     """Return the adapter whose product is exactly Σ wᵢ BᵢAᵢ; its rank is the sum of the ranks (FLoRA)."""
     return {

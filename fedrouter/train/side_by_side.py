@@ -23,11 +23,11 @@ from fedrouter.stacked import StackedAdapters
 from fedrouter.train.client.client import Client
 from fedrouter.train.client.rows import Tokeniser
 from fedrouter.train.client.sft import IGNORED, AdapterTrainer
+from fedrouter.train.client.workers import StandIn
 from fedrouter.train.federation import Trained, Trainer
 from fedrouter.train.local import LocalFederation, tried
 from fedrouter.types import (
     AdapterState,
-    Record,
     TrainFailure,
     TrainReply,
     TrainRequest,
@@ -123,7 +123,7 @@ class StackedTrainer(AdapterTrainer):
         mean = (losses.cpu() / torch.tensor([max(jobs[i].steps, 1) for i in order])).tolist()
         seconds = (perf_counter() - began) / len(jobs)
         found = {
-            i: Trained(states[n], _examples(jobs[i], settings.step_size), mean[n], seconds)
+            i: Trained(states[n], self._examples(len(jobs[i].data), jobs[i].steps), mean[n], seconds)
             for n, i in enumerate(order)
         }
         return [found[i] for i in range(len(jobs))]
@@ -276,26 +276,12 @@ class _Table:
             self._changed.wait_for(enough)
 
 
-class _Seat:
+class _Seat(StandIn):
     """A trainer as clients see it: what they ask for waits for the others."""
 
     def __init__(self, stacked: StackedTrainer, table: _Table):
-        self._alone, self._table = stacked, table
-
-    @property
-    def validation(self) -> float:
-        return self._alone.validation
-
-    @property
-    def batch_size(self) -> int:
-        return self._alone.batch_size
-
-    @property
-    def trained(self) -> list[str]:
-        return self._alone.trained
-
-    def tokenise(self, records: Sequence[Record]) -> Dataset:
-        return self._alone.tokenise(records)
+        super().__init__(stacked)
+        self._table = table
 
     def train(
         self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int
@@ -321,12 +307,6 @@ def _batches(job: Job, size: int) -> Iterator[list[Row]]:
 def _rows(job: Job) -> list[Row]:
     columns: Any = job.data.to_dict()
     return list(zip(columns["input_ids"], columns["labels"], strict=True))
-
-
-def _examples(job: Job, size: int) -> int:
-    num = len(job.data)
-    epochs, rest = divmod(job.steps, int(np.ceil(num / size)))
-    return epochs * num + min(rest * size, num)
 
 
 def _cut(weights: torch.nn.Parameter) -> None:

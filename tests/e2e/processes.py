@@ -37,6 +37,11 @@ def running() -> set[int]:
     return {pid for pid in pids if (found := stat(pid)) and found[0] != "Z"}
 
 
+def in_group(leader: int) -> set[int]:
+    """Return the processes that still run in a group; one that ended and waits for its parent does not."""
+    return {pid for pid in running() if (found := stat(pid)) and int(found[2]) == leader}
+
+
 def end(process: subprocess.Popen[str], group: set[int]) -> None:
     """Kill a process that is still there, and what is left of its children's groups."""
     if process.poll() is None:

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+from processes import running
+
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.serve.launch import free_port
 
@@ -47,15 +50,13 @@ def fedrouter(*arguments: object, cwd: Path) -> str:
 def processes_of(directory: Path) -> set[int]:
     """Return every process whose command or environment names the directory."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if state != "Z" and str(directory).encode() in text:
-                found.add(int(entry.name))
+    for pid in running() - {os.getpid()}:
+        try:
+            text = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if str(directory).encode() in text:
+            found.add(pid)
     return found
 
 
@@ -122,7 +123,7 @@ class Sites:
         alone : end the process alone: what it has started must end by itself.
         """
         process = self.running.pop(name)
-        started = descendants(process.pid)
+        started = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
         for pid in {process.pid} if alone else {process.pid, *started}:
             os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -148,24 +149,6 @@ class Sites:
         )
         self.running[name] = process
         return process
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the processes that a process has started, and those that these have."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    for _ in range(len(parents)):
-        more = {child for child, parent in parents.items() if parent in found} - found
-        if not more:
-            break
-        found |= more
-    return found - {pid}
 
 
 @contextmanager

@@ -75,13 +75,14 @@ def test_a_merge_computes_the_weighted_sum_of_products(tmp_path) -> None:
     states = {
         n: {k: draw.normal(size=s).astype(np.float32) for k, s in shapes.items()} for n in ("a-1", "b-1")
     }
+    paths = {name: tmp_path / "adapters" / name for name in states}
     for name, state in states.items():
-        directory = tmp_path / "adapters" / name
+        directory = paths[name]
         directory.mkdir(parents=True)
         save_file(state, directory / "adapter_model.safetensors")
         (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
     for mix in ((("a-1", 3), ("b-1", 1)), (("a-1", 4),)):
-        written = write_mixes(SimpleNamespace(path=tmp_path), {name_of(mix): mix}, tmp_path / "mixes")
+        written = write_mixes(SimpleNamespace(adapter_paths=paths), {name_of(mix): mix}, tmp_path / "mixes")
         (path,) = written.values()
         merged = load_file(path / "adapter_model.safetensors")
         want = sum(w / 4 * states[n]["m.lora_B.weight"] @ states[n]["m.lora_A.weight"] for n, w in mix)

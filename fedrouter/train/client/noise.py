@@ -16,7 +16,7 @@ from sklearn.metrics import pairwise_distances_argmin
 
 from fedrouter.config import PrivacySettings
 from fedrouter.train.federation import NOISY_STEPS, QUANTILES
-from fedrouter.train.lora import clip
+from fedrouter.train.lora import clip, update_of, updated
 from fedrouter.train.space import Labels, nearest, only
 from fedrouter.types import AdapterState, Array, Float64s, LocalClusters, RoutingSpace, Subset
 
@@ -139,12 +139,7 @@ def update(
     clipped = clip(sent, trained, privacy.clip_updates)
     if not privacy.update_noise:
         return clipped
-    flat = np.concatenate([(clipped[n].astype(np.float64) - sent[n]).ravel() for n in names])
+    flat = update_of(sent, clipped, names)
     # Two updates of this length lie twice that apart at most, whatever the client holds.
     flat = noise.release(flat, 2 * privacy.clip_updates, privacy.update_noise, "update", *asked)
-    parts = np.split(flat, np.cumsum([sent[n].size for n in names])[:-1])
-    noisy = {
-        n: (sent[n] + part.reshape(sent[n].shape)).astype(np.float32)
-        for n, part in zip(names, parts, strict=True)
-    }
-    return {**clipped, **noisy}
+    return {**clipped, **updated(sent, flat, names)}

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from fedrouter.config import Config
-from fedrouter.errors import ClientError, ConfigError, DataError, FedRouterError, ModelError, WireError
+from fedrouter.errors import ClientError, DataError, FedRouterError, WireError
 from fedrouter.files import write_atomically
 from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
@@ -73,7 +73,6 @@ class Resident:
         self._one_at_a_time = threading.Lock()
         self._hello: Hello | None = None
         self._federation: Federation | None = None
-        self._config: Config | None = None
         self._summing: Summing | None = None
         self._assigned, self._run = False, ""
 
@@ -122,10 +121,9 @@ class Resident:
                 yield Refused(reason)
                 return
             known = self._federation is not None and self._run == envelope.run
-            if not isinstance(message, Hello | Goodbye) and not known:
-                yield Behind()
-                return
-            if isinstance(message, TrainRequest | SumTrain | ValidationRequest) and not self._assigned:
+            no_plan = not known and not isinstance(message, Hello | Goodbye)
+            needs_rows = isinstance(message, TrainRequest | SumTrain | ValidationRequest)
+            if no_plan or (needs_rows and not self._assigned):
                 yield Behind()
                 return
             if isinstance(message, TrainRequest) and self._summing is not None:
@@ -137,9 +135,6 @@ class Resident:
                 yield Refused(str(error))
             except ClientError as error:
                 yield Failed(error.reasons.get(self._name, "it failed; its own log says more"))
-                return
-            except (ConfigError, ModelError) as error:
-                yield Failed(str(error), settings=True)
                 return
             except DataError as error:  # it may quote rows
                 self._say(f"error: {error}")
@@ -230,7 +225,7 @@ class Resident:
         error = float(np.linalg.norm(probe - hello.probe) / np.linalg.norm(hello.probe))
         if not error <= PROBE_TOLERANCE:
             return Failed(f"its embedder is another one than the server's: vectors differ by {error:.1%}")
-        self._hello, self._config, self._federation = hello, config, federation
+        self._hello, self._federation = hello, federation
         pins = self._site.directory / "peers.json"
         least = self._policy.min_sum
         self._summing = Summing(run, self._name, self._key, pins, least) if hello.secure else None

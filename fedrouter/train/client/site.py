@@ -1,16 +1,15 @@
 """What the operator of a site has decided: where its rows and its base are, and what it takes part in."""
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedrouter.config import Config
-from fedrouter.config_file import explained, validated
+from fedrouter.config_file import fitted, read_toml, validated
 from fedrouter.errors import ConfigError
 from fedrouter.train.lora import rank_of
 from fedrouter.train.wire.messages import Assign, Hello, Regroup, SumTrain
@@ -108,17 +107,8 @@ def load_site(directory: Path) -> Site:
         If it is missing or does not fit.
     """
     file = directory / "site.toml"
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-        return Site(directory, SiteSettings.model_validate(values))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file; fedrouter client init {directory.name} makes it") from error
-    except ValidationError as error:
-        raise ConfigError(
-            f"{file}: " + "; ".join(explained(e, SiteSettings) for e in error.errors())
-        ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+    missing = f"{file}: no such file; fedrouter client init {directory.name} makes it"
+    return Site(directory, fitted(read_toml(file, missing=missing), SiteSettings, str(file)))
 
 
 def plan_of(hello: Hello, site: Site) -> Config:

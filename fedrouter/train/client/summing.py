@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedrouter.errors import WireError
 from fedrouter.files import write_atomically
+from fedrouter.train.lora import update_of
 from fedrouter.train.wire.keys import PrivateKey, load_public, sign_keys, verify_keys
 from fedrouter.train.wire.masks import (
     Bytes,
@@ -197,8 +198,8 @@ class Summing:
     def _check(self, peer: Peer, asked: SumShares) -> None:
         name = peer.keys.client
         pins = json.loads(self._pins.read_text(encoding="utf-8")) if self._pins.exists() else {}
-        key = peer.key.strip()
-        if pins.setdefault(name, key) != key:
+        key, pinned = peer.key.strip(), pins.get(name)
+        if pinned not in (None, key):
             raise WireError(
                 f"client {name} has another key than the first time; if that is right, "
                 f"take it out of {self._pins.name}"
@@ -206,7 +207,8 @@ class Summing:
         if (peer.keys.cluster, peer.keys.round) != (asked.cluster, asked.round):
             raise WireError(f"client {name}: keys of another sum")
         verify_keys(load_public(key), signed_part(self._run, peer.keys), peer.keys.signature.tobytes())
-        write_atomically(self._pins, json.dumps(pins, indent=2) + "\n")
+        if pinned is None:
+            write_atomically(self._pins, json.dumps({**pins, name: key}, indent=2) + "\n")
 
 
 def signed_part(run: str, keys: SumKey) -> bytes:
@@ -218,8 +220,5 @@ def signed_part(run: str, keys: SumKey) -> bytes:
 def weighted(request: TrainRequest, reply: TrainReply) -> Float64s:
     """Return the numbers that are summed: update times weight, the weight, loss times weight."""
     weight = float(reply.num_examples)
-    parts = [
-        (reply.adapter[name].astype(np.float64) - request.adapter[name]).ravel() * weight
-        for name in sorted(request.adapter)
-    ]
-    return np.concatenate([*parts, [weight, weight * (reply.loss or 0.0)]])
+    update = update_of(request.adapter, reply.adapter, sorted(request.adapter))
+    return np.concatenate([update * weight, [weight, weight * (reply.loss or 0.0)]])

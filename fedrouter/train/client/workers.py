@@ -34,27 +34,11 @@ class Failed:
     memory: type[Exception] | None  # which one, if memory ran out
 
 
-class Worker:
-    """A trainer in another process, used like the one in this process.
+class StandIn:
+    """Prepares rows as the trainer ``here`` does; who inherits from it trains elsewhere or otherwise."""
 
-    It ends with the connection to it, and with this process, however that ends.
-
-    Parameters
-    ----------
-    here : this process's trainer; it tokenises for all.
-    path : of the base model.
-    number : of the process, from 1; which GPU is its own.
-    """
-
-    def __init__(self, here: AdapterTrainer, config: Config, path: Path, number: int):
+    def __init__(self, here: AdapterTrainer):
         self._here = here
-        spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
-        self._connection, there = spawning.Pipe()
-        arguments = there, config, path, *device_and_dtype(config.base), torch.get_num_threads()
-        self._process = spawning.Process(target=_work, args=arguments, daemon=True)
-        with _only_gpu(number):
-            self._process.start()
-        there.close()
 
     @property
     def validation(self) -> float:
@@ -74,6 +58,29 @@ class Worker:
     def tokenise(self, records: Sequence[Record]) -> "Dataset":
         """Tokenise records for the base model."""
         return self._here.tokenise(records)
+
+
+class Worker(StandIn):
+    """A trainer in another process, used like the one in this process.
+
+    It ends with the connection to it, and with this process, however that ends.
+
+    Parameters
+    ----------
+    here : this process's trainer; it tokenises for all.
+    path : of the base model.
+    number : of the process, from 1; which GPU is its own.
+    """
+
+    def __init__(self, here: AdapterTrainer, config: Config, path: Path, number: int):
+        super().__init__(here)
+        spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
+        self._connection, there = spawning.Pipe()
+        arguments = there, config, path, *device_and_dtype(config.base), torch.get_num_threads()
+        self._process = spawning.Process(target=_work, args=arguments, daemon=True)
+        with _only_gpu(number):
+            self._process.start()
+        there.close()
 
     def train(
         self, adapter: AdapterState, data: "Dataset", steps: int, learning_rate: float, seed: int

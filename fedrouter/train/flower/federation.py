@@ -1,14 +1,13 @@
 """The directory of a federation on the server's machine: who takes part, certificates, the superlink."""
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedrouter import data
-from fedrouter.config_file import explained
+from fedrouter.config_file import fitted, read_toml
 from fedrouter.errors import ConfigError
 from fedrouter.files import write_atomically
 from fedrouter.train.flower.certificates import make_trial
@@ -152,15 +151,8 @@ def load_directory(path: Path) -> Directory:
         If it is none, or its settings do not fit.
     """
     file = path / "federation.toml"
-    try:
-        settings = FederationSettings.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} is no federation: run fedrouter federation init {path}") from error
-    except ValidationError as error:
-        reasons = "; ".join(explained(e, FederationSettings) for e in error.errors())
-        raise ConfigError(f"{file}: {reasons}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+    missing = f"{path} is no federation: run fedrouter federation init {path}"
+    settings = fitted(read_toml(file, missing=missing), FederationSettings, str(file))
     directory = Directory(path, settings)
     connection = (
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'

@@ -167,7 +167,7 @@ class RemoteFederation:
     def reread(self) -> list[Reread]:
         """Have every client read its rows again."""
         found = []
-        for name, replies in self._all(lambda _: (ReadAgain(),)):
+        for name, replies in self._all(ReadAgain()):
             found.append(_only(Reread, replies[:1], name))
             self._members[name] = _only(Member, replies[1:], name)
         return found
@@ -189,7 +189,7 @@ class RemoteFederation:
         """Tell every client the task clusters."""
         self._assign = Assign(space, told)
         most = space.num_clusters if told is None else max([*_numbers(told), told.num - 1]) + 1
-        answers = list(self._all(lambda _: (self._assign,)))
+        answers = list(self._all(self._assign))
         return [
             _checked_assignment(_only(Assignment, replies, name), name, most) for name, replies in answers
         ]
@@ -197,9 +197,7 @@ class RemoteFederation:
     def compare(self, space: RoutingSpace, radii: Sequence[float]) -> list[Comparison]:
         """Have every client compare its rows with task clusters that already exist."""
         asked = Compare(space, tuple(float(radius) for radius in radii))
-        self._comparisons = {
-            name: _only(Comparison, replies, name) for name, replies in self._all(lambda _: (asked,))
-        }
+        self._comparisons = {name: _only(Comparison, replies, name) for name, replies in self._all(asked)}
         return list(self._comparisons.values())
 
     def leave(self, names: Collection[str]) -> None:
@@ -281,13 +279,11 @@ class RemoteFederation:
         if isinstance(message, Summarise) and message.beyond:
             assert self._assign is not None
             dim = self._assign.space.transform.shape[1]
-        for name, replies in self._all(lambda _: (message,), names):
+        for name, replies in self._all(message, names):
             yield _checked_summary(_only(LocalClusters, replies, name), name, dim)
 
-    def _all(
-        self, messages: Callable[[str], tuple[Any, ...]], names: Sequence[str] | None = None
-    ) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Ask clients, and yield their replies in the order of their names.
+    def _all(self, message: Any, names: Sequence[str] | None = None) -> Iterator[tuple[str, Sequence[Any]]]:
+        """Ask clients the same, and yield their replies in the order of their names.
 
         Raises
         ------
@@ -297,7 +293,7 @@ class RemoteFederation:
             If the settings are to blame.
         """
         names = self._names if names is None else names
-        found = dict(self._exchange({name: messages(name) for name in names}, self._waiting.exchange_s))
+        found = dict(self._exchange(dict.fromkeys(names, (message,)), self._waiting.exchange_s))
         failed = dict(self.traffic[-1].missing)
         for name in names:
             replies = found.get(name, ())

@@ -8,6 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedrouter.errors import WireError
+from fedrouter.train.lora import updated
 from fedrouter.train.wire.masks import LENGTH, Ring, loose, pair_mask, restored, stream, threshold
 from fedrouter.train.wire.messages import (
     Masked,
@@ -20,7 +21,7 @@ from fedrouter.train.wire.messages import (
     SumShares,
     SumTrain,
 )
-from fedrouter.types import AdapterState, Float64s, TrainFailure, TrainReply, TrainRequest
+from fedrouter.types import Float64s, TrainFailure, TrainReply, TrainRequest
 
 LEAST = 3  # clients of a sum; of two, each knows the other's part
 
@@ -156,7 +157,8 @@ def _result(run: str, cluster: int, number: int, one: _Sum) -> Iterator[TrainRep
         else:
             weight, loss = values[-2:]
             share = max(1, int(weight * request.steps / steps))
-            adapter = added(request.adapter, values[:-2] / max(weight, 1.0))
+            names = sorted(request.adapter)
+            adapter = updated(request.adapter, values[:-2] / max(weight, 1.0), names)
             yield TrainReply(name, cluster, adapter, share, float(loss / max(weight, 1.0)), 0.0)
 
 
@@ -198,13 +200,3 @@ def unmasked(
             what = run, cluster, number
             total = total - pair_mask(gone, other, name, keys[other].mask.tobytes(), size, *what)
     return loose(total)
-
-
-def added(sent: AdapterState, update: Float64s) -> AdapterState:
-    """Return an adapter with an update given as one vector, in the order of names."""
-    cuts = np.cumsum([sent[name].size for name in sorted(sent)])[:-1]
-    parts = np.split(update, cuts)
-    return {
-        name: (sent[name] + part.reshape(sent[name].shape)).astype(np.float32)
-        for name, part in zip(sorted(sent), parts, strict=True)
-    }

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.layout import Whole
+from fedrouter.layout import Whole, size_text
 from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
@@ -35,13 +35,13 @@ def show(report: Report, console: Console) -> None:
         line(f"{low:>7}–{high:<7} {'█' * round(40 * number / most)} {number}")
     needed = ", ".join(f"{length} would hold {share}" for share, length in report.needed.items())
     line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed}")
-    sizes = _count(report.num_parameters), _count(report.adapter_parameters), _bytes(report.memory_bytes)
+    sizes = _count(report.num_parameters), _count(report.adapter_parameters), size_text(report.memory_bytes)
     line("base {} parameters, an adapter {}; memory about {}".format(*sizes))
     line(
         f"about {report.round_s:.0f} s a round; a client, round and task cluster: "
-        f"{_bytes(report.bytes_down)} down, {_bytes(report.bytes_up)} up"
+        f"{size_text(report.bytes_down)} down, {size_text(report.bytes_up)} up"
     )
-    revealed = ", ".join(f"{what} {_bytes(number)}" for what, number in report.reveals.items())
+    revealed = ", ".join(f"{what} {size_text(number)}" for what, number in report.reveals.items())
     line(f"each client reveals before the rounds, at most: {revealed} (docs/privacy.md lists it)")
     for note in report.notes:
         line(f"note: {note}")
@@ -61,11 +61,3 @@ def as_text(row: ShownRow, colours: bool) -> Text:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
