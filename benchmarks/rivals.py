@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from fedrouter.embed import routing_text
 from fedrouter.types import Array, Record
 
-INSTALL = "pip install --no-deps semantic-router==1.1.1 (docs/routing.md names what else it imports)"
+INSTALL = "pip install --no-deps semantic-router==1.1.1 (docs/evaluation.md names what else it imports)"
 
 
 def nearest_rows(embedder: Remembering, taken: Sequence[Record], judged: Sequence[Record]) -> float:

@@ -106,7 +106,7 @@ async def traffic(url: str) -> dict[str, Any]:
 
     Answers are 4 to 12 tokens long, as answers differ; the wait at 32 is measured with equally long ones as
     well, where all clients come back in one step of the engine. The clients share the server's two cores, so
-    they are aiohttp's, which cost a seventh of httpx's (docs/log.md).
+    they are aiohttp's, which cost a seventh of httpx's (docs/internals/log.md).
     """
     timeout, connector = aiohttp.ClientTimeout(300), aiohttp.TCPConnector(limit=64, keepalive_timeout=2)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as client:

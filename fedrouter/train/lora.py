@@ -15,7 +15,7 @@ from fedrouter.types import AdapterState, Float64s
 def average(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
     """Return the weighted mean of A and of B (paper section 3, as FedAvg), each slice over those who have it.
 
-    Not the mean of the products BA: see ``exact`` and docs/decisions.
+    Not the mean of the products BA: see ``exact`` and docs/internals/decisions.
     """
     shares = shares_of(adapters, weights)
     return {
