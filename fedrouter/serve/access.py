@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from fedrouter.errors import ServingError
-from fedrouter.serve.asgi import Scope, header_values, path_of
+from fedrouter.serve.asgi import Refusal, Scope, header_values, path_of
 from fedrouter.serve.paths import FOR_TENANTS, METRICS, OPEN
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.settings import Settings
 
 CLIENT_HEADER = "x-fedrouter-client"
 METRICS_KEY = "FEDROUTER_METRICS_KEY"  # the environment variable that carries the key of /metrics
@@ -98,12 +98,11 @@ class Access:
         return Caller(tenant, tenant=True), {**scope, "headers": headers}
 
 
-def load_access() -> Access:
-    """Read what the environment says: VLLM_API_KEY, FEDROUTER_KEYS, the keys file, FEDROUTER_METRICS_KEY."""
-    keys = os.environ.get("FEDROUTER_KEYS")
+def load_access(settings: Settings) -> Access:
+    """Read the keys file, and the server's own keys from VLLM_API_KEY and FEDROUTER_METRICS_KEY."""
     return Access(
         os.environ.get("VLLM_API_KEY") or None,
-        load_keys(Path(keys)) if keys else None,
+        load_keys(settings.keys_file) if settings.keys_file else None,
         os.environ.get(METRICS_KEY) or None,
     )
 

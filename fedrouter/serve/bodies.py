@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.refusal import Refusal
 
 SMALL = 64 * 2**10  # bytes; such bodies are parsed where they are and are always taken on
 IN_WORK = 4  # bodies of the largest size, that all large bodies in work may amount to

@@ -31,7 +31,7 @@ async def check_routing(routing: Routing) -> None:
         If the embeddings endpoint cannot be reached.
     """
     try:
-        routing_headers(await routing.decide_now(PROBE_TEXTS), 0.0)
+        routing_headers(await routing.route_now(PROBE_TEXTS), 0.0)
     except FedRouterError:
         raise
     except Exception as error:
@@ -50,9 +50,9 @@ async def broken_probes(new: Routing, old: Routing | None = None) -> list[Asked]
     """
     probes, said = list(new.bundle.probes), {probe.turns for probe in new.bundle.probes}
     if old is not None:
-        held = await ask([p for p in old.bundle.probes if p.turns not in said], old.decide_now)
+        held = await ask([p for p in old.bundle.probes if p.turns not in said], old.route_now)
         probes += [one.probe for one in held if one.holds]
-    return [one for one in await ask(probes, new.decide_now) if not one.holds]
+    return [one for one in await ask(probes, new.route_now) if not one.holds]
 
 
 async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """What can be wrong on this machine before vLLM starts, found out without importing vLLM."""
 
 import socket
+from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 
-from fedrouter.bundle import Bundle, check_modules, read_adapter
+from fedrouter.bundle import CHAT_TEMPLATE, Bundle, check_modules, read_adapter
 from fedrouter.errors import BundleError, ServingError
 from fedrouter.route import BASE_NAME, REJECT
 from fedrouter.serve.paths import VIRTUAL_NAME
@@ -68,3 +69,28 @@ def check_adapter(name: str, path: Path, bundle: Bundle, base_path: Path) -> int
     except BundleError as error:
         raise ServingError(f"adapter {name}: {error}") from error
     return adapter.rank
+
+
+def check_alike(old: Bundle, bundle: Bundle) -> None:
+    """Refuse a bundle that cannot stand beside another one on a server.
+
+    Raises
+    ------
+    BundleError
+        If base, embedder or chat template differ, or an adapter of the same name does.
+    """
+    path = bundle.path
+    if bundle.base.fingerprint != old.base.fingerprint:
+        raise BundleError(
+            f"{path.name} belongs to base model {bundle.base.model}, another than the one served"
+        )
+    mine, theirs = (replace(one.embedder, model="") for one in (old, bundle))
+    if mine != theirs:
+        raise BundleError(
+            f"{path.name} belongs to embedder {bundle.embedder.model}, another than the one in use"
+        )
+    if bundle.files.get(CHAT_TEMPLATE) != old.files.get(CHAT_TEMPLATE):
+        raise BundleError(f"{path.name} has another chat template, which only a restart can change")
+    for file, digest in bundle.files.items():  # eight hex digits in a name can be made to agree
+        if file.startswith("adapters/") and old.files.get(file, digest) != digest:
+            raise BundleError(f"{path.name}: {file} is another than the one served under that name")

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedrouter.errors import ServingError
 from fedrouter.types import Array
 
-VARIABLE = "FEDROUTER_DECISION_LOG"  # how the options reach vLLM's processes
 KEPT = 9  # older files, FILE.1 the youngest
 MAX_WAITING = 10_000  # lines
 LINGER_S = 0.25  # a line waits for others
@@ -53,22 +52,6 @@ class LogOptions:
     def __post_init__(self) -> None:
         if not self.max_mib > 0:
             raise ServingError(f"--decision-log-mib must be above 0, not {self.max_mib}")
-
-    def to_env(self) -> dict[str, str]:
-        """Return the environment that carries them to another process."""
-        path = str(self.path.absolute())
-        return {VARIABLE: json.dumps([path, self.prompts, self.vectors, self.max_mib])}
-
-    @classmethod
-    def from_env(cls) -> Self | None:
-        """Read them from the environment; of several API processes each writes a file of its own."""
-        if not os.environ.get(VARIABLE):
-            return None
-        name, prompts, vectors, max_mib = json.loads(os.environ[VARIABLE])
-        path = Path(name)
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # vLLM sets it for several
-            path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
-        return cls(path, prompts, vectors, max_mib)
 
 
 class DecisionLog:

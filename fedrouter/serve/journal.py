@@ -15,9 +15,9 @@ from fedrouter.decide import difference
 from fedrouter.errors import FedRouterError
 from fedrouter.serve import metrics
 from fedrouter.serve.access import Caller
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.batch import Overloaded
 from fedrouter.serve.decision_log import DecisionLog, packed
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
 from fedrouter.types import Array, Decision, LoggedDecision, OtherDecision
 
@@ -142,7 +142,7 @@ class Journal:
         if decisions[0] is not OVERLOAD and caller.client in (None, *other.clients):
             try:
                 others = await conversation.decide(
-                    asked, lambda texts: other.decide(texts, caller.client, caller.whose, vectors)
+                    asked, lambda texts: other.route(texts, caller.client, caller.whose, vectors)
                 )
             except (Overloaded, FedRouterError):
                 others = ()

@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,16 +17,14 @@ from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
 from fedrouter.embed import find_model
 from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve import engine, watch
+from fedrouter.serve import engine
 from fedrouter.serve.access import METRICS_KEY, load_keys
-from fedrouter.serve.beside import check_alike, to_env
-from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
-from fedrouter.serve.console import HOME
-from fedrouter.serve.console import VARIABLE as CONSOLE
+from fedrouter.serve.checks import check_adapter, check_alike, check_port, find_vllm, free_port
 from fedrouter.serve.decision_log import LogOptions, check_log
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.paths import READY, VIRTUAL_NAME
+from fedrouter.serve.paths import CHAT, CONSOLE, READY, VIRTUAL_NAME
 from fedrouter.serve.process import Command, running
+from fedrouter.serve.settings import Settings
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows
@@ -223,24 +221,16 @@ def build_command(
     argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(held)]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
-    env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
-    env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve())}
-    env |= {engine.RELOADS: "0" if several else "1"}  # vLLM loads adapters into one process only
-    env |= options.limits.to_env() | {CONSOLE: str(int(options.console))}
-    if options.second is not None:
-        env |= to_env(options.second, options.canary)
-    if options.log is not None:
-        env |= options.log.to_env()
-    if options.watch:
-        env[watch.VARIABLE] = str(bundle.path.absolute())
-    if options.signed_by is not None:
-        env["FEDROUTER_SIGNED_BY"] = str(options.signed_by.resolve())
-    if options.fallback is not None:
-        env["FEDROUTER_FALLBACK"] = options.fallback
-    if options.embedder_url is not None:
-        env["FEDROUTER_EMBEDDER_URL"] = options.embedder_url
-    if options.keys_file is not None:
-        env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
+    link = bundle.path.absolute()
+    settings = make_settings(
+        options,
+        bundle.path.resolve(),
+        str(base_path.resolve()),
+        bundle_root=link.parent.resolve(),
+        watch=link if options.watch else None,
+    )
+    env = settings.to_env()
+    env[engine.RELOADS] = "0" if several else "1"  # vLLM loads adapters into one process only
     if (page_key := metrics_key(options)) is not None:
         env[METRICS_KEY] = page_key
     if api_key is not None:
@@ -264,6 +254,31 @@ def build_command(
     return Command([*argv, *options.vllm_args], env, defaults, options.host, options.port, tls, READY)
 
 
+def make_settings(
+    options: Options,
+    bundle: Path,
+    base: str | None,
+    bundle_root: Path | None = None,
+    watch: Path | None = None,
+) -> Settings:
+    """Combine the options with what differs between vLLM's processes and a proxy."""
+    return Settings(
+        bundle=bundle,
+        bundle_root=bundle_root,
+        base=base,
+        watch=watch,
+        embedder_url=options.embedder_url,
+        fallback=options.fallback,
+        signed_by=options.signed_by and options.signed_by.resolve(),
+        limits=options.limits,
+        keys_file=options.keys_file and options.keys_file.resolve(),
+        log=options.log and replace(options.log, path=options.log.path.absolute()),
+        second=options.second and options.second.resolve(),
+        canary=options.canary,
+        console=options.console,
+    )
+
+
 def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
     """Return what is printed when a server is ready: what it serves, and how to try it."""
     key_env = options.api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
@@ -274,8 +289,8 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
     return (
         f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
-        f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d '{question}'" + (f"\nLook: {url}{HOME}" if options.console else "")
+        f"Try: curl -i {url}{CHAT} -H 'Content-Type: application/json'{key} "
+        f"-d '{question}'" + (f"\nLook: {url}{CONSOLE}" if options.console else "")
     )
 
 

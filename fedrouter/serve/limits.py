@@ -1,14 +1,10 @@
 """How much the hook takes on before it says no."""
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 from fedrouter.errors import ServingError
 
 OVERLOADS = ("base", "reject")
-VARIABLE = "FEDROUTER_LIMITS"  # how they reach vLLM's processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +33,3 @@ class Limits:
         for name in ("max_queue", "routing_timeout_s", "max_body_mib"):
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} must be above 0, not {getattr(self, name)}")
-
-    def to_env(self) -> dict[str, str]:
-        """Return the environment that carries them to another process."""
-        return {VARIABLE: json.dumps(asdict(self))}
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Read them from this process's environment; the defaults where there are none."""
-        try:
-            return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
-        except (TypeError, ValueError) as error:
-            raise ServingError(f"environment variable {VARIABLE} is not readable: {error}") from error

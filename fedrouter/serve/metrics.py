@@ -43,7 +43,7 @@ LOG_LOST = Counter("fedrouter_decision_log_lost", "Lines that the decision log c
 QUEUE = Gauge("fedrouter_queue_depth", "Texts that wait to be embedded.", multiprocess_mode="livesum")
 
 
-def decided(decisions: Sequence[Decision], seconds: float, why: str | None = None) -> None:
+def count_decisions(decisions: Sequence[Decision], seconds: float, why: str | None = None) -> None:
     """Count what was decided for one request.
 
     Parameters
@@ -59,7 +59,7 @@ def decided(decisions: Sequence[Decision], seconds: float, why: str | None = Non
             DISTANCE.labels(decision.cluster).observe(decision.distance / decision.radius)
 
 
-def answered(adapter: str, status: int | None) -> None:
+def count_request(adapter: str, status: int | None) -> None:
     """Count one routed request; one that is split counts once for each adapter.
 
     Parameters

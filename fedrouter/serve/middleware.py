@@ -12,7 +12,7 @@ The life of a request:
    for several adapters goes there as several requests and comes back as one (``split.py``).
 6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
 
-What to serve is read from the environment at lifespan start-up: see ``routing.load_routing``. A reload
+What to serve is read from the environment at lifespan start-up: see ``settings.py``. A reload
 replaces it (``reload.py``), asked for or because a watched link points elsewhere (``watch.py``); a request
 goes on with what it began with.
 """
@@ -32,6 +32,7 @@ from fedrouter.serve.asgi import (
     Inner,
     Message,
     Receive,
+    Refusal,
     Scope,
     Send,
     collect,
@@ -45,15 +46,15 @@ from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.canary import Readiness
 from fedrouter.serve.console import Console
 from fedrouter.serve.cors import Replies
-from fedrouter.serve.decision_log import DecisionLog, LogOptions
+from fedrouter.serve.decision_log import DecisionLog
 from fedrouter.serve.journal import Journal
 from fedrouter.serve.own import OwnEndpoints
 from fedrouter.serve.paths import AS_BASE, MODELS, ROUTED, UNROUTED, is_admin, is_own
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.reload import Reloader
 from fedrouter.serve.request import RoutedRequest, known_names
 from fedrouter.serve.routing import Routing, load_routing
 from fedrouter.serve.second import Second, load_second
+from fedrouter.serve.settings import Settings, read_settings
 from fedrouter.serve.watch import Watch
 
 logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
@@ -65,19 +66,20 @@ class FedRouterMiddleware:
     def __init__(
         self,
         app: App,
-        load: Callable[[], Routing] = load_routing,
-        load_access: Callable[[], Access] = load_access,
-        log: Callable[[], LogOptions | None] = LogOptions.from_env,
-        load_second: Callable[[Routing], Second | None] = load_second,
+        settings: Callable[[], Settings] = read_settings,
+        load: Callable[[Settings], Routing] = load_routing,
+        load_access: Callable[[Settings], Access] = load_access,
+        load_second: Callable[[Settings, Routing], Second | None] = load_second,
     ):
         self.app = app
-        self._load, self._load_access, self._load_second = load, load_access, load_second
-        self._log_options = log
+        self._read_settings, self._load = settings, load
+        self._load_access, self._load_second = load_access, load_second
         self._routing: Routing | None = None
         self.second: Second | None = None
         self._access, self._replies, self.journal = Access(), Replies(), Journal()
-        self._console = Console()
-        self.readiness, self.reloader, self._watch = Readiness(), Reloader(), Watch.from_env()
+        self._console = Console(False)
+        self._watch: Watch | None = None
+        self.readiness, self.reloader = Readiness(), Reloader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -143,11 +145,14 @@ class FedRouterMiddleware:
         """Load the bundle before the application starts; a server that cannot route must not start."""
         startup: list[Message] = [await receive()]
         try:
-            self._access = self._load_access()
-            options = self._log_options()
-            self.journal = Journal(DecisionLog(options, metrics.LOG_LOST.inc) if options else None)
-            self._routing = await asyncio.to_thread(self._load)
-            self.second = await asyncio.to_thread(self._load_second, self._routing)
+            settings = self._read_settings()
+            self._access = self._load_access(settings)
+            self._console = Console(settings.console)
+            self._watch = Watch(settings.watch) if settings.watch else None
+            self.reloader = Reloader(settings.bundle_root)
+            self.journal = Journal(DecisionLog(settings.log, metrics.LOG_LOST.inc) if settings.log else None)
+            self._routing = await asyncio.to_thread(self._load, settings)
+            self.second = await asyncio.to_thread(self._load_second, settings, self._routing)
         except Exception as error:  # raised further, uvicorn would take it for "no lifespan" and serve
             if not isinstance(error, FedRouterError):
                 logger.exception("FedRouter cannot start")

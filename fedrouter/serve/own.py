@@ -13,6 +13,7 @@ from fedrouter.serve.asgi import (
     App,
     Inner,
     Receive,
+    Refusal,
     Scope,
     header_values,
     json_answer,
@@ -35,9 +36,7 @@ from fedrouter.serve.paths import (
     RELOAD,
 )
 from fedrouter.serve.prompts import conversations
-from fedrouter.serve.refusal import Refusal
-from fedrouter.serve.reload import bundle_names
-from fedrouter.serve.request import check_client, decide, ms_since
+from fedrouter.serve.request import check_client, ms_since, route_conversations
 from fedrouter.types import Array
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ class OwnEndpoints:
             second = self._hook.second
             answers = second.routing if second and second.answers(asked, caller) else routing
             start, vectors = time.perf_counter(), dict[str, Array]()
-            [decision] = await decide(answers, asked, caller, vectors)
+            [decision] = await route_conversations(answers, asked, caller, vectors)
             turns = asked[0]
             vector = vectors.get(turns[decision.turn]) if turns else None
         at = None if vector is None else routing.place(vector)
@@ -165,7 +164,7 @@ class OwnEndpoints:
         return {"state": self._hook.state, "samples": metrics.samples()}
 
     async def _bundles(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
-        return {"served": self._hook.routing.bundle.path.name, "bundles": bundle_names()}
+        return {"served": self._hook.routing.bundle.path.name, "bundles": self._hook.reloader.bundle_names()}
 
     async def _read(self, receive: Receive, caller: Caller, look: Callable[[bytes], Read]) -> Read:
         """Return what ``look`` sees in the request's body."""

@@ -33,7 +33,9 @@ UNROUTED = (
     *(EMBEDDINGS, "/v2/embed"),
 )
 
-MODELS, METRICS = "/v1/models", "/metrics"
+MODELS, METRICS, HEALTH = "/v1/models", "/metrics", "/health"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+CONSOLE = "/fedrouter/"
 OWN = "/v1/fedrouter"
 CLUSTERS, DRY_RUN = f"{OWN}/clusters", f"{OWN}/route"
 READY, RELOAD = f"{OWN}/ready", f"{OWN}/reload"
@@ -42,7 +44,7 @@ NUMBERS, BUNDLES = f"{OWN}/numbers", f"{OWN}/bundles"
 OWN_METHODS = {CLUSTERS: "GET", DRY_RUN: "POST", READY: "GET", RELOAD: "POST"}
 OWN_METHODS |= {FEEDBACK: "POST", DECISIONS: "GET", NUMBERS: "GET", BUNDLES: "GET"}
 # Everything else needs the key where there is one: vLLM itself guards /v1, /v2, /inference and /cohere only.
-OPEN = ("/health", "/ping", METRICS, "/version", READY)
+OPEN = (HEALTH, "/ping", METRICS, "/version", READY)
 FOR_TENANTS = (*ROUTED, *AS_BASE, MODELS, CLUSTERS, DRY_RUN, FEEDBACK, DECISIONS)
 ADMIN = re.compile(r"load_lora_adapter|(^|/)adapters(/|$)")  # the second: the same by SageMaker's names
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import IO
 
 from fedrouter.errors import ServingError
+from fedrouter.serve.paths import HEALTH
 
 START = "FEDROUTER_START"  # the environment variable with the mark of this start, which its answers bear
 GRACE_S = 20.0  # for a clean stop; vLLM needs about two seconds
@@ -46,7 +47,7 @@ class Command:
     host: str
     port: int
     tls: bool = False
-    ready_path: str = "/health"  # answers 200 when it is ready; {"state": "failed"} when it never will be;
+    ready_path: str = HEALTH  # answers 200 when it is ready; {"state": "failed"} when it never will be;
     # both with the mark of this start
 
     @property

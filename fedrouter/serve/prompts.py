@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedrouter.embed import user_texts
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import COMPLETIONS, RESPONSES, VIRTUAL_NAME
-from fedrouter.serve.refusal import Refusal
 from fedrouter.types import Turn
 
 # Parts of a message that hold text, and under which key, as in vLLM's renderers/chat_utils.py.

@@ -22,6 +22,7 @@ from prometheus_client import make_asgi_app
 from fedrouter.serve.asgi import (
     App,
     Receive,
+    Refusal,
     Scope,
     Send,
     disconnected,
@@ -33,8 +34,7 @@ from fedrouter.serve.asgi import (
 )
 from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.paths import METRICS, OPEN
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.paths import HEALTH, METRICS, MODELS, OPEN
 
 CHECK_S = 2.0
 CONNECT_S = 5.0
@@ -89,7 +89,7 @@ class Proxy:
             raise RuntimeError(f"{scope['type']} is not forwarded")
         elif scope["path"] == METRICS:
             await self._metrics(scope, receive, send)
-        elif scope["path"] == "/health":
+        elif scope["path"] == HEALTH:
             healthy = any(one.healthy for one in self.upstreams)
             await send_answer(send, json_answer(200 if healthy else 503, {}))
         elif not self._may_enter(scope):
@@ -197,10 +197,8 @@ class Proxy:
         headers = {"authorization": self._authorization.decode()} if self._authorization else {}
         while True:
             try:
-                health = await self._client.get(f"{upstream.url}/health", timeout=CONNECT_S)
-                answer = await self._client.get(
-                    f"{upstream.url}/v1/models", headers=headers, timeout=CONNECT_S
-                )
+                health = await self._client.get(f"{upstream.url}{HEALTH}", timeout=CONNECT_S)
+                answer = await self._client.get(f"{upstream.url}{MODELS}", headers=headers, timeout=CONNECT_S)
                 problem = _problem(health, answer, self._models)
             except httpx.TransportError as error:
                 problem = f"{error or type(error).__name__}"
@@ -215,11 +213,11 @@ class Proxy:
 def _problem(health: httpx.Response, models: httpx.Response, wanted: frozenset[str]) -> str:
     """Return why an upstream must not be asked; empty if it may."""
     if health.status_code != 200 or models.status_code != 200:
-        return f"/health says {health.status_code}, /v1/models {models.status_code}"
+        return f"{HEALTH} says {health.status_code}, {MODELS} {models.status_code}"
     try:
         listed: set[Any] = {card["id"] for card in models.json()["data"]}
     except (ValueError, KeyError, TypeError):
-        return "/v1/models is no list of models"
+        return f"{MODELS} is no list of models"
     missing = sorted(wanted - listed)
     return f"it does not serve {', '.join(missing)}" if missing else ""
 

@@ -14,13 +14,11 @@ from typing import Any
 from fedrouter.bundle import Bundle
 from fedrouter.errors import BundleError, FedRouterError
 from fedrouter.serve import engine, metrics
-from fedrouter.serve.asgi import Inner, reason
+from fedrouter.serve.asgi import Inner, Refusal, reason
 from fedrouter.serve.canary import broken_probes, check_adapters, check_routing
-from fedrouter.serve.paths import MODELS
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.paths import LOAD, MODELS, UNLOAD
 from fedrouter.serve.routing import Routing
 
-LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 logger = logging.getLogger("vllm.fedrouter.reload")
 DRAIN_S = 600.0  # then old adapters go all the same; requests that vLLM has begun to answer keep theirs
 
@@ -28,7 +26,8 @@ DRAIN_S = 600.0  # then old adapters go all the same; requests that vLLM has beg
 class Reloader:
     """Replaces the routing of one server process, one bundle at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, bundle_root: Path | None = None):
+        self._root = bundle_root
         self._busy = False
 
     @property
@@ -83,7 +82,7 @@ class Reloader:
             If that bundle must not be served here, or nothing could be reloaded.
         """
         try:
-            path, new, fresh = await _admitted(inner, old, name)
+            path, new, fresh = await self._admitted(inner, old, name)
             new.close()
         except FedRouterError as error:
             raise Refusal(400, str(error), "bundle") from error
@@ -97,10 +96,14 @@ class Reloader:
             "probes": len(new.bundle.probes),
         }
 
+    def bundle_names(self) -> list[str]:
+        """Return the names of directories that a reload could take, valid bundles or not."""
+        return sorted(path.parent.name for path in self._root.glob("*/manifest.json")) if self._root else []
+
     async def _reload(
         self, inner: Inner, old: Routing, name: Any, flip: Callable[[Routing], None], stay: Collection[str]
     ) -> dict[str, Any]:
-        path, new, fresh = await _admitted(inner, old, name)
+        path, new, fresh = await self._admitted(inner, old, name)
         wanted = new.bundle.adapter_paths
         loaded: list[str] = []
         try:
@@ -124,23 +127,33 @@ class Reloader:
         kept = [adapter for adapter in wanted if adapter not in loaded]
         return {"bundle": path.name, "loaded": loaded, "kept": kept, "unloaded": retired}
 
+    async def _admitted(self, inner: Inner, old: Routing, name: Any) -> tuple[Path, Routing, list[str]]:
+        """Return a bundle that may replace the old one, and its adapters that are not there yet."""
+        path = find_bundle(self._reload_root(inner), name)
+        new = await asyncio.to_thread(old.load_beside, path)
+        try:
+            await check_routing(new)
+            for broken in await broken_probes(new, old):
+                raise BundleError(f"{path.name}: probe {broken}")
+            served = await _adapters(inner)
+            fresh = [adapter for adapter in new.bundle.adapter_paths if adapter not in served]
+            _check_room(inner, new.bundle, len(served) + len(fresh))
+        except BaseException:
+            new.close()
+            raise
+        return path, new, fresh
 
-async def _admitted(inner: Inner, old: Routing, name: Any) -> tuple[Path, Routing, list[str]]:
-    """Return a bundle that may replace the old one, and its adapters that are not there yet."""
-    _check_server(inner)
-    path = find_bundle(Path(os.environ["FEDROUTER_BUNDLES"]), name)
-    new = await asyncio.to_thread(old.load_beside, path)
-    try:
-        await check_routing(new)
-        for broken in await broken_probes(new, old):
-            raise BundleError(f"{path.name}: probe {broken}")
-        served = await _adapters(inner)
-        fresh = [adapter for adapter in new.bundle.adapter_paths if adapter not in served]
-        _check_room(inner, new.bundle, len(served) + len(fresh))
-    except BaseException:
-        new.close()
-        raise
-    return path, new, fresh
+    def _reload_root(self, inner: Inner) -> Path:
+        """Return the directory that a reload takes bundles from; refuse where nothing can be reloaded."""
+        if engine.num_api_processes(inner.scope) > 1:
+            raise Refusal(
+                409,
+                "a server with several API processes cannot reload: this request reached only one of them; "
+                "restart it, or scale out with several servers behind `fedrouter serve --upstream`",
+            )
+        if self._root is None or os.environ.get(engine.RELOADS) != "1":
+            raise Refusal(409, "this server was started without reloading: restart it")
+        return self._root
 
 
 def find_bundle(root: Path, name: Any) -> Path:
@@ -163,23 +176,6 @@ def find_bundle(root: Path, name: Any) -> Path:
     if not path.is_dir():
         raise BundleError(f"bundle {name}: no such directory in {root}")
     return path
-
-
-def bundle_names() -> list[str]:
-    """Return what lies beside the served bundle and has a manifest; what of it is valid, a reload tells."""
-    root = os.environ.get("FEDROUTER_BUNDLES")
-    return sorted(path.parent.name for path in Path(root).glob("*/manifest.json")) if root else []
-
-
-def _check_server(inner: Inner) -> None:
-    if engine.num_api_processes(inner.scope) > 1:
-        raise Refusal(
-            409,
-            "a server with several API processes cannot reload: this request reached only one of them; "
-            "restart it, or scale out with several servers behind `fedrouter serve --upstream`",
-        )
-    if "FEDROUTER_BUNDLES" not in os.environ or os.environ.get(engine.RELOADS) != "1":
-        raise Refusal(409, "this server was started without reloading: restart it")
 
 
 async def _adapters(inner: Inner) -> set[str]:

@@ -18,6 +18,7 @@ from fedrouter.serve.asgi import (
     Headers,
     Message,
     Receive,
+    Refusal,
     Scope,
     Send,
     header_values,
@@ -29,7 +30,6 @@ from fedrouter.serve.cors import Replies
 from fedrouter.serve.journal import Journal
 from fedrouter.serve.paths import ADAPTER_HEADER, AS_BASE, INVOCATIONS, UNROUTED, VIRTUAL_NAME
 from fedrouter.serve.prompts import conversations, model_of
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
 from fedrouter.serve.second import Second
 from fedrouter.serve.shapes import check_shapes
@@ -120,9 +120,9 @@ class RoutedRequest:
         routing, other = self._routing, self._second.routing if self._second else None
         if self._second and self._second.answers(asked, self._caller):
             routing, other = self._second.routing, self._routing
-        decisions = await decide(routing, asked, self._caller, vectors)
+        decisions = await route_conversations(routing, asked, self._caller, vectors)
         overload = "overload" if decisions[0] is OVERLOAD else None
-        metrics.decided(decisions, time.perf_counter() - start, overload)
+        metrics.count_decisions(decisions, time.perf_counter() - start, overload)
         ms = ms_since(start)
         self._id = self._journal.note(self._caller, routing, asked, decisions, vectors, ms, other)
         self._headers = routing_headers(decisions, ms, self._id)
@@ -183,7 +183,7 @@ class RoutedRequest:
         """Count the request, once for each adapter that it asked."""
         status = self._answer.status if self._answer is not None else self._status
         for adapter in self._adapters:
-            metrics.answered(adapter, status)
+            metrics.count_request(adapter, status)
         if self._adapters:
             self._journal.answered(self._id, status)
         self._adapters = ()
@@ -202,7 +202,7 @@ class Split:
     models: Sequence[str]  # one a prompt
 
 
-async def decide(
+async def route_conversations(
     routing: Routing, asked: Sequence[Sequence[str]], caller: Caller, vectors: dict[str, Array] | None = None
 ) -> list[Decision]:
     """Decide for each conversation, among the task clusters of the caller; for all of them or none.
@@ -212,7 +212,7 @@ async def decide(
     check_client(routing, caller)
     try:
         return await conversation.decide(
-            asked, lambda texts: routing.decide(texts, caller.client, caller.whose, vectors)
+            asked, lambda texts: routing.route(texts, caller.client, caller.whose, vectors)
         )
     except Overloaded:
         if REJECT in (routing.limits.overload, routing.fallback):

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,11 +23,12 @@ from fedrouter.bundle import (
 from fedrouter.decide import NO_TEXT, without_text
 from fedrouter.embed import Embedder
 from fedrouter.embed_endpoint import EndpointEmbedder
-from fedrouter.errors import EndpointError, ServingError
+from fedrouter.errors import EndpointError
 from fedrouter.route import Router
 from fedrouter.serve.batch import Batcher, Overloaded
-from fedrouter.serve.beside import check_alike
+from fedrouter.serve.checks import check_alike
 from fedrouter.serve.limits import Limits
+from fedrouter.serve.settings import Settings
 from fedrouter.types import Array, Decision, TaskCluster
 
 OVERLOAD = replace(NO_TEXT)
@@ -145,7 +145,7 @@ class Routing:
         """Return the task clusters that hold rows of a client; all of them for None."""
         return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
 
-    async def decide(
+    async def route(
         self,
         texts: Sequence[str],
         client: str | None = None,
@@ -185,7 +185,7 @@ class Routing:
             decided[text], vectors[text] = decision, vector
         return [decided[text] if text.strip() else self.no_text for text in texts]
 
-    async def decide_now(self, texts: Sequence[str]) -> list[Decision]:
+    async def route_now(self, texts: Sequence[str]) -> list[Decision]:
         """Decide for each text among all task clusters, whatever else waits: for questions of our own.
 
         Raises
@@ -228,57 +228,19 @@ class Routing:
         return [(decided[row], vectors[row]) for row in range(len(items))]
 
 
-def load_routing() -> Routing:
-    """Load and check what the environment names, in each of the server's processes.
-
-    FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
-    FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on;
-    FEDROUTER_EMBEDDER_URL where an embeddings endpoint is; FEDROUTER_SIGNED_BY whose bundles are served.
-
-    Raises
-    ------
-    FedRouterError
-        If the bundle, the base model or the embedder must not be served.
-    """
-    if "FEDROUTER_BUNDLE" not in os.environ:
-        raise ServingError("FEDROUTER_BUNDLE is not set: start the server with `fedrouter serve BUNDLE`")
-    return make_routing(
-        Path(os.environ["FEDROUTER_BUNDLE"]),
-        os.environ.get("FEDROUTER_BASE"),
-        os.environ.get("FEDROUTER_FALLBACK"),
-        Limits.from_env(),
-        os.environ.get("FEDROUTER_EMBEDDER_URL"),
-        Path(os.environ["FEDROUTER_SIGNED_BY"]) if os.environ.get("FEDROUTER_SIGNED_BY") else None,
-    )
-
-
-def make_routing(
-    bundle_path: Path,
-    base: str | None,
-    fallback: str | None,
-    limits: Limits,
-    embedder_url: str | None = None,
-    signed_by: Path | None = None,
-) -> Routing:
+def load_routing(settings: Settings) -> Routing:
     """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
 
-    Parameters
-    ----------
-    base : the base model's directory or hub id, when not what the bundle says.
-    fallback : instead of the bundle's.
-    embedder_url : where the embedder is, if it is an endpoint.
-    signed_by : the public key of whose bundles are served; None: anybody's.
-
     Raises
     ------
     FedRouterError
         If the bundle, the base model or the embedder must not be served.
     """
-    bundle = load_bundle(bundle_path, signed_by)
-    base_path = find_base(bundle, base)
-    embedder = find_embedder(bundle, base_path, embedder_url)
+    bundle = load_bundle(settings.bundle, settings.signed_by)
+    base_path = find_base(bundle, settings.base)
+    embedder = find_embedder(bundle, base_path, settings.embedder_url)
     if isinstance(embedder, EndpointEmbedder):  # half, so that it fails before those who wait give up
-        embedder.hurry(limits.routing_timeout_s / 2)
+        embedder.hurry(settings.limits.routing_timeout_s / 2)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))
@@ -286,10 +248,10 @@ def make_routing(
         bundle,
         embedder,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        fallback,
-        limits,
+        settings.fallback,
+        settings.limits,
         base_path,
-        signed_by,
+        settings.signed_by,
     )
 
 

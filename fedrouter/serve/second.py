@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedrouter.serve.access import Caller
-from fedrouter.serve.beside import from_env
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Second:
         return int.from_bytes(digest[:8], "big") < self.share * 2**64
 
 
-def load_second(first: Routing) -> Second | None:
+def load_second(settings: Settings, first: Routing) -> Second | None:
     """Load what the environment names, if it names one: as a bundle that is reloaded.
 
     Raises
@@ -44,5 +44,6 @@ def load_second(first: Routing) -> Second | None:
     FedRouterError
         If it must not be served, or has another base, embedder or chat template than the first.
     """
-    named = from_env()
-    return None if named is None else Second(first.load_beside(named[0]), named[1])
+    if settings.second is None:
+        return None
+    return Second(first.load_beside(settings.second), settings.canary)

@@ -8,8 +8,8 @@ cheap; of all else few items are let through. The figures are of vLLM 0.32.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import INVOCATIONS, RESPONSES
-from fedrouter.serve.refusal import Refusal
 
 MAX_ODD = 64  # items of a list that do not plainly fit: half a second where they are refused
 MAX_ITEMS = 2_000  # of ``input`` on /v1/responses: 0.15 ms each even where they fit

@@ -11,7 +11,7 @@ from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.access import Access, load_keys
 from fedrouter.serve.checks import check_port
-from fedrouter.serve.launch import Options, metrics_key, ready_lines, server_key
+from fedrouter.serve.launch import Options, make_settings, metrics_key, ready_lines, server_key
 from fedrouter.serve.process import Command
 
 NEEDED = ("httpx", "prometheus_client", "uvicorn")
@@ -51,30 +51,21 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
 async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: str | None) -> None:
     import uvicorn
 
-    from fedrouter.serve.console import VARIABLE as CONSOLE
     from fedrouter.serve.middleware import FedRouterMiddleware
     from fedrouter.serve.proxy import Proxy
-    from fedrouter.serve.routing import make_routing
-    from fedrouter.serve.second import Second
+    from fedrouter.serve.routing import load_routing
+    from fedrouter.serve.second import load_second
 
     keys = load_keys(options.keys_file) if options.keys_file else None
     access = Access(key, keys, metrics_key(options))
-    routing = await asyncio.to_thread(
-        make_routing,
-        bundle_path,
-        options.base,
-        options.fallback,
-        options.limits,
-        options.embedder_url,
-        options.signed_by,
-    )
-    second = None
-    if options.second is not None:
-        second = Second(await asyncio.to_thread(routing.load_beside, options.second), options.canary)
+    settings = make_settings(options, bundle_path, options.base)
+    routing = await asyncio.to_thread(load_routing, settings)
+    second = await asyncio.to_thread(load_second, settings, routing)
     models = [BASE_NAME, *routing.bundle.adapter_paths, *(second.adapters if second else ())]
     proxy = Proxy(urls, models, key, options.limits)
-    os.environ[CONSOLE] = str(int(options.console))
-    hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access, lambda: options.log, lambda _: second)
+    hook = FedRouterMiddleware(
+        proxy, lambda: settings, lambda _: routing, lambda _: access, lambda *_: second
+    )
     config = uvicorn.Config(
         hook,
         options.host,

@@ -2,14 +2,12 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.asgi import Refusal
 
 POLL_S = 2.0
-VARIABLE = "FEDROUTER_WATCH"  # how the link's path reaches vLLM's processes
 logger = logging.getLogger("vllm.fedrouter.watch")
 
 
@@ -27,11 +25,6 @@ class Watch:
     def __init__(self, link: Path):
         self._link = link
         self._task: asyncio.Task[None] | None = None
-
-    @classmethod
-    def from_env(cls) -> "Watch | None":
-        """Return a watch of the link that the environment names; None without one."""
-        return cls(Path(os.environ[VARIABLE])) if os.environ.get(VARIABLE) else None
 
     def start(
         self, served: Path, may_reload: Callable[[], bool], reload: Callable[[str], Awaitable[object]]

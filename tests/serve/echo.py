@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedrouter.serve.access import Access
 from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.settings import Settings
 from fedrouter.types import Array, EmbedderSpec
 
 DIM = 64
@@ -115,9 +117,13 @@ class Server:
         app: Any = None,
         access: Access | None = None,
         log: LogOptions | None = None,
+        **settings: Any,
     ):
         self.app = app or EchoApp()
-        self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access(), lambda: log)
+        given = Settings(bundle=Path("not read"), log=log, **settings)
+        self.hook = FedRouterMiddleware(
+            self.app, lambda: given, lambda _: load(), lambda _: access or Access()
+        )
         self.lifespan: list[Any] = []
         self.lifespan_scope: Any = {"type": "lifespan"}
 

@@ -14,6 +14,7 @@ from fedrouter.serve.launch import free_port
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
 from fedrouter.serve.second import Second
+from fedrouter.serve.settings import Settings
 
 
 class StubApp:
@@ -82,14 +83,16 @@ def serving(
     key: str | None = None,
     second: Callable[[Routing], Second | None] = lambda _: None,
     pause_s: float = 0.0,
+    **settings: Any,
 ) -> Iterator[str]:
     """Serve on a free port of 127.0.0.1 while the block runs; yield the address."""
     routing = make()
     other = second(routing)
     adapters = [*routing.bundle.adapter_paths, *(other.adapters if other else ())]
     app = StubApp(adapters, key, pause_s)
+    given = Settings(bundle=routing.bundle.path, **settings)
     hook = FedRouterMiddleware(
-        app, lambda: routing, lambda: access or Access(), lambda: None, lambda _: other
+        app, lambda: given, lambda _: routing, lambda _: access or Access(), lambda *_: other
     )
     port = free_port()
     config = uvicorn.Config(hook, "127.0.0.1", port, log_level="error", lifespan="on", http="h11", ws="none")

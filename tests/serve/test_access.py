@@ -25,6 +25,7 @@ from fedrouter.serve.paths import (
     ROUTED,
     UNROUTED,
 )
+from fedrouter.serve.settings import Settings
 
 Serve = Callable[..., Server]
 KEYS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob", "carl")}  # key = name
@@ -305,16 +306,16 @@ def test_a_wrong_keys_file_is_refused_without_showing_it(tmp_path: Path, content
     assert "secret" not in str(error.value)
 
 
-def test_access_comes_from_the_environment(
+def test_access_comes_from_the_settings_and_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     file = tmp_path / "keys.json"
     file.write_text(json.dumps(KEYS))
-    monkeypatch.setenv("FEDROUTER_KEYS", str(file))
+    settings = Settings(bundle=tmp_path, keys_file=file)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(ServingError, match="VLLM_API_KEY"):
-        load_access()
+        load_access(settings)
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    assert ask(serve(access=load_access()), CHAT, body("hello"), key="ann").status == 200
+    assert ask(serve(access=load_access(settings)), CHAT, body("hello"), key="ann").status == 200
     with pytest.raises(ServingError, match="gone"):
         load_keys(tmp_path / "gone")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_prompts import anything
 
 from fedrouter.serve import bodies
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.bodies import IN_WORK, MAX_CONTAINERS, MAX_VALUES, SMALL, Bodies, parse
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.refusal import Refusal
 
 MIB = 2**20
 

@@ -255,14 +255,13 @@ def test_one_tenant_sees_nothing_of_another(browser: Any, tenants_bundle: Bundle
 def test_a_bundle_is_checked_and_then_reloaded(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
     one = write_word_bundle(tmp_path / "one")
     two = write_word_bundle(tmp_path / "two", seeds=(0, 11, 12))
     broken = write_word_bundle(tmp_path / "zwei", seeds=(0, 11, 12))
     os.truncate(broken.path / "router.safetensors", 100)
-    with serving(lambda: words(one)) as url:
+    with serving(lambda: words(one), bundle_root=tmp_path) as url:
         page = Page(browser, url).open("#bundles")
         page.choose("#which", "zwei")
         page.find("#reload .plain").click()
@@ -303,9 +302,11 @@ def test_the_first_view_is_small_and_asks_nobody_else(browser: Any, url: str) ->
     assert sum(sizes) <= 100_000
 
 
-def test_no_console_where_it_is_off(word_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDROUTER_CONSOLE", "0")
-    with serving(lambda: words(word_bundle)) as url, pytest.raises(urllib.error.HTTPError, match="404"):
+def test_no_console_where_it_is_off(word_bundle: Bundle) -> None:
+    with (
+        serving(lambda: words(word_bundle), console=False) as url,
+        pytest.raises(urllib.error.HTTPError, match="404"),
+    ):
         urllib.request.urlopen(f"{url}/fedrouter/", timeout=10)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from fedrouter.serve.paths import (
     ROUTED,
     UNROUTED,
 )
+from fedrouter.serve.settings import Settings
 
 MakeServer = Callable[..., Server]
 AdapterOf = Callable[[str], str]
@@ -238,7 +240,8 @@ def test_the_numbers_may_have_a_key_of_their_own(
     assert ask(server, COMPLETIONS, body(), key="numbers").status == 401
     assert ask(server, "/health", method="GET", key=None).status == 200
     monkeypatch.setenv(METRICS_KEY, "numbers")
-    assert ask(make_server(access=load_access()), "/metrics", method="GET", key=None).status == 401
+    access = load_access(Settings(bundle=Path("not read")))
+    assert ask(make_server(access=access), "/metrics", method="GET", key=None).status == 401
 
 
 def test_a_tenant_is_not_told_what_all_clients_have_together(

@@ -20,6 +20,7 @@ from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
+from fedrouter.serve.settings import VARIABLE, Settings
 
 
 def build(bundle: Bundle, **more: Any) -> Command:
@@ -31,6 +32,10 @@ def build(bundle: Bundle, **more: Any) -> Command:
 
 def value(command: Command, flag: str) -> str:
     return command.argv[command.argv.index(flag) + 1]
+
+
+def settings(command: Command) -> Settings:
+    return Settings.model_validate_json(command.env[VARIABLE])
 
 
 def modules(command: Command) -> dict[str, str]:
@@ -50,8 +55,8 @@ def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("4", "8")  # two bundles
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
-    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
-    assert command.env["FEDROUTER_BASE"] == "/models/base"
+    assert settings(command).bundle == word_bundle.path
+    assert settings(command).base == "/models/base"
     assert "--chat-template" not in command.argv
 
 
@@ -76,22 +81,16 @@ def test_a_canary_brings_its_adapters_and_a_shadow_none(word_bundle: Bundle, tmp
     assert len(modules(canary)) == 7, "one is the same in both"
     assert value(canary, "--max-cpu-loras") == "11", "room for a reload beside them"
     for command, share in ((shadow, 0), (canary, 0.1)):
-        assert json.loads(command.env["FEDROUTER_SECOND"]) == [str(two.path), share]
-    assert "FEDROUTER_SECOND" not in build(word_bundle).env
+        assert (settings(command).second, settings(command).canary) == (two.path, share)
+    assert settings(build(word_bundle)).second is None
 
 
-def test_console_and_log_reach_vllms_processes(
-    word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_console_and_log_reach_vllms_processes(word_bundle: Bundle, tmp_path: Path) -> None:
     log = LogOptions(tmp_path / "log.jsonl", prompts=True, max_mib=2)
-    command = build(word_bundle, log=log, console=False)
-    assert command.env["FEDROUTER_CONSOLE"] == "0"
-    monkeypatch.setenv("FEDROUTER_DECISION_LOG", command.env["FEDROUTER_DECISION_LOG"])
-    assert LogOptions.from_env() == log
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    assert LogOptions.from_env() == replace(log, path=tmp_path / f"log.{os.getpid()}.jsonl")
-    assert build(word_bundle).env["FEDROUTER_CONSOLE"] == "1"
-    assert "FEDROUTER_DECISION_LOG" not in build(word_bundle).env
+    given = settings(build(word_bundle, log=log, console=False))
+    assert (given.console, given.log) == (False, log)
+    given = settings(build(word_bundle))
+    assert (given.console, given.log) == (True, None)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +114,8 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
 
 
 def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> None:
-    assert build(word_bundle, embedder_url="http://h").env["FEDROUTER_EMBEDDER_URL"] == "http://h"
-    assert "FEDROUTER_EMBEDDER_URL" not in build(word_bundle).env
+    assert settings(build(word_bundle, embedder_url="http://h")).embedder_url == "http://h"
+    assert settings(build(word_bundle)).embedder_url is None
 
 
 def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_path: Path) -> None:
@@ -125,14 +124,14 @@ def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_
     link = tmp_path / "current"
     link.symlink_to(word_bundle.path)
     _, command = prepare(link, Options(port=free_port(), watch=True))
-    assert command.env["FEDROUTER_WATCH"] == str(link)
-    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
-    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+    assert settings(command).watch == link
+    assert settings(command).bundle_root == tmp_path
+    assert settings(command).bundle == word_bundle.path
 
 
 def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
     limits = Limits("reject", max_queue=3)
-    assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()
+    assert settings(build(word_bundle, limits=limits)).limits == limits
 
 
 def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
@@ -161,7 +160,8 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"0" * 64: "ann"}))
     first, second = checked(keys_file=keys), checked(keys_file=keys)
-    assert first.env["FEDROUTER_KEYS"] == str(keys)
+    assert settings(first).keys_file == keys
+    assert first.env["VLLM_API_KEY"] not in first.env[VARIABLE]
     assert len(first.env["VLLM_API_KEY"]) >= 32
     assert first.env["VLLM_API_KEY"] != second.env["VLLM_API_KEY"]
     monkeypatch.setenv("OPERATOR", "open")
@@ -172,8 +172,8 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
 
 
 def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) -> None:
-    assert checked(fallback="reject").env["FEDROUTER_FALLBACK"] == "reject"
-    assert "FEDROUTER_FALLBACK" not in checked().env
+    assert settings(checked(fallback="reject")).fallback == "reject"
+    assert settings(checked()).fallback is None
     with pytest.raises(ConfigError, match="fallback 'guess'"):
         checked(fallback="guess")
 
@@ -241,10 +241,8 @@ def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
 def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(word_bundle.path)
     command = build(replace(word_bundle, path=tmp_path / "current"))
-    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
-    assert command.env["FEDROUTER_BUNDLE"] == str(
-        word_bundle.path
-    )  # a link that moves changes nothing by itself
+    assert settings(command).bundle_root == tmp_path
+    assert settings(command).bundle == word_bundle.path, "a link that moves changes nothing by itself"
     assert set(modules(command).values()) == {str(path) for path in word_bundle.adapter_paths.values()}
 
 

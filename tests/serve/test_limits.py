@@ -124,18 +124,6 @@ def test_limits_that_make_no_sense_are_refused(options: Any, says: str) -> None:
         Limits(**options)
 
 
-def test_limits_reach_the_server_through_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = Limits("reject", 7, 0.5, 2.0)
-    monkeypatch.delenv("FEDROUTER_LIMITS", raising=False)
-    assert Limits.from_env() == Limits()
-    for name, value in limits.to_env().items():
-        monkeypatch.setenv(name, value)
-    assert Limits.from_env() == limits
-    monkeypatch.setenv("FEDROUTER_LIMITS", '{"max_quue": 1}')
-    with pytest.raises(ServingError, match="FEDROUTER_LIMITS"):
-        Limits.from_env()
-
-
 @pytest.mark.parametrize(
     ("path", "given"),
     [

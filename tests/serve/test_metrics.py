@@ -127,7 +127,7 @@ def test_counts_overload_as_a_fallback(make_server: Callable[..., Server], since
 def test_processes_are_added_up(tmp_path: Path) -> None:
     script = (
         "from fedrouter.serve import metrics\n"
-        "metrics.answered('a-1', 200); metrics.QUEUE.inc(2); metrics.BATCH.observe(3)\n"
+        "metrics.count_request('a-1', 200); metrics.QUEUE.inc(2); metrics.BATCH.observe(3)\n"
         "metrics.ROUTING.observe(0.02)"
     )
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(DASHBOARD.parents[1])}

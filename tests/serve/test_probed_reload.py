@@ -25,7 +25,6 @@ def as_lines(*lines: Any) -> bytes:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)

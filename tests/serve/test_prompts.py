@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED
 from fedrouter.serve.prompts import conversations, model_of
-from fedrouter.serve.refusal import Refusal
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(

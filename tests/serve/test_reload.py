@@ -53,7 +53,6 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     root = tmp_path / "bundles"
     root.mkdir()
     first = write_word_bundle(root / "one")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(root))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
     return setup_of(root, first)
@@ -61,7 +60,8 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 
 def setup_of(root: Path, first: Bundle, access: Access | None = None, fallback: str | None = None) -> Setup:
     app, limits = HolderApp(list(first.adapter_paths)), Limits(**PATIENT)
-    server = Server(lambda: Routing(first, WordEmbedder(), str, fallback, limits), app, access)
+    load = lambda: Routing(first, WordEmbedder(), str, fallback, limits)  # noqa: E731
+    server = Server(load, app, access, bundle_root=root)
     return Setup(root, first, server, app)
 
 
@@ -266,7 +266,6 @@ def test_another_adapter_does_not_pass_for_one_that_is_served(
     """Eight hex digits in a name can be made to agree; the whole hash in the manifest cannot."""
     for module in ("manifest", "write"):
         monkeypatch.setattr(f"fedrouter.bundle.{module}.adapter_name", lambda head, *_: f"{head}-00000000")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     setup = setup_of(tmp_path, write_word_bundle(tmp_path / "one"))
     write_word_bundle(tmp_path / "two", seeds=(20, 21, 22))

@@ -44,15 +44,14 @@ def serve_both(
 ) -> Server:
     app = HolderApp([*one.adapter_paths, *(two.adapter_paths if share else ())])
     routing = Routing(one, WordEmbedder(), str, None, Limits(**PATIENT))
-    server = Server(lambda: routing, app, access, log)
-    server.hook._load_second = lambda first: Second(first.load_beside(two.path), share)
+    server = Server(lambda: routing, app, access, log, bundle_root=one.path.parent)
+    server.hook._load_second = lambda _, first: Second(first.load_beside(two.path), share)
     return server
 
 
 @pytest.fixture
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, Bundle]:
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     one = write_word_bundle(tmp_path / "one")

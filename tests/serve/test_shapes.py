@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import CHAT, COMPLETIONS, EMBEDDINGS, INVOCATIONS, RESPONSES
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.shapes import MAX_ITEMS, MAX_ODD, check_shapes
 
 TEXT = {"type": "input_text", "text": "x"}

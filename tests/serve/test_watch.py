@@ -24,8 +24,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_word_bundle(tmp_path / "one")
     write_word_bundle(tmp_path / "two", seeds=(10, 11, 12))
     (tmp_path / "current").symlink_to("one")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
-    monkeypatch.setenv("FEDROUTER_WATCH", str(tmp_path / "current"))
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(watch, "POLL_S", 0.01)
@@ -38,14 +36,17 @@ def point(root: Path, name: str) -> None:
     (root / "new").replace(root / "current")
 
 
-def within(root: Path, scenario: Callable[[Server], Awaitable[Any]]) -> tuple[Any, HolderApp]:
+def within(
+    root: Path, scenario: Callable[[Server], Awaitable[Any]], link: str | None = "current"
+) -> tuple[Any, HolderApp]:
     first = load_bundle(root / "one")
     app = HolderApp(list(first.adapter_paths))
 
+    load = lambda: Routing(first, WordEmbedder(), str, None, Limits(**PATIENT))  # noqa: E731
+    watch = root / link if link else None
+
     async def main() -> Any:
-        async with Server(
-            lambda: Routing(first, WordEmbedder(), str, None, Limits(**PATIENT)), app
-        ) as server:
+        async with Server(load, app, bundle_root=root, watch=watch) as server:
             return await asyncio.wait_for(scenario(server), 30)
 
     return asyncio.run(main()), app
@@ -107,15 +108,13 @@ def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCap
     assert set(app.adapters) == set(load_bundle(root / "three").adapter_paths)
 
 
-def test_nothing_is_watched_unasked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEDROUTER_WATCH")
-
+def test_nothing_is_watched_unasked(root: Path) -> None:
     async def scenario(server: Server) -> str:
         point(root, "two")
         await asyncio.sleep(0.2)
         return server.hook.routing.bundle.path.name
 
-    assert within(root, scenario)[0] == "one"
+    assert within(root, scenario, link=None)[0] == "one"
     assert os.path.realpath(root / "current").endswith("two")
 
 
