@@ -1,4 +1,4 @@
-"""The console at ``/fedrouter/``: a few files of ours, open to everyone; what they ask for needs the key."""
+"""The console at ``/fedrouter/``: static files, open to everyone; its data needs the API key."""
 
 from importlib.resources import files
 
@@ -20,7 +20,7 @@ SAFE: Headers = (
 
 
 class Console:
-    """Answers with the console's files."""
+    """Serves the console's files."""
 
     def __init__(self, on: bool = True):
         self._answers: dict[str, Answer] = {}
@@ -31,10 +31,10 @@ class Console:
             content = (files("fedrouter.serve") / "page" / name).read_bytes()
             headers = ((b"content-type", f"{kind}; charset=utf-8".encode()), *SAFE)
             self._answers[CONSOLE + path] = Answer(200, content, headers)
-        away = ((b"location", b"fedrouter/"), *SAFE)  # relative: a proxy may have put us below a path
-        self._answers[CONSOLE.rstrip("/")] = Answer(307, b"", away)
+        location = ((b"location", b"fedrouter/"), *SAFE)  # relative: a proxy may add a path prefix
+        self._answers[CONSOLE.rstrip("/")] = Answer(307, b"", location)
 
     def answer(self, method: str, path: str) -> Answer | None:
-        """Return what to answer; None where it is not ours."""
+        """Return the response; None if the path is not the console's."""
         found = self._answers.get(path) if method in ("GET", "HEAD") else None
         return found if found is None or method == "GET" else Answer(found.status, b"", found.headers)

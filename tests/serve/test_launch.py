@@ -119,7 +119,7 @@ def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> N
 
 
 def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ServingError, match="is no link"):
+    with pytest.raises(ServingError, match="is not a symbolic link"):
         checked(watch=True)
     link = tmp_path / "current"
     link.symlink_to(word_bundle.path)

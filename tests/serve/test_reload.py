@@ -176,10 +176,10 @@ def broken(setup: Setup, name: str) -> str:
     embedder = WordEmbedder().spec
     if name == "other-base":
         write_word_bundle(path, base=BaseSpec("words", None, "words-2"))
-        return "another than the one served"
+        return "not the one served"
     if name == "other-embedder":
         write_word_bundle(path, embedder=replace(embedder, layer=2))
-        return "another than the one in use"
+        return "not the one in use"
     if name == "other-vectors":
         write_word_bundle(path, probe_vectors=write_word_bundle(setup.root / "x").probe + 1)
         return "differ by"
@@ -271,7 +271,7 @@ def test_another_adapter_does_not_pass_for_one_that_is_served(
     write_word_bundle(tmp_path / "two", seeds=(20, 21, 22))
     refused = within(setup, lambda: setup.reload("two"))
     assert refused.status == 400
-    assert "another than the one served under that name" in refused.json["error"]["message"]
+    assert "differs from the file of that name that is served" in refused.json["error"]["message"]
 
 
 def test_a_link_that_is_pointed_elsewhere_is_followed(setup: Setup) -> None:

@@ -173,5 +173,5 @@ def test_a_second_bundle_of_another_embedder_is_refused(
 
     one, _ = bundles
     other = write_word_bundle(tmp_path / "other", embedder=replace(WordEmbedder().spec, max_tokens=64))
-    with pytest.raises(BundleError, match="another than the one in use"):
+    with pytest.raises(BundleError, match="not the one in use"):
         Routing(one, WordEmbedder(), str).load_beside(other.path)
