@@ -63,7 +63,7 @@ def test_who_names_no_model_asks_the_router(model: Any) -> None:
     elif isinstance(model, str):
         assert model_of({"model": model}) == model
     else:
-        with pytest.raises(Refusal, match="model must be a text"):
+        with pytest.raises(Refusal, match="model must be a string"):
             model_of({"model": model})
 
 

@@ -104,7 +104,7 @@ def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCap
     assert "router.safetensors: content differs" in said[0]
     assert "so far stays" in said[0]
     assert "no such directory" in said[1]
-    assert "only place that bundles are loaded from" in said[2]
+    assert "only directory that bundles are loaded from" in said[2]
     assert set(app.adapters) == set(load_bundle(root / "three").adapter_paths)
 
 
