@@ -20,9 +20,8 @@ IN_WORK = 4  # limit for all large bodies in work together, in bodies of the lar
 MAX_VALUES = 500_000  # values in one body: token ids of a hundred long prompts
 MAX_CONTAINERS = 10_000  # lists and objects in one body; in memory they take 50 times their text
 IDLE_S = 30.0  # longest pause within a body
-STRINGS = re.compile(
-    r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
-)  # the last may be unterminated; linear in time
+# JSON strings, the last maybe unterminated; possessive, so that matching takes linear time.
+STRINGS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 Result = TypeVar("Result")
 
 

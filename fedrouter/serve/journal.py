@@ -217,9 +217,8 @@ def _entry(
 def _line(
     entry: Mapping[str, Any], texts: Sequence[str] | None, vectors: Sequence[Array | None] | None
 ) -> Callable[[], Mapping[str, Any]]:
-    kept = {
-        name: entry[name] for name in LoggedDecision.__slots__ if name in entry
-    }  # a copy: the entry may change
+    # A copy: feedback may change the entry before the line is written.
+    kept = {name: entry[name] for name in LoggedDecision.__slots__ if name in entry}
 
     def line() -> Mapping[str, Any]:
         more: dict[str, Any] = {} if texts is None else {"texts": texts}

@@ -70,7 +70,7 @@ class RoutedRequest:
             return await receive() if self._read else await self._receive(receive)
 
         async def marking_send(message: Message) -> None:
-            if self._answer is not None:  # vLLM complains about the missing body
+            if self._answer is not None:  # instead of vLLM's complaint about the missing body
                 await self._send(send, self._answer)
             elif message["type"] == "http.response.start":
                 self._status = message["status"]
@@ -259,7 +259,7 @@ def routing_headers(decisions: Sequence[Decision], routing_ms: float, request_id
     """Return headers for a response; of several decisions all names, and the numbers of the worst."""
 
     def names(values: Sequence[str]) -> str:
-        # a header takes no line breaks and no wide characters
+        # headers allow no line breaks and no characters beyond Latin-1
         return ",".join(quote(value, safe=" /:@+") for value in dict.fromkeys(values))
 
     values = {

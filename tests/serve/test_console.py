@@ -73,7 +73,7 @@ def test_empty_states_say_what_to_do(page: Page) -> None:
     page.tab("traffic")
     page.shows("#decisions", "None yet")
     page.tab("bundles")
-    page.shows("#reload", "No bundle lies beside")
+    page.shows("#reload", "There is no other bundle here")
     assert page.text("#problem") == ""
 
 
@@ -159,7 +159,7 @@ def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> N
     page.click("#by-fallback")
     page.until(lambda: set(page.texts("#decisions tbody .name")) == {"base"})
     page.choose("#by-outcome", "failed")
-    page.shows("#decisions", "None of them")
+    page.shows("#decisions", "No decision matches")
 
 
 def test_prompts_and_names_are_text_and_never_markup(page: Page) -> None:
