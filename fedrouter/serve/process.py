@@ -24,7 +24,7 @@ from fedrouter.serve.paths import HEALTH
 START = "FEDROUTER_START"  # environment variable with a nonce, which responses of the ready path repeat
 GRACE_S = 20.0  # for a clean stop; vLLM takes about two seconds
 ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|error|ERROR):\s+\S")
-# Stops the server if this process is killed and cannot: then the shell's standard input ends.
+# This process may be killed before it can stop the server: then this shell's standard input ends.
 WATCHDOG = """
 read -r _; kill -TERM "$1"
 for _ in $(seq 20); do kill -0 "$1" || break; sleep 1; done

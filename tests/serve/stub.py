@@ -1,4 +1,4 @@
-"""The real hook and a real bundle's router on a port, before an application that answers as vLLM does."""
+"""The real hook with a real bundle on a port, before an application that stands in for vLLM."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from fedrouter.serve.settings import Settings
 
 
 class StubApp:
-    """Lists models, answers canary prompts, and streams the prompt's words back in the adapter's name."""
+    """Lists models, answers canary prompts, and streams the prompt's words back under the adapter's name."""
 
     def __init__(self, adapters: list[str], key: str | None = None, pause_s: float = 0.0):
         self.adapters, self.key, self.pause_s = adapters, key, pause_s

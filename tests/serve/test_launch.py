@@ -24,7 +24,7 @@ from fedrouter.serve.settings import VARIABLE, Settings
 
 
 def build(bundle: Bundle, **more: Any) -> Command:
-    """Build the command with options, and whatever else differs from the bundle alone."""
+    """Build a command from options and arguments of ``build_command``."""
     own = {name: more.pop(name) for name in Options.__slots__ if name in more and name != "second"}
     options = more.pop("options", Options(**own))
     return build_command(bundle, Path("/models/base"), options, **{"rank": bundle.rank} | more)
@@ -78,8 +78,8 @@ def test_a_canary_brings_its_adapters_and_a_shadow_none(word_bundle: Bundle, tmp
     assert modules(shadow).keys() == word_bundle.adapter_paths.keys()
     canary = build(word_bundle, second=two, options=Options(second=two.path, canary=0.1))
     assert modules(canary).keys() == {*word_bundle.adapter_paths, *two.adapter_paths}
-    assert len(modules(canary)) == 7, "one is the same in both"
-    assert value(canary, "--max-cpu-loras") == "11", "room for a reload beside them"
+    assert len(modules(canary)) == 7, "one adapter is the same in both"
+    assert value(canary, "--max-cpu-loras") == "11", "room for a reload"
     for command, share in ((shadow, 0), (canary, 0.1)):
         assert (settings(command).second, settings(command).canary) == (two.path, share)
     assert settings(build(word_bundle)).second is None
@@ -113,7 +113,7 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "82")
 
 
-def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> None:
+def test_the_embedder_url_reaches_the_server(word_bundle: Bundle) -> None:
     assert settings(build(word_bundle, embedder_url="http://h")).embedder_url == "http://h"
     assert settings(build(word_bundle)).embedder_url is None
 
@@ -129,7 +129,7 @@ def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_
     assert settings(command).bundle == word_bundle.path
 
 
-def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
+def test_limits_reach_the_server(word_bundle: Bundle) -> None:
     limits = Limits("reject", max_queue=3)
     assert settings(build(word_bundle, limits=limits)).limits == limits
 
@@ -142,7 +142,7 @@ def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
-    """``prepare`` of the word bundle, whose base model and embedder are on no disk."""
+    """``prepare`` for the word bundle, whose base model and embedder do not exist."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: Path("/models/base"))
@@ -171,7 +171,7 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
     assert checked(keys_file=keys).env["VLLM_API_KEY"] == "inherited"
 
 
-def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) -> None:
+def test_a_fallback_is_checked_and_passed_on(checked: Any, word_bundle: Bundle) -> None:
     assert settings(checked(fallback="reject")).fallback == "reject"
     assert settings(checked()).fallback is None
     with pytest.raises(ConfigError, match="fallback 'guess'"):
@@ -180,11 +180,11 @@ def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) 
 
 def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     command = build(word_bundle, cpu=True, cores=2, vllm_args=["--dtype", "bfloat16"])
-    assert command.argv[-2:] == ["--dtype", "bfloat16"]  # the last one is in force
+    assert command.argv[-2:] == ["--dtype", "bfloat16"]  # the last flag counts
     assert value(command, "--dtype") == "float32"
     assert command.defaults["OMP_NUM_THREADS"] == "1"
     assert value(command, "--distributed-executor-backend") == "uni"
-    # two bundles, and one slot that stays empty
+    # two bundles and the empty slot
     assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "9"
     big = build(word_bundle, cpu=True, cores=64)
     assert "OMP_NUM_THREADS" not in big.defaults
@@ -193,7 +193,7 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert "--dtype" not in gpu.argv
     assert "--enforce-eager" not in gpu.argv
     assert command.defaults["TORCHDYNAMO_DISABLE"] == "1"
-    for flag in ("--no-enforce-eager", "--no_enforce_eager"):  # vLLM takes either spelling
+    for flag in ("--no-enforce-eager", "--no_enforce_eager"):  # vLLM accepts both spellings
         compiled = build(word_bundle, cpu=True, vllm_args=[flag])
         assert "TORCHDYNAMO_DISABLE" not in compiled.defaults | gpu.defaults
 
@@ -201,7 +201,7 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     "argument", ["--port=1", "--lora-modules", "--served_model_name", "--model", "--api-key"]
 )
-def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
+def test_reserved_flags_are_refused(word_bundle: Bundle, argument: str) -> None:
     with pytest.raises(ServingError, match=argument):
         build(word_bundle, vllm_args=[argument])
 
@@ -212,7 +212,7 @@ def test_several_api_processes_start_with_vllms_serve_command(
 ) -> None:
     several = build(word_bundle, vllm_args=arguments, cpu=True, cores=2)
     assert several.argv[2] == "fedrouter.serve.engine"
-    assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses both together
+    assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses the combination
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in several.defaults
     with pytest.raises(ServingError, match="several API processes cannot reload"):
         build(word_bundle, vllm_args=arguments, watch=True)
@@ -228,7 +228,7 @@ def test_the_empty_slot_on_cpu_cannot_be_taken_away(word_bundle: Bundle) -> None
     build(word_bundle, vllm_args=["--max-loras", "4"], cpu=False)
 
 
-def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
+def test_changed_embedder_files_are_found_before_vllm_starts(
     word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
@@ -242,7 +242,7 @@ def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tm
     (tmp_path / "current").symlink_to(word_bundle.path)
     command = build(replace(word_bundle, path=tmp_path / "current"))
     assert settings(command).bundle_root == tmp_path
-    assert settings(command).bundle == word_bundle.path, "a link that moves changes nothing by itself"
+    assert settings(command).bundle == word_bundle.path, "a link that moves must not change what is served"
     assert set(modules(command).values()) == {str(path) for path in word_bundle.adapter_paths.values()}
 
 
@@ -283,13 +283,13 @@ def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.fixture
 def own(word_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy of one of the bundle's adapters, as somebody's own."""
+    """A copy of one of the bundle's adapters, to be served as an additional one."""
     return Path(shutil.copytree(word_bundle.adapter_path(word_bundle.clusters[0]), tmp_path / "own"))
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """What a base model's weights say of the one module that adapters are for."""
+    """Weights of a base model with the one module that the adapters change."""
     (tmp_path / "base").mkdir()
     weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((16, 16), np.float32)}
     save_file(weights, tmp_path / "base" / "model.safetensors")

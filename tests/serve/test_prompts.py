@@ -1,4 +1,4 @@
-"""From payloads to texts: whatever arrives, a list of texts or a refusal."""
+"""From payloads to texts: any payload gives a list of texts or a refusal."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def test_any_json_gives_texts_or_a_refusal(path: str, payload: dict[str, Any]) -
 
 
 @given(anything)
-def test_who_names_no_model_asks_the_router(model: Any) -> None:
+def test_no_model_means_the_virtual_model(model: Any) -> None:
     if model is None or model == "":
         assert model_of({"model": model}) == model_of({}) == "fedrouter"
     elif isinstance(model, str):

@@ -1,4 +1,4 @@
-"""A second bundle beside the first: it decides as well, and answers a share."""
+"""A second bundle beside the first: it routes every request too, and answers a share."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ def chat(*turns: str, model: str = "fedrouter") -> dict[str, Any]:
 
 
 def swapped() -> RoutingSpace:
-    """Two task clusters in each other's place; the third far from everything but zebras."""
+    """A space in which two task clusters swap places and the third is near zebras only."""
     first, second, _ = TASKS.values()
     centroids = WordEmbedder().embed([second, first, FAR])
     return RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), centroids, (0, 1, 2))
@@ -67,7 +67,7 @@ def counted(difference: str) -> float:
     )
 
 
-def test_a_shadow_answers_nothing_and_its_differences_are_counted(
+def test_a_shadow_never_answers_and_its_differences_are_counted(
     bundles: tuple[Bundle, Bundle], tmp_path: Path
 ) -> None:
     one, two = bundles
@@ -82,7 +82,7 @@ def test_a_shadow_answers_nothing_and_its_differences_are_counted(
             answers = [await server.ask(CHAT, chat(text)) for text in asked]
             await asyncio.sleep(0)
             embedded = [text for batch in embedder.batches for text in batch if text in asked]
-            assert len(embedded) == 4, "each once, for both"
+            assert len(embedded) == 4, "each text is embedded once for both bundles"
             return answers, (await server.ask(DECISIONS, method="GET")).json["decisions"]
 
     answers, recent = asyncio.run(scenario())
@@ -138,9 +138,9 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
             return answer, after, reloaded.json, set(server.app.adapters)
 
     answer, after, reloaded, held = asyncio.run(scenario())
-    wanted = two.clusters[1].adapter  # which lies where headlines are
+    wanted = two.clusters[1].adapter  # it lies where headlines are
     assert (answer.status, answer.json["model"]) == (200, wanted)
-    assert after.json["model"] == wanted, "a reload replaces the first bundle alone"
+    assert after.json["model"] == wanted, "a reload replaces the first bundle only"
     assert not set(reloaded["unloaded"]) & set(two.adapter_paths)
     assert set(two.adapter_paths) < held
     digest = hashlib.sha256((two.path / "manifest.json").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Settings reach the hook through its environment, whole and checked."""
+"""Settings reach the hook through its environment, complete and validated."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A watched link: what it points to is served without anybody asking."""
+"""A watched link: the server follows it."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from fedrouter.serve.routing import Routing
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Bundles one and two, and a link to the first, as ``fedrouter serve --watch`` sets them up."""
+    """Bundles one and two and a link to the first, for ``fedrouter serve --watch``."""
     write_word_bundle(tmp_path / "one")
     write_word_bundle(tmp_path / "two", seeds=(10, 11, 12))
     (tmp_path / "current").symlink_to("one")
@@ -31,7 +31,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def point(root: Path, name: str) -> None:
-    """Point the link elsewhere, at once, as ``ln -sfn`` does."""
+    """Replace the link atomically, as ``ln -sfn`` does."""
     (root / "new").symlink_to(name)
     (root / "new").replace(root / "current")
 
@@ -53,12 +53,12 @@ def within(
 
 
 async def served(server: Server, name: str) -> None:
-    """Wait until a bundle is served, and the one before it is gone."""
+    """Wait until a bundle is served and its predecessor is unloaded."""
     while server.hook.routing.bundle.path.name != name or server.hook.reloader.busy:
         await asyncio.sleep(0.01)
 
 
-def test_what_the_link_points_to_is_served(root: Path) -> None:
+def test_the_links_target_is_served(root: Path) -> None:
     async def scenario(server: Server) -> list[str]:
         models = []
         for name in ("one", "two", "one"):
@@ -80,12 +80,12 @@ def test_a_link_that_moved_while_the_server_started_is_noticed(root: Path) -> No
     within(root, lambda server: served(server, "two"))
 
 
-def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_bundle_is_refused_and_logged_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "two" / "router.safetensors").write_bytes(b"")
 
     async def scenario(server: Server) -> list[str]:
         found = []
-        for name in ("two", "missing", "current", "/"):  # damaged, nowhere, a loop, outside
+        for name in ("two", "missing", "current", "/"):  # damaged, missing, a loop, outside
             point(root, name)
             await asyncio.sleep(0.2)
             found.append(server.hook.routing.bundle.path.name)
@@ -108,7 +108,7 @@ def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCap
     assert set(app.adapters) == set(load_bundle(root / "three").adapter_paths)
 
 
-def test_nothing_is_watched_unasked(root: Path) -> None:
+def test_nothing_is_watched_by_default(root: Path) -> None:
     async def scenario(server: Server) -> str:
         point(root, "two")
         await asyncio.sleep(0.2)
