@@ -49,15 +49,18 @@ def test_asks_with_the_key_and_returns_what_changed(url: str, monkeypatch: pytes
     monkeypatch.setattr(Handler, "payload", json.dumps(changes).encode())
     assert request_reload(f"{url}/v1/", "two", "sesame", 10) == changes
     assert Handler.asked == ["/v1/fedrouter/reload", "Bearer sesame", {"bundle": "two"}]
-    said = CliRunner().invoke(app, ["reload", url, "two"])
-    assert said.exit_code == 0
-    assert said.output.splitlines() == ["loaded: a-1", "unloaded: a-0", f"{url} serves two"]
+    result = CliRunner().invoke(app, ["reload", url, "two"])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == ["loaded: a-1", "unloaded: a-0", f"{url} serves two"]
 
 
 @pytest.mark.parametrize(
     ("payload", "says"),
     [
-        (b'{"error": {"message": "bundle two is damaged"}}', "refuses .400.: bundle two is damaged"),
+        (
+            b'{"error": {"message": "bundle two is damaged"}}',
+            "refused the reload .400.: bundle two is damaged",
+        ),
         (b'{"error": "Unauthorized"}', "Unauthorized"),
         (b"not JSON", "not JSON"),
     ],

@@ -249,8 +249,8 @@ def test_a_tenant_is_not_told_what_all_clients_have_together(
 ) -> None:
     access = Access(KEY, {hashlib.sha256(b"ann").hexdigest(): "ann"})
     shown = ask(serve(access=access), CLUSTERS, method="GET", key="ann").json["clusters"]
-    told = {"name", "adapter", "radius", "clients", "at"}
-    assert {frozenset(cluster) for cluster in shown} == {frozenset(told)}
+    fields = {"name", "adapter", "radius", "clients", "at"}
+    assert {frozenset(cluster) for cluster in shown} == {frozenset(fields)}
     everything = ask(serve(access=access), CLUSTERS, method="GET").json["clusters"]
     assert all({"num_examples", "task_counts"} <= set(cluster) for cluster in everything)
 

@@ -61,12 +61,12 @@ def test_the_base_answers_while_the_endpoint_is_away(
     wanted = [adapters["summary"], "base", "base", "base", adapters["headline"]]
     assert [answer.json["model"] for answer in answers] == wanted
     assert [answer.routing["fallback"] for answer in answers] == ["false", "true", "true", "true", "false"]
-    said = [
+    logged = [
         record.getMessage() for record in caplog.records if "nothing can be routed" in record.getMessage()
     ]
-    assert len(said) == 2, "each problem is logged once"
-    assert "500" in said[0]
-    assert "timed out" in said[1]
+    assert len(logged) == 2, "each problem is logged once"
+    assert "500" in logged[0]
+    assert "timed out" in logged[1]
 
 
 def test_the_overload_policy_may_reject_instead(tmp_path: Path) -> None:

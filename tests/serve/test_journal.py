@@ -184,9 +184,9 @@ def test_feedback_is_attached_to_a_request(
     async def scenario() -> list[Answer]:
         async with make_server(log=LogOptions(log)) as server:
             key = (await server.ask(CHAT, chat(TASKS["summary"]))).routing["id"]
-            told = [{"id": key, "outcome": "bad"}, {"id": key, "outcome": "dreadful"}, {"id": "0"}, {}]
-            told += [{"id": "0" * 32, "outcome": "good"}]
-            answers = [await server.ask(FEEDBACK, one) for one in told]
+            payloads = [{"id": key, "outcome": "bad"}, {"id": key, "outcome": "dreadful"}, {"id": "0"}, {}]
+            payloads += [{"id": "0" * 32, "outcome": "good"}]
+            answers = [await server.ask(FEEDBACK, one) for one in payloads]
             return [*answers, await server.ask(DECISIONS, method="GET")]
 
     answers = asyncio.run(scenario())
@@ -215,13 +215,13 @@ def test_a_tenant_sees_and_judges_its_own_requests_only(serve: Callable[..., Ser
             few = (await server.ask(DECISIONS, method="GET", query="limit=1")).json["decisions"]
             odd = (await server.ask(DECISIONS, method="GET", query="limit=-1")).status
             judged = {"id": mine, "outcome": "good"}
-            told = [(await server.ask(FEEDBACK, judged, key=key)).status for key in ("bob", "ann", KEY)]
-            return mine, seen, few, odd, told
+            statuses = [(await server.ask(FEEDBACK, judged, key=key)).status for key in ("bob", "ann", KEY)]
+            return mine, seen, few, odd, statuses
 
-    mine, (anns, bobs, all_of_them), few, odd, told = asyncio.run(scenario())
+    mine, (anns, bobs, all_of_them), few, odd, statuses = asyncio.run(scenario())
     assert anns == [mine], "a request that the operator sends as ann is not ann's"
     assert len(bobs) == 1
     assert len(all_of_them) == 3
     assert [one["id"] for one in few] == all_of_them[:1]
     assert odd == 400
-    assert told == [404, 200, 200]
+    assert statuses == [404, 200, 200]

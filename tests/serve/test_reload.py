@@ -251,13 +251,13 @@ def test_a_bundle_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("device", "max_loras", "held"), [("cpu", 9, 8), ("cpu", 6, 5), ("cpu", 20, 9), ("cuda", 6, 9)]
+    ("device", "max_loras", "capacity"), [("cpu", 9, 8), ("cpu", 6, 5), ("cpu", 20, 9), ("cuda", 6, 9)]
 )
-def test_the_empty_slot_on_cpu_does_not_count_as_room(device: str, max_loras: int, held: int) -> None:
+def test_the_empty_slot_on_cpu_does_not_count_as_room(device: str, max_loras: int, capacity: int) -> None:
     lora = SimpleNamespace(max_lora_rank=8, max_cpu_loras=9, max_loras=max_loras)
     config = SimpleNamespace(lora_config=lora, device_config=SimpleNamespace(device_type=device))
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
-    assert engine.lora_limits({"app": app}) == (8, held)
+    assert engine.lora_limits({"app": app}) == (8, capacity)
 
 
 def test_another_adapter_does_not_pass_for_one_that_is_served(

@@ -137,12 +137,12 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
             after = await server.ask(CHAT, chat(TASKS["headline"]))
             return answer, after, reloaded.json, set(server.app.adapters)
 
-    answer, after, reloaded, held = asyncio.run(scenario())
+    answer, after, reloaded, loaded = asyncio.run(scenario())
     wanted = two.clusters[1].adapter  # it lies where headlines are
     assert (answer.status, answer.json["model"]) == (200, wanted)
     assert after.json["model"] == wanted, "a reload replaces the first bundle only"
     assert not set(reloaded["unloaded"]) & set(two.adapter_paths)
-    assert set(two.adapter_paths) < held
+    assert set(two.adapter_paths) < loaded
     digest = hashlib.sha256((two.path / "manifest.json").read_bytes()).hexdigest()
     assert [line.bundle for line in read_log(log)] == [digest[:12]] * 2
 

@@ -99,12 +99,12 @@ def test_a_bad_bundle_is_refused_and_logged_once(root: Path, caplog: pytest.LogC
     caplog.set_level(logging.ERROR, "vllm.fedrouter")
     found, app = within(root, scenario)
     assert found == ["one"] * 4
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3, said
-    assert "router.safetensors: content differs" in said[0]
-    assert "so far stays" in said[0]
-    assert "no such directory" in said[1]
-    assert "only directory that bundles are loaded from" in said[2]
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 3, logged
+    assert "router.safetensors: content differs" in logged[0]
+    assert "so far stays" in logged[0]
+    assert "no such directory" in logged[1]
+    assert "only directory that bundles are loaded from" in logged[2]
     assert set(app.adapters) == set(load_bundle(root / "three").adapter_paths)
 
 
