@@ -41,7 +41,8 @@ from fedrouter.serve.journal import Journal, _entry
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.paths import CHAT
-from fedrouter.serve.routing import Routing, make_routing
+from fedrouter.serve.routing import Routing, load_routing
+from fedrouter.serve.settings import Settings
 from fedrouter.train.run import train
 
 SMALL = ["data.num_clients=4", "data.num_per_task=60", "train.rounds=2", "train.steps=4", "cluster.global=4"]
@@ -110,7 +111,8 @@ async def throughput(routing: Routing, log: LogOptions | None, number: int) -> f
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"{}"})
 
-    hook = FedRouterMiddleware(quick, lambda: routing, Access, lambda: log)
+    settings = Settings(bundle=routing.bundle.path, log=log)
+    hook = FedRouterMiddleware(quick, lambda: settings, lambda _: routing, lambda _: Access())
     started, end = asyncio.Event(), asyncio.Event()
     first = iter([{"type": "lifespan.startup"}])
 
@@ -153,7 +155,7 @@ async def throughput(routing: Routing, log: LogOptions | None, number: int) -> f
 def line_us(bundle: Bundle, options: LogOptions, number: int = 2000) -> float:
     """Return the CPU time of one line, from its request to the file, microseconds."""
     journal = Journal(DecisionLog(options))
-    routing = make_routing(bundle.path, None, None, Limits())
+    routing = load_routing(Settings(bundle=bundle.path))
     vectors = {PROMPTS[0]: np.random.default_rng(0).normal(size=bundle.embedder.dim).astype(np.float32)}
     decisions, asked = [NO_TEXT], [[PROMPTS[0]]]
     entry = _entry("0" * 32, 0, time.time(), Caller(), routing, asked[0], decisions[0], vectors, 1.0)
@@ -188,7 +190,8 @@ def main() -> None:
         run = options.run or bundle.parent
 
         def make() -> Routing:
-            return make_routing(bundle, None, None, Limits(max_queue=10_000, routing_timeout_s=60))
+            limits = Limits(max_queue=10_000, routing_timeout_s=60)
+            return load_routing(Settings(bundle=bundle, limits=limits))
 
         with serving(make) as url:
             views, size = first_views(url, 15)

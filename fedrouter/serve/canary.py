@@ -1,4 +1,4 @@
-"""Can prompts be routed, and does every adapter answer, and not as the base does? One token each tells."""
+"""Readiness checks: prompts can be routed, every adapter answers, and not as the base does."""
 
 import asyncio
 import logging
@@ -21,57 +21,55 @@ logger = logging.getLogger("vllm.fedrouter.canary")
 
 
 async def check_routing(routing: Routing) -> None:
-    """Route the probe texts, all the way to the headers of an answer.
+    """Route the probe texts, up to the headers of a response.
 
     Raises
     ------
     BundleError
-        If that fails, for whatever reason of the bundle's: every routed prompt would be a 500.
+        If the bundle makes routing fail: every routed prompt would be a 500.
     EndpointError
         If the embeddings endpoint cannot be reached.
     """
     try:
-        routing_headers(await routing.decide_now(PROBE_TEXTS), 0.0)
+        routing_headers(await routing.route_now(PROBE_TEXTS), 0.0)
     except FedRouterError:
         raise
     except Exception as error:
         raise BundleError(
             f"{routing.bundle.path}: routing a prompt fails ({type(error).__name__}: {error}); "
-            "make the bundle anew"
+            "train the bundle again"
         ) from error
 
 
 async def broken_probes(new: Routing, old: Routing | None = None) -> list[Asked]:
-    """Return the probes that do not go where they must, by the new bundle.
+    """Return the probes that the new bundle does not route where they must go.
 
     Parameters
     ----------
-    old : its probes are asked too, if they hold there and the new bundle does not say otherwise.
+    old : its probes must hold too, unless they fail in it already or the new bundle redefines them.
     """
-    probes, said = list(new.bundle.probes), {probe.turns for probe in new.bundle.probes}
+    probes, redefined = list(new.bundle.probes), {probe.turns for probe in new.bundle.probes}
     if old is not None:
-        held = await ask([p for p in old.bundle.probes if p.turns not in said], old.decide_now)
-        probes += [one.probe for one in held if one.holds]
-    return [one for one in await ask(probes, new.decide_now) if not one.holds]
+        results = await ask([p for p in old.bundle.probes if p.turns not in redefined], old.route_now)
+        probes += [result.probe for result in results if result.holds]
+    return [result for result in await ask(probes, new.route_now) if not result.holds]
 
 
 async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
-    """Ask the base and every adapter for the first token after a fixed text, all at once.
+    """Compare the first token after fixed texts: of the base and of every adapter, concurrently.
 
-    An adapter that answers as the base does, to the last digit of the likelihood, is asked five times more.
+    An adapter with exactly the base's token and log-likelihood is asked up to five more times.
 
     Raises
     ------
     ServingError
-        If one does not answer.
+        If an adapter does not answer.
     BundleError
-        If one answers every text as the base does: it is loaded and has no effect.
+        If an adapter answers every text as the base does: it is loaded but has no effect.
     """
     suspects = list(adapters)
     for attempt, text in enumerate(PROBE_TEXTS * 2):
-        if attempt >= len(
-            PROBE_TEXTS
-        ):  # seen on vLLM's CPU backend while adapters load beside running requests
+        if attempt >= len(PROBE_TEXTS):  # adapters that load beside requests may lag on vLLM's CPU backend
             await asyncio.sleep(RETRY_S)
         base, *answers = await asyncio.gather(
             *(_first_token(inner, name, text) for name in (BASE_NAME, *suspects))
@@ -84,12 +82,12 @@ async def check_adapters(inner: Inner, adapters: Sequence[str]) -> None:
 
 
 async def _first_token(inner: Inner, model: str, text: str) -> tuple[Any, Any]:
-    """Return the likeliest first token and its log-likelihood."""
-    question = {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 1}
-    answer = await inner.ask("POST", COMPLETIONS, question)
+    """Return the most likely first token and its log-likelihood."""
+    request = {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+    answer = await inner.ask("POST", COMPLETIONS, request)
     try:
-        found = answer.payload["choices"][0]["logprobs"]
-        return found["tokens"], found["token_logprobs"]
+        logprobs = answer.payload["choices"][0]["logprobs"]
+        return logprobs["tokens"], logprobs["token_logprobs"]
     except (KeyError, IndexError, TypeError) as error:
         raise ServingError(
             f"{model} does not answer a canary prompt: {answer.status} {reason(answer.payload)}"
@@ -97,35 +95,37 @@ async def _first_token(inner: Inner, model: str, text: str) -> tuple[Any, Any]:
 
 
 class Readiness:
-    """Whether this process's server has proved that it can answer: "starting", "ready" or "failed"."""
+    """Whether this process has passed the readiness checks: "starting", "ready" or "failed"."""
 
     def __init__(self) -> None:
         self.state = "starting"
         self._task: asyncio.Task[None] | None = None
 
     def prove(self, inner: Inner, routing: Routing, more: Iterable[str] = ()) -> None:
-        """Begin to ask canary prompts, until every adapter has answered or the bundle cannot be served.
+        """Begin the checks, which are repeated until they pass or the bundle proves to be unusable.
 
-        ``more`` are adapters beside the bundle's own.
+        Parameters
+        ----------
+        more : adapters to check beside the bundle's own.
         """
         adapters = list(dict.fromkeys([*routing.bundle.adapter_paths, *more]))
         self._task = asyncio.create_task(self._prove(inner, routing, adapters))
 
     def close(self) -> None:
-        """Stop asking."""
+        """Stop the checks."""
         if self._task is not None:
             self._task.cancel()
 
     def answer(self) -> Answer:
-        """Return what those are told who ask; open to everyone, so it names no adapter.
+        """Return the response of the ready path; it is open to everyone and names no adapter.
 
-        ``start`` proves to who started this server that it answers, and no other on its port.
+        ``start`` shows the starting process that this server answers, and no other one on its port.
         """
-        told = {"state": self.state} | ({"start": os.environ[START]} if START in os.environ else {})
-        return json_answer(200 if self.state == "ready" else 503, told)
+        payload = {"state": self.state} | ({"start": os.environ[START]} if START in os.environ else {})
+        return json_answer(200 if self.state == "ready" else 503, payload)
 
     async def _prove(self, inner: Inner, routing: Routing, adapters: Sequence[str]) -> None:
-        last = None
+        last_problem = None
         while self.state == "starting":
             try:
                 await check_adapters(inner, adapters)
@@ -138,10 +138,10 @@ class Readiness:
                 self.state = "failed"
                 logger.error("BundleError: %s", error)
             except FedRouterError as error:
-                if str(error) != last:
+                if str(error) != last_problem:
                     logger.warning("not ready: %s", error)
-                last = str(error)
+                last_problem = str(error)
                 await asyncio.sleep(RETRY_S)
             except Exception:
                 self.state = "failed"
-                logger.exception("asking canary prompts failed")
+                logger.exception("the readiness checks failed")

@@ -1,4 +1,4 @@
-"""What the command line asks of a running server."""
+"""Requests from the command line to a running server."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from fedrouter.serve.paths import RELOAD
 
 
 def request_reload(url: str, bundle: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Ask a server to serve another bundle; return what it loaded, kept and unloaded.
+    """Ask a server to serve another bundle; return the adapters that it loaded, kept and unloaded.
 
     Raises
     ------
     ServingError
-        If it cannot be reached or refuses.
+        If the server cannot be reached or refuses.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     address = f"{url.rstrip('/').removesuffix('/v1')}{RELOAD}"
@@ -29,4 +29,4 @@ def request_reload(url: str, bundle: str, api_key: str | None, timeout_s: float)
         payload = answer.text
     if answer.status_code == 200 and isinstance(payload, dict):
         return payload
-    raise ServingError(f"{url} refuses ({answer.status_code}): {reason(payload)}")
+    raise ServingError(f"{url} refused the reload ({answer.status_code}): {reason(payload)}")

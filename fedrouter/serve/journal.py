@@ -1,4 +1,4 @@
-"""What was decided lately: for the console, for feedback, and line by line for the decision log."""
+"""Recent routing decisions: for the console, for feedback and for the decision log."""
 
 import asyncio
 import logging
@@ -15,25 +15,25 @@ from fedrouter.decide import difference
 from fedrouter.errors import FedRouterError
 from fedrouter.serve import metrics
 from fedrouter.serve.access import Caller
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.batch import Overloaded
 from fedrouter.serve.decision_log import DecisionLog, packed
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.routing import OVERLOAD, Routing
 from fedrouter.types import Array, Decision, LoggedDecision, OtherDecision
 
-NUM_RECENT = 500  # decisions that can be looked at, without a word of their prompts
-NUM_NOTED = 16_384  # decisions whose requests can get feedback
+NUM_RECENT = 500  # decisions that the console can list, without their prompts
+NUM_NOTED = 16_384  # decisions that can get feedback
 OUTCOMES = ("good", "bad")
 logger = logging.getLogger("vllm.fedrouter.journal")
 Vectors = Mapping[str, Array]
 
 
 class Journal:
-    """Notes the decisions of one server process.
+    """Records the decisions of one server process.
 
     Parameters
     ----------
-    log : where they are kept; None: in memory only, the last few.
+    log : decision log; None: recent decisions are kept in memory only.
     """
 
     def __init__(self, log: DecisionLog | None = None):
@@ -47,45 +47,45 @@ class Journal:
         self,
         caller: Caller,
         routing: Routing,
-        asked: Sequence[Sequence[str]],
+        user_turns: Sequence[Sequence[str]],
         decisions: Sequence[Decision],
         vectors: dict[str, Array],
         routing_ms: float,
         other: Routing | None = None,
     ) -> str:
-        """Note what was decided for one request; return the request's id.
+        """Record the decisions for one request; return the request's id.
 
         Parameters
         ----------
-        asked : texts of the user turns of each conversation.
-        vectors : of the texts that were embedded.
-        other : decides as well, a moment later, and answers nothing.
+        user_turns : for each conversation, the texts of its user turns.
+        vectors : text → embedding.
+        other : the bundle that does not answer; it routes the request too, afterwards, for comparison.
         """
         key, now = uuid.uuid4().hex, round(time.time(), 3)
         entries = [
             _entry(key, number, now, caller, routing, turns, decision, vectors, routing_ms)
-            for number, (turns, decision) in enumerate(zip(asked, decisions, strict=True))
+            for number, (turns, decision) in enumerate(zip(user_turns, decisions, strict=True))
         ]
         self._recent.extend(entries)
-        self._noted[key] = caller.whose, entries
+        self._noted[key] = caller.tenant_name, entries
         self._num_noted += len(entries)
         while self._num_noted > NUM_NOTED:
             self._num_noted -= len(self._noted.popitem(last=False)[1][1])
         if other is not None:
-            task = asyncio.create_task(self._compare(caller, other, asked, decisions, vectors, entries))
+            task = asyncio.create_task(self._compare(caller, other, user_turns, decisions, vectors, entries))
             self._comparing.add(task)
             task.add_done_callback(self._comparing.discard)
         elif self._log is not None:
-            self._write(entries, asked, vectors)
+            self._write(entries, user_turns, vectors)
         return key
 
     def answered(self, key: str, status: int | None) -> None:
-        """Note how the request ended; None: its client left."""
+        """Record a request's HTTP status; None: the client left before the response."""
         for entry in self._noted.get(key, (None, ()))[1]:
             entry["outcome"] = metrics.outcome(status)
 
     def recent(self, caller: Caller, limit: int) -> list[dict[str, Any]]:
-        """Return the last decisions that a caller may see, the latest first: a tenant its own."""
+        """Return the latest decisions that a caller may see, newest first; a tenant sees its own."""
         return [
             entry
             for entry in reversed(self._recent)
@@ -93,19 +93,19 @@ class Journal:
         ][:limit]
 
     def feedback(self, caller: Caller, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Attach an outcome to a request; return what it was attached to.
+        """Attach an outcome to a request; return the request's id and adapters.
 
         Raises
         ------
         Refusal
-            400 for what is none; 404 for a request that is unknown here, or another tenant's.
+            400 for an invalid payload; 404 for an unknown request, or one of another tenant.
         """
         key, outcome = payload.get("id"), payload.get("outcome")
         if not isinstance(key, str) or outcome not in OUTCOMES:
-            raise Refusal(400, f'send {{"id": "x-fedrouter-id of an answer", "outcome": one of {OUTCOMES}}}')
-        whose, entries = self._noted.get(key, (None, []))
-        if not entries or (caller.tenant and whose != caller.whose):
-            raise Refusal(404, f"no request {key} among the last ones of this server process", "id")
+            raise Refusal(400, f'send {{"id": "x-fedrouter-id of a response", "outcome": one of {OUTCOMES}}}')
+        tenant, entries = self._noted.get(key, (None, []))
+        if not entries or (caller.tenant and tenant != caller.tenant_name):
+            raise Refusal(404, f"no request {key} among the latest ones of this server process", "id")
         adapters = list(dict.fromkeys(entry["adapter"] for entry in entries))
         for entry in entries:
             entry["feedback"] = outcome
@@ -122,7 +122,7 @@ class Journal:
         return {"id": key, "outcome": outcome, "adapters": adapters, "logged": self._log is not None}
 
     def close(self) -> None:
-        """Write what is left."""
+        """Stop the comparisons and close the decision log."""
         for task in self._comparing:
             task.cancel()
         if self._log is not None:
@@ -132,40 +132,40 @@ class Journal:
         self,
         caller: Caller,
         other: Routing,
-        asked: Sequence[Sequence[str]],
+        user_turns: Sequence[Sequence[str]],
         decisions: Sequence[Decision],
         vectors: dict[str, Array],
         entries: Sequence[dict[str, Any]],
     ) -> None:
-        """Let another bundle decide as well: with the same vectors, so that it costs next to nothing."""
+        """Route a request by the other bundle too; the vectors are the same, so it costs next to nothing."""
         others: Sequence[Decision] = ()
         if decisions[0] is not OVERLOAD and caller.client in (None, *other.clients):
             try:
                 others = await conversation.decide(
-                    asked, lambda texts: other.decide(texts, caller.client, caller.whose, vectors)
+                    user_turns, lambda texts: other.route(texts, caller.client, caller.tenant_name, vectors)
                 )
             except (Overloaded, FedRouterError):
                 others = ()
-            except Exception:  # the bundle was replaced meanwhile, say; the line is written
-                logger.exception("the other bundle decides nothing")
+            except Exception:  # such as a bundle that was replaced meanwhile; the log line is still written
+                logger.exception("the other bundle could not route a request")
         if not others:
             metrics.SHADOW.labels("", "unknown").inc(len(decisions))
         for entry, first, second in zip(entries, decisions, others or decisions, strict=True):
             if others:
-                found = difference(first, second)
-                metrics.SHADOW.labels(first.cluster, found).inc()
+                how = difference(first, second)
+                metrics.SHADOW.labels(first.cluster, how).inc()
                 entry["other"] = asdict(
-                    OtherDecision(other.digest[:12], second.model, second.cluster, second.fallback, found)
+                    OtherDecision(other.digest[:12], second.model, second.cluster, second.fallback, how)
                 )
         if self._log is not None:
-            self._write(entries, asked, vectors)
+            self._write(entries, user_turns, vectors)
 
     def _write(
-        self, entries: Sequence[Mapping[str, Any]], asked: Sequence[Sequence[str]], vectors: Vectors
+        self, entries: Sequence[Mapping[str, Any]], user_turns: Sequence[Sequence[str]], vectors: Vectors
     ) -> None:
         assert self._log is not None
         options = self._log.options
-        for entry, turns in zip(entries, asked, strict=True):
+        for entry, turns in zip(entries, user_turns, strict=True):
             texts = []
             if options.prompts or options.vectors:
                 texts = [text for _, text in conversation.candidates(turns)]
@@ -188,7 +188,7 @@ def _entry(
     vectors: Vectors,
     routing_ms: float,
 ) -> dict[str, Any]:
-    """Return a decision as the console sees it: all of the log's but what is made of the prompt."""
+    """Return a decision as the console shows it; the log adds texts and vectors."""
     vector = vectors.get(turns[decision.turn]) if turns and decision is not OVERLOAD else None
     return {
         "time": now,
@@ -217,7 +217,8 @@ def _entry(
 def _line(
     entry: Mapping[str, Any], texts: Sequence[str] | None, vectors: Sequence[Array | None] | None
 ) -> Callable[[], Mapping[str, Any]]:
-    kept = {name: entry[name] for name in LoggedDecision.__slots__ if name in entry}  # as it is now
+    # A copy: feedback may change the entry before the line is written.
+    kept = {name: entry[name] for name in LoggedDecision.__slots__ if name in entry}
 
     def line() -> Mapping[str, Any]:
         more: dict[str, Any] = {} if texts is None else {"texts": texts}

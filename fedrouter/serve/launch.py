@@ -1,6 +1,6 @@
-"""From a bundle to a running vLLM: check what can be checked, compute its arguments, start it.
+"""From a bundle to a running vLLM: check what can be checked, compute vLLM's arguments, start it.
 
-vLLM itself is never imported here: it is another process, and its import takes longer than all checks.
+vLLM runs in another process and is never imported here: its import takes longer than all checks.
 """
 
 import json
@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,24 +17,22 @@ from fedrouter.bundle import Bundle, find_base, find_embedder, load_bundle
 from fedrouter.embed import find_model
 from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME, Router
-from fedrouter.serve import engine, watch
+from fedrouter.serve import engine
 from fedrouter.serve.access import METRICS_KEY, load_keys
-from fedrouter.serve.beside import check_alike, to_env
-from fedrouter.serve.checks import check_adapter, check_port, find_vllm, free_port
-from fedrouter.serve.console import HOME
-from fedrouter.serve.console import VARIABLE as CONSOLE
+from fedrouter.serve.checks import check_adapter, check_alike, check_port, find_vllm, free_port
 from fedrouter.serve.decision_log import LogOptions, check_log
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.paths import READY, VIRTUAL_NAME
+from fedrouter.serve.paths import CHAT, CONSOLE, READY, VIRTUAL_NAME
 from fedrouter.serve.process import Command, running
+from fedrouter.serve.settings import Settings
 
 MIDDLEWARE = "fedrouter.serve.middleware.FedRouterMiddleware"
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows
-MAX_SLOTS = 16  # adapters in one batch; every slot costs memory, the others wait in --max-cpu-loras
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
+MAX_SLOTS = 16  # adapters in one batch; every slot costs memory; further adapters stay in --max-cpu-loras
 SMALL_MACHINE = 4  # cores
-OURS = (
+RESERVED = (
     *("--model", "--host", "--port", "--uds", "--served-model-name", "--enable-lora", "--lora-modules"),
-    "--api-key",  # the hook has to know it as well, and a command line is there for everyone to read
+    "--api-key",  # the hook needs it too, and every user can read a command line
 )
 
 
@@ -43,37 +41,36 @@ class Options:
     """How to serve a bundle."""
 
     base: str | None = None
-    # the base model's directory or hub id, when not what the bundle says
+    # the base model's directory or hub id, if not the one that the bundle names
     embedder_url: str | None = None
-    # where the bundle's embedder is, if it is an endpoint
+    # address of the embeddings endpoint, if the bundle's embedder is one
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_env: str | None = None
-    # name of the environment variable that holds the server's API key
+    # environment variable with the server's API key
     keys_file: Path | None = None
-    # clients' API keys, see ``access.load_keys``
+    # API keys of clients, see ``access.load_keys``
     metrics_key_env: str | None = None
-    # name of the environment variable that holds the key of /metrics
+    # environment variable with the API key of /metrics
     fallback: str | None = None
-    # what answers beyond the radius, instead of the bundle's
+    # overrides the bundle's fallback
     limits: Limits = field(default_factory=Limits)
-    # how much is taken on before requests are turned away
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    # more PEFT adapters to serve, by name; they are never routed to
+    # more PEFT adapters to serve, by name; nothing is routed to them
     signed_by: Path | None = None
-    # the public key of whose bundles are served; None: anybody's
+    # public key that must have signed every bundle; None: bundles need no signature
     watch: bool = False
-    # the bundle's path is a link: serve what it points to, whenever that changes
+    # the bundle's path is a symbolic link: reload whenever it points to another bundle
     log: LogOptions | None = None
-    # where decisions are kept
+    # decision log
     second: Path | None = None
-    # a bundle that decides as well
+    # a second bundle, which routes every request too
     canary: float = 0.0
-    # the share of requests that it answers, 0 to 1
+    # share of requests that the second bundle answers, 0 to 1
     console: bool = True
-    # a web page at /fedrouter/
+    # serve the web page at /fedrouter/
     vllm_args: Sequence[str] = ()
-    # passed on to vLLM, after and so before our own in force
+    # appended to the arguments computed here, so they take precedence
 
 
 def serve(bundle_path: Path, options: Options) -> int:
@@ -82,12 +79,12 @@ def serve(bundle_path: Path, options: Options) -> int:
     Raises
     ------
     FedRouterError
-        If the bundle must not be served, or the server cannot start or ends by itself.
+        If the bundle must not be served, the server cannot start, or it ends unasked.
     """
     try:
         bundle, command = prepare(bundle_path, options)
         with running(command) as process:
-            print(ready_lines(bundle, command.url, options), flush=True)  # noqa: T201 - for who started it
+            print(ready_lines(bundle, command.url, options), flush=True)  # noqa: T201 - for the user
             code = process.wait()
     except KeyboardInterrupt:
         return 0
@@ -105,7 +102,7 @@ def running_server(
 ) -> Iterator[str]:
     """Serve a bundle while the block runs; yield the server's address, ``http://HOST:PORT``.
 
-    Takes a free port without options. The server and all its processes are gone afterwards.
+    Without options it listens on a free port. At the end all of the server's processes are gone.
     """
     _, command = prepare(bundle_path, options or Options(port=free_port()))
     with running(command, log, timeout_s):
@@ -113,18 +110,18 @@ def running_server(
 
 
 def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
-    """Check everything that can be checked before vLLM starts; return what to start."""
+    """Check all that can be checked before vLLM starts; return the bundle and the command to start."""
     cpu = find_vllm()
     check_port(options.host, options.port)
     if options.log is not None:
         check_log(options.log)
     key = server_key(options)
-    metrics_key(options)  # refuses a variable without one
+    metrics_key(options)  # raises if the variable is not set
     if options.watch and not bundle_path.is_symlink():
-        raise ServingError(f"--watch: {bundle_path} is no link that could point elsewhere; leave it out")
+        raise ServingError(f"--watch: {bundle_path} is not a symbolic link; leave --watch out")
     bundle = load_bundle(bundle_path, options.signed_by)
     if options.fallback is not None:
-        Router(bundle, options.fallback)  # refuses one that the bundle cannot have
+        Router(bundle, options.fallback)  # raises if the bundle cannot have it
     base_path = find_base(bundle, options.base)
     second = load_bundle(options.second, options.signed_by) if options.second else None
     if second is not None:
@@ -134,20 +131,20 @@ def prepare(bundle_path: Path, options: Options) -> tuple[Bundle, Command]:
     command = build_command(bundle, base_path, options, max([bundle.rank, *ranks]), key, cpu, second=second)
     if options.embedder_url is not None:
         find_embedder(bundle, base_path, options.embedder_url)
-    else:  # what it computes is checked in vLLM's processes: here that would import torch once more
+    else:  # only its files; vLLM's processes check its vectors: that would import torch here too
         find_model(bundle.embedder, bundle.base, base_path)
     return bundle, command
 
 
 def server_key(options: Options) -> str | None:
-    """Return the server's own API key; None if everybody may ask everything.
+    """Return the server's own API key; None if the server is open.
 
-    Clients' keys end at the hook: with a keys file there is always one behind it, that nobody has to know.
+    The hook replaces clients' keys by the server's. With a keys file and no key given, a random one is made.
 
     Raises
     ------
     ServingError
-        If the variable holds no key, or the keys file cannot be used.
+        If the environment variable is not set, or the keys file is invalid.
     """
     key = os.environ.get("VLLM_API_KEY") or None
     if options.api_key_env is not None:
@@ -159,12 +156,12 @@ def server_key(options: Options) -> str | None:
 
 
 def metrics_key(options: Options) -> str | None:
-    """Return the key of ``/metrics``; None if that page is open.
+    """Return the API key of ``/metrics``; None if that path has none of its own.
 
     Raises
     ------
     ServingError
-        If the variable holds no key.
+        If the environment variable is not set.
     """
     return _from_env(options.metrics_key_env) if options.metrics_key_env is not None else None
 
@@ -179,26 +176,26 @@ def build_command(
     cores: int | None = None,
     second: Bundle | None = None,
 ) -> Command:
-    """Compute vLLM's arguments and environment; pure but for ``cores``.
+    """Compute vLLM's arguments and environment.
 
     Parameters
     ----------
-    rank : the largest rank among all adapters; speed falls with what is declared, not with what is used.
+    rank : largest rank of all adapters; the declared rank costs speed, whatever ranks are used.
     cpu : whether vLLM is the build for machines without a GPU.
-    cores : that this process may use; asked of the system without.
-    second : the bundle of ``options.second``.
+    cores : number of cores that this process may use; None: ask the system.
+    second : the loaded bundle of ``options.second``.
 
     Raises
     ------
     ServingError
-        If the rank is beyond what vLLM allows, or ``vllm_args`` sets what is set here.
+        If vLLM does not allow the rank, or ``vllm_args`` sets a flag that is set here.
     """
     several = _check_arguments(options.vllm_args)
     if several and options.watch:
         raise ServingError("--watch: several API processes cannot reload; leave it or --api-server-count out")
-    allowed = [one for one in LORA_RANKS if one >= rank]
+    allowed = [limit for limit in LORA_RANKS if limit >= rank]
     if not allowed:
-        raise ServingError(f"{bundle.path}: adapters of rank {rank}, and vLLM serves up to {LORA_RANKS[-1]}")
+        raise ServingError(f"{bundle.path}: an adapter has rank {rank}; vLLM serves up to {LORA_RANKS[-1]}")
     modules = bundle.adapter_paths | dict(options.adapters)
     if second is not None and options.canary:
         modules |= second.adapter_paths
@@ -210,53 +207,45 @@ def build_command(
         json.dumps({"name": name, "path": str(path.resolve()), "base_model_name": BASE_NAME})
         for name, path in modules.items()
     ]
-    # An evicted adapter would be read from disk again; while a bundle is reloaded, two are held.
-    held = len(modules) + len(bundle.adapter_paths)
-    # vLLM's CPU kernels apply the adapter in the last slot to tokens of the base that share a batch with
-    # others (index -1 in lora/ops/torch_ops): one slot stays empty there, even while two bundles are held.
-    slots, held = (held + 1, held + 1) if cpu else (min(len(modules), MAX_SLOTS), held)
+    # Room for all adapters of two bundles, as during a reload: an evicted one would be read from disk again.
+    capacity = len(modules) + len(bundle.adapter_paths)
+    # In a mixed batch vLLM's CPU kernels apply the adapter in the last slot to tokens of the base (index -1
+    # in lora/ops/torch_ops): that slot must stay empty, even during a reload.
+    slots, capacity = (capacity + 1, capacity + 1) if cpu else (min(len(modules), MAX_SLOTS), capacity)
     if cpu and 0 < _number(options.vllm_args, "--max-loras") <= len(modules):
         raise ServingError(
             f"vLLM flag --max-loras must be above {len(modules)}, the number of adapters: vLLM's CPU backend "
             "needs an empty slot"
         )
-    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(held)]
+    argv += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(slots), "--max-cpu-loras", str(capacity)]
     if bundle.chat_template is not None:
         argv += ["--chat-template", str(bundle.chat_template.resolve())]
-    env = {"FEDROUTER_BUNDLE": str(bundle.path.resolve()), "FEDROUTER_BASE": str(base_path.resolve())}
-    env |= {"FEDROUTER_BUNDLES": str(bundle.path.absolute().parent.resolve())}
-    env |= {engine.RELOADS: "0" if several else "1"}  # vLLM loads adapters into one process only
-    env |= options.limits.to_env() | {CONSOLE: str(int(options.console))}
-    if options.second is not None:
-        env |= to_env(options.second, options.canary)
-    if options.log is not None:
-        env |= options.log.to_env()
-    if options.watch:
-        env[watch.VARIABLE] = str(bundle.path.absolute())
-    if options.signed_by is not None:
-        env["FEDROUTER_SIGNED_BY"] = str(options.signed_by.resolve())
-    if options.fallback is not None:
-        env["FEDROUTER_FALLBACK"] = options.fallback
-    if options.embedder_url is not None:
-        env["FEDROUTER_EMBEDDER_URL"] = options.embedder_url
-    if options.keys_file is not None:
-        env["FEDROUTER_KEYS"] = str(options.keys_file.resolve())
+    link = bundle.path.absolute()
+    settings = make_settings(
+        options,
+        bundle.path.resolve(),
+        str(base_path.resolve()),
+        bundle_root=link.parent.resolve(),
+        watch=link if options.watch else None,
+    )
+    env = settings.to_env()
+    env[engine.RELOADS] = "0" if several else "1"  # vLLM loads adapters into one process only
     if (page_key := metrics_key(options)) is not None:
         env[METRICS_KEY] = page_key
     if api_key is not None:
-        env["VLLM_API_KEY"] = api_key  # a command line is there for everyone to read
-    defaults = {"VLLM_NO_USAGE_STATS": "1"}  # nothing leaves the machine unless its owner says so
+        env["VLLM_API_KEY"] = api_key  # not in argv: every user can read a command line
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}  # sent only if the user asks for it
     if cpu:
         argv += ["--dtype", "float32", "--enforce-eager"]
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         if "--no-enforce-eager" not in {flag.replace("_", "-") for flag in options.vllm_args}:
-            # Eager is the model alone: vLLM compiles a helper of log-likelihoods all the same, two seconds in
-            # which all requests wait, those that prove the server ready among them.
+            # Even with --enforce-eager vLLM compiles a helper for log-likelihoods: for two seconds all
+            # requests wait, the readiness checks included.
             defaults["TORCHDYNAMO_DISABLE"] = "1"
         cores = cores or len(os.sched_getaffinity(0))
         if cores <= SMALL_MACHINE:
-            # One process fewer that imports everything: ready in 25 s, not 40. vLLM's own thread binding goes
-            # with that process; it would leave one core to the scheduler as well.
+            # One process fewer imports everything: ready in 25 s, not 40. That process also binds vLLM's
+            # threads and leaves one core to the scheduler; OMP_NUM_THREADS does so here.
             argv += ["--distributed-executor-backend", "uni"]
             defaults |= {"OMP_NUM_THREADS": str(max(1, cores - 1))}
             defaults |= {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -264,8 +253,33 @@ def build_command(
     return Command([*argv, *options.vllm_args], env, defaults, options.host, options.port, tls, READY)
 
 
+def make_settings(
+    options: Options,
+    bundle: Path,
+    base: str | None,
+    bundle_root: Path | None = None,
+    watch: Path | None = None,
+) -> Settings:
+    """Return the hook's settings; only a server that can reload has ``bundle_root``."""
+    return Settings(
+        bundle=bundle,
+        bundle_root=bundle_root,
+        base=base,
+        watch=watch,
+        embedder_url=options.embedder_url,
+        fallback=options.fallback,
+        signed_by=options.signed_by and options.signed_by.resolve(),
+        limits=options.limits,
+        keys_file=options.keys_file and options.keys_file.resolve(),
+        log=options.log and replace(options.log, path=options.log.path.absolute()),
+        second=options.second and options.second.resolve(),
+        canary=options.canary,
+        console=options.console,
+    )
+
+
 def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
-    """Return what is printed when a server is ready: what it serves, and how to try it."""
+    """Return the lines that are printed when a server is ready: what it serves, and how to try it."""
     key_env = options.api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
     if options.keys_file is not None:
         key_env = key_env or "CLIENT_KEY"
@@ -274,29 +288,29 @@ def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
     return (
         f"Ready: {url}/v1 serves {bundle.path}; model {VIRTUAL_NAME} routes to "
         f"{', '.join(cluster.adapter for cluster in bundle.clusters)}\n"
-        f"Try: curl -i {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d '{question}'" + (f"\nLook: {url}{HOME}" if options.console else "")
+        f"Try: curl -i {url}{CHAT} -H 'Content-Type: application/json'{key} "
+        f"-d '{question}'" + (f"\nLook: {url}{CONSOLE}" if options.console else "")
     )
 
 
 def _from_env(variable: str) -> str:
     if not os.environ.get(variable):
-        raise ServingError(f"environment variable {variable} is empty or not set; put the API key into it")
+        raise ServingError(f"environment variable {variable} is empty or not set; it must hold the API key")
     return os.environ[variable]
 
 
 def _check_arguments(vllm_args: Sequence[str]) -> bool:
-    """Refuse flags that are set here; return whether several API-server processes are asked for."""
+    """Refuse flags that are set here; return whether vLLM is to run several API processes."""
     for argument in vllm_args:
-        if argument.split("=")[0].replace("_", "-") in OURS:
+        if argument.split("=")[0].replace("_", "-") in RESERVED:
             raise ServingError(
-                f"vLLM flag {argument} is set by fedrouter: use its own option, or leave it out"
+                f"vLLM flag {argument} is set by fedrouter serve: use its option, or leave the flag out"
             )
     return _number(vllm_args, "--api-server-count") > 1
 
 
 def _number(arguments: Sequence[str], flag: str) -> int:
-    """Return the value of a numeric flag, 0 without; what is no number is vLLM's to refuse."""
+    """Return the value of a numeric flag; 0 if it is missing or no number, which vLLM refuses itself."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     values = [value for name, value in pairwise(words) if name.replace("_", "-") == flag]
     return int(values[-1]) if values and values[-1].isdigit() else 0

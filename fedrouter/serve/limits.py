@@ -1,51 +1,34 @@
-"""How much the hook takes on before it says no."""
+"""How much work the hook accepts before it refuses requests."""
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 from fedrouter.errors import ServingError
 
 OVERLOADS = ("base", "reject")
-VARIABLE = "FEDROUTER_LIMITS"  # how they reach vLLM's processes
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server process takes on.
+    """Limits of one server process.
 
     Raises
     ------
     ServingError
-        If a value makes no sense.
+        If a value is invalid.
     """
 
     overload: str = "base"
-    # what happens to a request that would wait too long: the base model answers, or 503 with Retry-After
+    # for requests that would wait too long; "base": the base model answers, "reject": 503 with Retry-After
     max_queue: int = 256
-    # texts that may wait to be embedded, and of one request; a quarter of them for one request or tenant
+    # texts that may wait to be embedded, a quarter of them for one tenant; and prompts in one request
     routing_timeout_s: float = 5.0
-    # from a request's arrival at the queue to its decision, seconds
+    # seconds from a request's arrival in the queue to its decision
     max_body_mib: float = 8.0
-    # of a request to a path that is read, MiB, and four times that for all large ones at once; images need
-    # more
+    # size of one request body, MiB; all large bodies in work together may have four times as much
 
     def __post_init__(self) -> None:
         if self.overload not in OVERLOADS:
-            raise ServingError(f"overload {self.overload!r} is none of {OVERLOADS}")
+            raise ServingError(f"overload must be one of {OVERLOADS}, not {self.overload!r}")
         for name in ("max_queue", "routing_timeout_s", "max_body_mib"):
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} must be above 0, not {getattr(self, name)}")
-
-    def to_env(self) -> dict[str, str]:
-        """Return the environment that carries them to another process."""
-        return {VARIABLE: json.dumps(asdict(self))}
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Read them from this process's environment; the defaults where there are none."""
-        try:
-            return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
-        except (TypeError, ValueError) as error:
-            raise ServingError(f"environment variable {VARIABLE} is not readable: {error}") from error

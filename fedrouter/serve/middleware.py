@@ -1,20 +1,19 @@
-"""The request hook for vLLM's ``--middleware``: pure ASGI, rewrites ``model``, streams untouched.
+"""The request hook for vLLM's ``--middleware``: pure ASGI; rewrites ``model`` and streams the rest untouched.
 
 The life of a request:
 
-1. It reaches this hook before vLLM's own authentication. Without a key that the path needs it ends here: its
-   body is not read, nothing is embedded (``access.py``). What is no POST to a path of ours goes on untouched.
-2. vLLM checks the API key as well.
-3. vLLM reads the body through our ``receive``. One that names another model goes on as it is; one that
-   names none asks to be routed.
-4. The conversation's text is embedded off the event loop, together with those of requests that wait then.
-5. The router picks the adapter; the body goes to vLLM with the adapter's name as ``model``. A list of prompts
-   for several adapters goes there as several requests and comes back as one (``split.py``).
-6. vLLM answers; our ``send`` adds headers to the start of the answer and lets everything else through.
+1. The hook sees it before vLLM's own authentication. A request without the API key that its path needs is
+   refused before its body is read (``access.py``). All but POSTs to the paths in ``paths.py`` pass untouched.
+2. vLLM checks the API key again.
+3. vLLM reads the body through the hook's ``receive``. A body that names an adapter or the base passes
+   unchanged; one that names ``fedrouter`` or no model is routed.
+4. The conversation's text is embedded off the event loop, in one batch with other waiting requests.
+5. The router picks the adapter, and its name replaces ``model`` in the body. A list of prompts for several
+   adapters becomes one request per adapter, and the responses are merged (``split.py``).
+6. vLLM responds; the hook's ``send`` adds headers to the response and passes the rest on.
 
-What to serve is read from the environment at lifespan start-up: see ``routing.load_routing``. A reload
-replaces it (``reload.py``), asked for or because a watched link points elsewhere (``watch.py``); a request
-goes on with what it began with.
+The settings are read at lifespan start-up (``settings.py``). A reload (``reload.py``) replaces the bundle, on
+request or when a watched link changes (``watch.py``); requests in flight keep the bundle they began with.
 """
 
 import asyncio
@@ -32,6 +31,7 @@ from fedrouter.serve.asgi import (
     Inner,
     Message,
     Receive,
+    Refusal,
     Scope,
     Send,
     collect,
@@ -45,39 +45,40 @@ from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.canary import Readiness
 from fedrouter.serve.console import Console
 from fedrouter.serve.cors import Replies
-from fedrouter.serve.decision_log import DecisionLog, LogOptions
+from fedrouter.serve.decision_log import DecisionLog
 from fedrouter.serve.journal import Journal
 from fedrouter.serve.own import OwnEndpoints
 from fedrouter.serve.paths import AS_BASE, MODELS, ROUTED, UNROUTED, is_admin, is_own
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.reload import Reloader
 from fedrouter.serve.request import RoutedRequest, known_names
 from fedrouter.serve.routing import Routing, load_routing
 from fedrouter.serve.second import Second, load_second
+from fedrouter.serve.settings import Settings, read_settings
 from fedrouter.serve.watch import Watch
 
-logger = logging.getLogger("vllm.fedrouter")  # below vLLM's logger, so that it appears in its output
+logger = logging.getLogger("vllm.fedrouter")  # a child of vLLM's logger, so that it appears in vLLM's output
 
 
 class FedRouterMiddleware:
-    """Route requests for the virtual model ``fedrouter``; see the module's docstring."""
+    """Routes requests for the virtual model ``fedrouter``; see the module's docstring."""
 
     def __init__(
         self,
         app: App,
-        load: Callable[[], Routing] = load_routing,
-        load_access: Callable[[], Access] = load_access,
-        log: Callable[[], LogOptions | None] = LogOptions.from_env,
-        load_second: Callable[[Routing], Second | None] = load_second,
+        settings: Callable[[], Settings] = read_settings,
+        load: Callable[[Settings], Routing] = load_routing,
+        load_access: Callable[[Settings], Access] = load_access,
+        load_second: Callable[[Settings, Routing], Second | None] = load_second,
     ):
         self.app = app
-        self._load, self._load_access, self._load_second = load, load_access, load_second
-        self._log_options = log
+        self._read_settings, self._load = settings, load
+        self._load_access, self._load_second = load_access, load_second
         self._routing: Routing | None = None
         self.second: Second | None = None
         self._access, self._replies, self.journal = Access(), Replies(), Journal()
-        self._console = Console()
-        self.readiness, self.reloader, self._watch = Readiness(), Reloader(), Watch.from_env()
+        self._console = Console(False)
+        self._watch: Watch | None = None
+        self.readiness, self.reloader = Readiness(), Reloader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -121,7 +122,7 @@ class FedRouterMiddleware:
 
     @property
     def state(self) -> str:
-        """Whether it can answer: "starting", "ready" or "failed"."""
+        """State of readiness: "starting", "ready" or "failed"."""
         return self.readiness.state
 
     @property
@@ -131,30 +132,33 @@ class FedRouterMiddleware:
         return self._routing
 
     @property
-    def stay(self) -> frozenset[str]:
-        """The adapters that the second bundle needs, whatever the first one is."""
+    def pinned(self) -> frozenset[str]:
+        """Adapters of the second bundle, which a reload must not unload."""
         return frozenset(self.second.adapters if self.second else ())
 
     async def reload(self, inner: Inner, name: Any) -> dict[str, Any]:
         """Serve another bundle; see ``Reloader.reload``."""
-        return await self.reloader.reload(inner, self.routing, name, self._flip, self.stay)
+        return await self.reloader.reload(inner, self.routing, name, self._switch, self.pinned)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Load the bundle before the application starts; a server that cannot route must not start."""
+        """Start up before the application does: a server that cannot route must not start."""
         startup: list[Message] = [await receive()]
         try:
-            self._access = self._load_access()
-            options = self._log_options()
-            self.journal = Journal(DecisionLog(options, metrics.LOG_LOST.inc) if options else None)
-            self._routing = await asyncio.to_thread(self._load)
-            self.second = await asyncio.to_thread(self._load_second, self._routing)
-        except Exception as error:  # raised further, uvicorn would take it for "no lifespan" and serve
+            settings = self._read_settings()
+            self._access = self._load_access(settings)
+            self._console = Console(settings.console)
+            self._watch = Watch(settings.watch) if settings.watch else None
+            self.reloader = Reloader(settings.bundle_root)
+            self.journal = Journal(DecisionLog(settings.log, metrics.LOG_LOST.inc) if settings.log else None)
+            self._routing = await asyncio.to_thread(self._load, settings)
+            self.second = await asyncio.to_thread(self._load_second, settings, self._routing)
+        except Exception as error:  # if it propagated, uvicorn would assume "no lifespan" and serve
             if not isinstance(error, FedRouterError):
                 logger.exception("FedRouter cannot start")
             return await send({"type": "lifespan.startup.failed", "message": f"FedRouter: {error}"})
         self._bodies = Bodies(self.routing.limits)
         self._own = OwnEndpoints(self.app, self, self._bodies)
-        self._flip(self.routing)
+        self._switch(self.routing)
 
         async def replay() -> Message:
             return startup.pop() if startup else await receive()
@@ -163,7 +167,7 @@ class FedRouterMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 inner = Inner(self.app, scope, engine.own_authorization(scope))
                 self._replies = Replies(engine.cors_options(scope))
-                self.readiness.prove(inner, self.routing, self.stay)
+                self.readiness.prove(inner, self.routing, self.pinned)
                 self._follow(inner)
             await send(message)
 
@@ -186,14 +190,14 @@ class FedRouterMiddleware:
                 lambda name: self.reload(inner, name),
             )
 
-    def _flip(self, routing: Routing) -> None:
+    def _switch(self, routing: Routing) -> None:
         self._routing = routing
         logger.info(
             "FedRouter routes to %d adapters of %s", len(routing.bundle.clusters), routing.bundle.path
         )
 
     async def _models(self, scope: Scope, receive: Receive, caller: Caller) -> Answer:
-        """List those models only that a tenant may name."""
+        """Return vLLM's list of models, without those that the tenant may not name."""
         answer = await collect(self.app, scope, receive)
         if answer.status != 200:
             return answer
@@ -203,7 +207,7 @@ class FedRouterMiddleware:
 
 
 def _closing(send: Send) -> Send:
-    """Close the connection behind the answer: an upgrade offered and not taken may leave it stuck."""
+    """Close the connection after the response: a declined upgrade may leave it stuck."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""The hook's own endpoints, below ``/v1/fedrouter``: what they tell whom."""
+"""The hook's own endpoints, below ``/v1/fedrouter``."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +13,7 @@ from fedrouter.serve.asgi import (
     App,
     Inner,
     Receive,
+    Refusal,
     Scope,
     header_values,
     json_answer,
@@ -35,9 +36,7 @@ from fedrouter.serve.paths import (
     RELOAD,
 )
 from fedrouter.serve.prompts import conversations
-from fedrouter.serve.refusal import Refusal
-from fedrouter.serve.reload import bundle_names
-from fedrouter.serve.request import check_client, decide, ms_since
+from fedrouter.serve.request import check_client, ms_since, route_conversations
 from fedrouter.types import Array
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ Read = TypeVar("Read")
 
 
 class OwnEndpoints:
-    """Answers at the hook's own paths; at all but one only those whom the server lets list its models."""
+    """Handles the hook's own paths; all but READY need a key with which vLLM lists its models."""
 
     def __init__(self, app: App, hook: "FedRouterMiddleware", bodies: Bodies):
         self._app, self._hook, self._bodies = app, hook, bodies
@@ -63,42 +62,42 @@ class OwnEndpoints:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, caller: Caller) -> Answer:
-        """Answer a request to a path of ours, or below it.
+        """Return the response to a request below ``/v1/fedrouter``.
 
         Raises
         ------
         Refusal
-            For another path or method, or where vLLM refuses the key.
+            For an unknown path, a wrong method, or a key that vLLM refuses.
         """
         path = path_of(scope)
         if path not in OWN_METHODS:
-            raise Refusal(404, f"{path}: not found; there are {', '.join(OWN_METHODS)}")
+            raise Refusal(404, f"{path}: not found; the paths are {', '.join(OWN_METHODS)}")
         if scope["method"] != OWN_METHODS[path]:
             allowed = ((b"allow", OWN_METHODS[path].encode()),)
-            raise Refusal(405, f"{path} takes {OWN_METHODS[path]} only", headers=allowed)
+            raise Refusal(405, f"{path} allows {OWN_METHODS[path]} only", headers=allowed)
         if path == READY:
             return self._hook.readiness.answer()
-        shown = next(iter(header_values(scope, "authorization")), None)
-        inner = Inner(self._app, scope, shown.encode("latin-1") if shown is not None else None)
-        verdict = await inner.ask("GET", MODELS)
-        if verdict.status != 200:
-            raise Refusal(verdict.status, reason(verdict.payload))
+        given = next(iter(header_values(scope, "authorization")), None)
+        inner = Inner(self._app, scope, given.encode("latin-1") if given is not None else None)
+        models = await inner.ask("GET", MODELS)
+        if models.status != 200:
+            raise Refusal(models.status, reason(models.payload))
         return json_answer(200, await self._endpoints[path](inner, scope, receive, caller))
 
     async def _clusters(self, _inner: Inner, _scope: Scope, _receive: Receive, caller: Caller) -> Any:
         routing, second = self._hook.routing, self._hook.second
         check_client(routing, caller)
         bundle = routing.bundle
-        shown = ["name", "adapter", "radius"]
-        if not caller.tenant:  # who else is there, and with how much, is not a tenant's business
-            shown += ["num_examples", "task_counts", "clients"]
+        fields = ["name", "adapter", "radius"]
+        if not caller.tenant:  # tenants must not learn of other clients and the size of their data
+            fields += ["num_examples", "task_counts", "clients"]
         clusters = [
-            {name: getattr(cluster, name) for name in shown}
+            {name: getattr(cluster, name) for name in fields}
             | ({"clients": [caller.client]} if caller.tenant else {})
             | {"at": routing.centroids_at(cluster)}
             for cluster in routing.clusters(caller.client)
         ]
-        told: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "bundle": {"name": bundle.path.name, "sha256": routing.digest},
             "base": asdict(bundle.base),
             "fallback": routing.fallback,
@@ -107,7 +106,7 @@ class OwnEndpoints:
             "operator": not caller.tenant,
         }
         if not caller.tenant:
-            told |= {
+            payload |= {
                 "embedder": asdict(bundle.embedder),
                 "rank": bundle.rank,
                 "versions": dict(bundle.versions),
@@ -119,36 +118,36 @@ class OwnEndpoints:
                     "share": second.share,
                 },
             }
-        return told
+        return payload
 
     async def _dry_run(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
         with self._hook.routing.in_use() as routing:
 
-            def look(body: bytes) -> list[list[str]]:
+            def extract(body: bytes) -> list[list[str]]:
                 payload = parse(body)
                 path = CHAT if "messages" in payload else COMPLETIONS
                 return conversations(path, payload, routing.decode)
 
-            asked = await self._read(receive, caller, look)
-            if len(asked) != 1:
+            user_turns = await self._read(receive, caller, extract)
+            if len(user_turns) != 1:
                 raise Refusal(400, 'send {"prompt": "one prompt"} or {"messages": [...]}', "prompt")
             second = self._hook.second
-            answers = second.routing if second and second.answers(asked, caller) else routing
+            used = second.routing if second and second.answers(user_turns, caller) else routing
             start, vectors = time.perf_counter(), dict[str, Array]()
-            [decision] = await decide(answers, asked, caller, vectors)
-            turns = asked[0]
+            [decision] = await route_conversations(used, user_turns, caller, vectors)
+            turns = user_turns[0]
             vector = vectors.get(turns[decision.turn]) if turns else None
         at = None if vector is None else routing.place(vector)
         return {**asdict(decision), "turns": len(turns), "at": at, "routing_ms": ms_since(start)}
 
     async def _reload(self, inner: Inner, scope: Scope, receive: Receive, caller: Caller) -> Any:
         kind = next(iter(header_values(scope, "content-type")), "")
-        if not kind.startswith("application/json"):  # a web form must not do it
+        if not kind.startswith("application/json"):  # a web form on another site must not cause a reload
             raise Refusal(415, "send application/json")
         payload = await self._read(receive, caller, parse)
         if payload.get("check"):
             return await self._hook.reloader.check(
-                inner, self._hook.routing, payload.get("bundle"), self._hook.stay
+                inner, self._hook.routing, payload.get("bundle"), self._hook.pinned
             )
         return await self._hook.reload(inner, payload.get("bundle"))
 
@@ -156,19 +155,19 @@ class OwnEndpoints:
         return self._hook.journal.feedback(caller, await self._read(receive, caller, parse))
 
     async def _decisions(self, _inner: Inner, scope: Scope, _receive: Receive, caller: Caller) -> Any:
-        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("limit", ["100"])[0]
-        if not (given.isascii() and given.isdigit()):
+        limit = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("limit", ["100"])[0]
+        if not (limit.isascii() and limit.isdigit()):
             raise Refusal(400, "limit must be a whole number", "limit")
-        return {"decisions": self._hook.journal.recent(caller, int(given[:9]))}
+        return {"decisions": self._hook.journal.recent(caller, int(limit[:9]))}
 
     async def _numbers(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
         return {"state": self._hook.state, "samples": metrics.samples()}
 
     async def _bundles(self, _inner: Inner, _scope: Scope, _receive: Receive, _caller: Caller) -> Any:
-        return {"served": self._hook.routing.bundle.path.name, "bundles": bundle_names()}
+        return {"served": self._hook.routing.bundle.path.name, "bundles": self._hook.reloader.bundle_names()}
 
-    async def _read(self, receive: Receive, caller: Caller, look: Callable[[bytes], Read]) -> Read:
-        """Return what ``look`` sees in the request's body."""
-        with self._bodies.work(caller.whose) as work:
+    async def _read(self, receive: Receive, caller: Caller, extract: Callable[[bytes], Read]) -> Read:
+        """Read the request's body; return what ``extract`` returns for it."""
+        with self._bodies.work(caller.tenant_name) as work:
             body = await work.read(receive) or b""
-            return await self._bodies.off_loop(len(body), lambda: look(body))
+            return await self._bodies.off_loop(len(body), lambda: extract(body))

@@ -1,4 +1,4 @@
-"""A server process in a process group of its own: started, awaited, and gone with all its children."""
+"""Run a server in a process group of its own, and stop it with all its children."""
 
 import http.client
 import os
@@ -19,11 +19,12 @@ from types import FrameType
 from typing import IO
 
 from fedrouter.errors import ServingError
+from fedrouter.serve.paths import HEALTH
 
-START = "FEDROUTER_START"  # the environment variable with the mark of this start, which its answers bear
-GRACE_S = 20.0  # for a clean stop; vLLM needs about two seconds
+START = "FEDROUTER_START"  # environment variable with a nonce, which responses of the ready path repeat
+GRACE_S = 20.0  # for a clean stop; vLLM takes about two seconds
 ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception|error|ERROR):\s+\S")
-# Whoever started the server may be killed and clean nothing up: then this shell's standard input ends.
+# This process may be killed before it can stop the server: then this shell's standard input ends.
 WATCHDOG = """
 read -r _; kill -TERM "$1"
 for _ in $(seq 20); do kill -0 "$1" || break; sleep 1; done
@@ -32,26 +33,26 @@ kill -KILL "-$1"
 NOT_THE_CAUSE = (
     "Engine core initialization failed",
     "WorkerProc initialization failed",
-    "Application startup failed",  # uvicorn, after the line that says why
+    "Application startup failed",  # uvicorn prints it after the cause
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to start, and where it will answer."""
+    """What to start, and its address."""
 
     argv: Sequence[str]
     env: Mapping[str, str]  # overrides this process's environment
-    defaults: Mapping[str, str]  # overridden by it
+    defaults: Mapping[str, str]  # overridden by this process's environment
     host: str
     port: int
     tls: bool = False
-    ready_path: str = "/health"  # answers 200 when it is ready; {"state": "failed"} when it never will be;
-    # both with the mark of this start
+    ready_path: str = HEALTH
+    # returns 200 when the server is ready and {"state": "failed"} if it never will be, both with the nonce
 
     @property
     def url(self) -> str:
-        """The server's address as clients on this machine write it."""
+        """The server's address for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
         return f"http{'s' if self.tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
@@ -60,21 +61,21 @@ class Command:
 def running(
     command: Command, log: Path | None = None, timeout_s: float | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, yield it once it is ready, stop it and every process of its group at the end.
+    """Start a server, yield it once it is ready, and stop all processes of its group at the end.
 
-    SIGTERM becomes KeyboardInterrupt meanwhile, so that stopping this process stops the server; so does its
-    end, however it comes.
+    SIGTERM raises KeyboardInterrupt meanwhile, so that it stops the server too. If this process is killed, a
+    watchdog stops the server.
 
     Parameters
     ----------
-    log : where the server's output goes; passed through to stderr without.
-    timeout_s : seconds to wait for it to be ready; for ever without.
+    log : file for the server's output; None: stderr.
+    timeout_s : longest wait until the server is ready, seconds; None: no limit.
 
     Raises
     ------
     ServingError
-        If it ends during start-up, says that it has failed, is not ready in time, or another one answers in
-        its place.
+        If the server ends during start-up, reports failure or is not ready in time, or if another server
+        answers at its address.
     """
     start, early = secrets.token_hex(16), list[int]()
     with _on_signals(_interrupt, signal.SIGTERM):
@@ -97,28 +98,26 @@ def running(
         tail: deque[str] = deque(maxlen=300)
         pump = threading.Thread(target=_pump, args=(process.stdout, log, tail), daemon=True)
         try:
-            if early:  # came between two lines that belong together
+            if early:  # a signal came before the server could be stopped
                 raise KeyboardInterrupt
             pump.start()
             deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
             while (state := _state(command, start)) != "ready":
                 if state == "another":
-                    raise ServingError(
-                        f"another server answers at {command.url}, and not this one; choose another --port"
-                    )
-                where = f"{log} says more" if log else "its output above says more"
+                    raise ServingError(f"another server answers at {command.url}; choose another --port")
+                more = f"{log} says more" if log else "its output above says more"
                 if state == "failed":
-                    time.sleep(0.2)  # for the line that says why
-                    raise ServingError(f"{command.url} cannot be served: {_cause(tail)}; {where}")
+                    time.sleep(0.2)  # until the cause is in the output
+                    raise ServingError(f"{command.url} cannot be served: {_cause(tail)}; {more}")
                 if process.poll() is not None:
                     pump.join(GRACE_S)
                     raise ServingError(
                         f"vLLM ended with exit code {process.returncode} before it was ready: "
-                        f"{_cause(tail)}; {where}"
+                        f"{_cause(tail)}; {more}"
                     )
                 if time.monotonic() > deadline:
                     raise ServingError(
-                        f"{command.url}: vLLM was not ready after {timeout_s:.0f} s; raise the limit"
+                        f"{command.url}: vLLM was not ready after {timeout_s:.0f} s; raise the timeout"
                     )
                 time.sleep(0.2)
             yield process
@@ -131,7 +130,7 @@ def running(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the leader gracefully, then whatever is left of its group by force."""
+    """Stop the group's leader gracefully, then kill what is left of the group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
@@ -145,10 +144,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _state(command: Command, start: str) -> str:
-    """Ask whether the server is "ready", has "failed", is still "starting", or is "another" one."""
+    """Return the server's state: "ready", "failed", "starting", or "another" if its nonce differs."""
     address = command.url.split("://")[1].rsplit(":", 1)[0].strip("[]")
     connection: http.client.HTTPConnection
-    if command.tls:  # only asks whether it is up: whose certificate it is does not matter
+    if command.tls:  # the nonce identifies the server; no secret is sent
         context = ssl._create_unverified_context()  # noqa: S323
         connection = http.client.HTTPSConnection(address, command.port, timeout=2, context=context)
     else:
@@ -156,12 +155,12 @@ def _state(command: Command, start: str) -> str:
     try:
         connection.request("GET", command.ready_path)
         answer = connection.getresponse()
-        told = answer.read(1000)
-        if answer.status == 404:  # nothing of ours yet
+        body = answer.read(1000)
+        if answer.status == 404:  # the hook is not there yet
             return "starting"
-        if start.encode() not in told:
+        if start.encode() not in body:
             return "another"
-        return "ready" if answer.status == 200 else "failed" if b'"failed"' in told else "starting"
+        return "ready" if answer.status == 200 else "failed" if b'"failed"' in body else "starting"
     except (OSError, http.client.HTTPException):
         return "starting"
     finally:
@@ -169,7 +168,7 @@ def _state(command: Command, start: str) -> str:
 
 
 def _pump(source: IO[bytes], log: Path | None, tail: deque[str]) -> None:
-    """Copy the server's output until it ends; it must never block on us, whatever becomes of the copy."""
+    """Copy the server's output; keep reading when the copy fails, so that the server never blocks."""
     copy: IO[bytes] | None = log.open("wb") if log else sys.stderr.buffer
     with source:
         for line in source:
@@ -178,14 +177,14 @@ def _pump(source: IO[bytes], log: Path | None, tail: deque[str]) -> None:
                 if copy:
                     copy.write(line)
                     copy.flush()
-            except OSError:  # nobody reads it any more
+            except OSError:  # closed pipe or full disk
                 copy = None
     if log and copy:
         copy.close()
 
 
 def _cause(tail: Sequence[str]) -> str:
-    """Return the line of a server's output that most likely says why it ended."""
+    """Return the output line that most likely names the cause of the server's end."""
     errors = [
         line for line in tail if ERROR_LINE.search(line) and not any(text in line for text in NOT_THE_CAUSE)
     ]
@@ -193,19 +192,19 @@ def _cause(tail: Sequence[str]) -> str:
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # it is stopping: a second one must not break that off
+    signal.signal(signum, signal.SIG_IGN)  # a second signal must not interrupt the stop
     raise KeyboardInterrupt
 
 
 @contextmanager
 def _on_signals(handler: "signal._HANDLER", *signals: signal.Signals) -> Iterator[None]:
-    """Handle signals differently for a while; only the main thread can, others leave them alone."""
+    """Replace signal handlers while the block runs; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [signal.signal(one, handler) for one in signals]
+    before = [signal.signal(number, handler) for number in signals]
     try:
         yield
     finally:
-        for one, previous in zip(signals, before, strict=True):
-            signal.signal(one, previous)
+        for number, previous in zip(signals, before, strict=True):
+            signal.signal(number, previous)

@@ -1,11 +1,11 @@
-"""A small reverse proxy before vLLM servers that hold the adapters, for the hook to stand before.
+"""A small reverse proxy between the hook and vLLM servers that hold the adapters.
 
 The life of a request, after the hook has chosen the adapter:
 
-1. Without the key, where there is one, it ends here and its body is not read.
-2. It goes to the healthy upstream with the fewest requests in flight, over a connection that is kept.
-3. An upstream that fails before it begins to answer is left out until it is healthy; the next one is asked.
-4. The answer's bytes go to the client as they come. A client that leaves ends the request upstream as well.
+1. If the server has an API key and the request does not, it is refused before its body is read.
+2. It goes to the healthy upstream with the fewest requests in flight, over a kept-alive connection.
+3. An upstream that fails before its response begins is left out until it is healthy; the next one is tried.
+4. The response is streamed to the client. If the client leaves, the request to the upstream is cancelled.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from prometheus_client import make_asgi_app
 from fedrouter.serve.asgi import (
     App,
     Receive,
+    Refusal,
     Scope,
     Send,
     disconnected,
@@ -33,17 +34,11 @@ from fedrouter.serve.asgi import (
 )
 from fedrouter.serve.bodies import Bodies
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.paths import METRICS, OPEN
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.paths import HEALTH, METRICS, MODELS, OPEN
 
 CHECK_S = 2.0
 CONNECT_S = 5.0
-NOT_NOW = (
-    404,
-    502,
-    503,
-    504,
-)  # nothing has begun; 404: it has changed its adapters since it was last checked
+RETRIED = (404, 502, 503, 504)  # try another upstream; 404: adapters have changed since the last check
 HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"host", b"content-length",
@@ -58,17 +53,17 @@ class Upstream:
     url: str
     healthy: bool = False
     num_in_flight: int = 0
-    problem: str = ""  # the last one that was logged
+    problem: str = ""  # last logged
 
 
 class Proxy:
-    """An ASGI application that forwards to upstream servers.
+    """An ASGI application that forwards requests to upstream servers.
 
     Parameters
     ----------
-    urls : of the upstream servers, ``http://HOST:PORT``.
-    models : that an upstream must list to be healthy.
-    api_key : asked of clients and shown to the upstreams; without one, clients' headers go there unchecked.
+    urls : addresses of the upstream servers, ``http://HOST:PORT``.
+    models : names that an upstream must list to be healthy.
+    api_key : required of clients and sent to the upstreams; None: clients' headers are forwarded unchecked.
     """
 
     def __init__(self, urls: Sequence[str], models: Sequence[str], api_key: str | None, limits: Limits):
@@ -77,7 +72,7 @@ class Proxy:
         self._authorization = f"Bearer {api_key}".encode() if api_key else None
         self._metrics: App = make_asgi_app()
         self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=CONNECT_S),  # an answer may take as long as it takes
+            timeout=httpx.Timeout(None, connect=CONNECT_S),  # generation may take any time
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             trust_env=False,
         )
@@ -86,23 +81,23 @@ class Proxy:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
-            raise RuntimeError(f"{scope['type']} is not forwarded")
+            raise RuntimeError(f"{scope['type']} connections are not forwarded")
         elif scope["path"] == METRICS:
             await self._metrics(scope, receive, send)
-        elif scope["path"] == "/health":
-            healthy = any(one.healthy for one in self.upstreams)
+        elif scope["path"] == HEALTH:
+            healthy = any(upstream.healthy for upstream in self.upstreams)
             await send_answer(send, json_answer(200 if healthy else 503, {}))
-        elif not self._may_enter(scope):
-            refusal = Refusal(401, "this needs the server's API key: Authorization: Bearer KEY")
+        elif not self._is_authorized(scope):
+            refusal = Refusal(401, "this path needs the server's API key: send Authorization: Bearer KEY")
             await send_answer(send, refused(refusal, path_of(scope)))
         else:
             await self._forward(scope, receive, send)
 
-    def _may_enter(self, scope: Scope) -> bool:
+    def _is_authorized(self, scope: Scope) -> bool:
         if self._authorization is None or scope["path"] in OPEN:
             return True
-        shown = next(iter(header_values(scope, "authorization")), "").encode("latin-1")
-        return hmac.compare_digest(shown, self._authorization)
+        given = next(iter(header_values(scope, "authorization")), "").encode("latin-1")
+        return hmac.compare_digest(given, self._authorization)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -139,31 +134,31 @@ class Proxy:
         while upstream := self._pick(tried):
             tried.add(upstream)
             async with self._ask(upstream, scope, body) as answer:
-                if answer is None or (answer.status_code in NOT_NOW and self._pick(tried)):
+                if answer is None or (answer.status_code in RETRIED and self._pick(tried)):
                     continue
                 headers = [(name.lower(), value) for name, value in answer.headers.raw]
-                length = [one for one in headers if one[0] == b"content-length"]
-                kept = [*_end_to_end(headers), *length]
-                await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+                length = [(name, value) for name, value in headers if name == b"content-length"]
+                headers = [*_end_to_end(headers), *length]
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
                 try:
                     async for piece in answer.aiter_raw():
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
-                except httpx.TransportError as error:  # too late for another one: cut the answer off
-                    self._lost(upstream, f"{error or type(error).__name__}")
-                    raise ConnectionError(f"{upstream.url} broke off its answer") from error
+                except httpx.TransportError as error:  # too late for another upstream
+                    self._leave_out(upstream, f"{error or type(error).__name__}")
+                    raise ConnectionError(f"{upstream.url} broke off its response") from error
                 return await send({"type": "http.response.body", "body": b""})
-        unavailable = Refusal(503, "no upstream server answers: try again later", retry_s=2)
+        unavailable = Refusal(503, "no upstream server is available: try again later", retry_s=2)
         return await send_answer(send, refused(unavailable, path_of(scope)))
 
     def _pick(self, tried: set[Upstream]) -> Upstream | None:
-        left = [one for one in self.upstreams if one.healthy and one not in tried]
-        return min(left, key=lambda one: one.num_in_flight, default=None)
+        candidates = [upstream for upstream in self.upstreams if upstream.healthy and upstream not in tried]
+        return min(candidates, key=lambda upstream: upstream.num_in_flight, default=None)
 
     @contextlib.asynccontextmanager
     async def _ask(
         self, upstream: Upstream, scope: Scope, body: bytes
     ) -> AsyncIterator[httpx.Response | None]:
-        """Yield an answer that has begun, or None if there is none."""
+        """Yield the begun response; None if the connection fails."""
         query = scope.get("query_string", b"").decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0]
         request = self._client.build_request(
@@ -177,7 +172,7 @@ class Proxy:
             try:
                 answer = await self._client.send(request, stream=True)
             except httpx.TransportError as error:
-                self._lost(upstream, f"{error or type(error).__name__}")
+                self._leave_out(upstream, f"{error or type(error).__name__}")
                 yield None
                 return
             try:
@@ -187,25 +182,23 @@ class Proxy:
         finally:
             upstream.num_in_flight -= 1
 
-    def _lost(self, upstream: Upstream, problem: str) -> None:
+    def _leave_out(self, upstream: Upstream, problem: str) -> None:
         if upstream.healthy or problem != upstream.problem:
             logger.warning("upstream %s is left out: %s", upstream.url, problem)
         upstream.healthy, upstream.problem = False, problem
 
     async def _watch(self, upstream: Upstream) -> None:
-        """Ask an upstream again and again whether it lives and holds what is routed to."""
+        """Check at intervals that an upstream is alive and lists the adapters."""
         headers = {"authorization": self._authorization.decode()} if self._authorization else {}
         while True:
             try:
-                health = await self._client.get(f"{upstream.url}/health", timeout=CONNECT_S)
-                answer = await self._client.get(
-                    f"{upstream.url}/v1/models", headers=headers, timeout=CONNECT_S
-                )
+                health = await self._client.get(f"{upstream.url}{HEALTH}", timeout=CONNECT_S)
+                answer = await self._client.get(f"{upstream.url}{MODELS}", headers=headers, timeout=CONNECT_S)
                 problem = _problem(health, answer, self._models)
             except httpx.TransportError as error:
                 problem = f"{error or type(error).__name__}"
             if problem:
-                self._lost(upstream, problem)
+                self._leave_out(upstream, problem)
             elif not upstream.healthy:
                 logger.info("upstream %s is healthy", upstream.url)
                 upstream.healthy, upstream.problem = True, ""
@@ -213,13 +206,13 @@ class Proxy:
 
 
 def _problem(health: httpx.Response, models: httpx.Response, wanted: frozenset[str]) -> str:
-    """Return why an upstream must not be asked; empty if it may."""
+    """Return why an upstream is not healthy; empty if it is."""
     if health.status_code != 200 or models.status_code != 200:
-        return f"/health says {health.status_code}, /v1/models {models.status_code}"
+        return f"{HEALTH} returns {health.status_code}, {MODELS} {models.status_code}"
     try:
         listed: set[Any] = {card["id"] for card in models.json()["data"]}
     except (ValueError, KeyError, TypeError):
-        return "/v1/models is no list of models"
+        return f"{MODELS} returns no list of models"
     missing = sorted(wanted - listed)
     return f"it does not serve {', '.join(missing)}" if missing else ""
 

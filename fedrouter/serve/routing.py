@@ -1,9 +1,8 @@
-"""A bundle in use: from a prompt's text to a decision, off the event loop. No HTTP."""
+"""A bundle in use: from a prompt's text to a routing decision, off the event loop. No HTTP."""
 
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,30 +23,30 @@ from fedrouter.bundle import (
 from fedrouter.decide import NO_TEXT, without_text
 from fedrouter.embed import Embedder
 from fedrouter.embed_endpoint import EndpointEmbedder
-from fedrouter.errors import EndpointError, ServingError
+from fedrouter.errors import EndpointError
 from fedrouter.route import Router
 from fedrouter.serve.batch import Batcher, Overloaded
-from fedrouter.serve.beside import check_alike
+from fedrouter.serve.checks import check_alike
 from fedrouter.serve.limits import Limits
+from fedrouter.serve.settings import Settings
 from fedrouter.types import Array, Decision, TaskCluster
 
 OVERLOAD = replace(NO_TEXT)
-"""What is decided where routing would take too long; told apart from no text by identity."""
-LOCAL_BATCH = 8  # texts; more at once cost a model in this thread as much each, and all wait for the last
-REMOTE_BATCH = 32  # texts that an endpoint is asked for at once
+"""The decision under overload; compare by identity, as it equals ``NO_TEXT``."""
+LOCAL_BATCH = 8  # texts; a larger batch is no cheaper per text, and all wait for its end
+REMOTE_BATCH = 32  # texts in one request to an embeddings endpoint
 logger = logging.getLogger("vllm.fedrouter")
 
 
 class Routing:
-    """One bundle with its router, its embedder and the thread they run in.
+    """One bundle with its router, its embedder and the thread that they run in.
 
     Parameters
     ----------
     decode : token ids of the base model → text.
-    fallback : instead of the bundle's, and of those that replace it.
-    limits : how many texts may wait for how long, and what happens to the others.
-    base_path : where the base model is; None where it is not checked against.
-    signed_by : the public key of whose bundles may replace this one; None: anybody's.
+    fallback : overrides the fallback of this bundle and of bundles that replace it.
+    base_path : the base model's directory, which new bundles are checked against; None: no check.
+    signed_by : public key that must have signed new bundles; None: they need no signature.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Routing:
         self.signed_by = signed_by
         self.decode = decode
         self.limits = limits or Limits()
-        self._given_fallback = fallback
+        self._fallback_override = fallback
         self.clients = frozenset(client for cluster in bundle.clusters for client in cluster.clients)
         self.fallback = fallback or bundle.fallback
         router = Router(bundle, self.fallback)
@@ -81,12 +80,12 @@ class Routing:
         flat = bundle.space.map
         self.map = flat_map(bundle.space.centroids) if flat is None else flat  # (m, 2)
         self._onto_map = bundle.space.transform @ self.map
-        self._problem = ""  # the embedder's last, logged once
+        self._last_problem = ""  # last error of the embeddings endpoint, logged once
         self._num_users = 0
         self._unused = asyncio.Event()
 
     def like(self, bundle: Bundle) -> "Routing":
-        """Return a routing of another bundle with the same embedder, limits and given fallback.
+        """Return a routing of another bundle with this one's embedder, limits and fallback override.
 
         Raises
         ------
@@ -97,19 +96,19 @@ class Routing:
             bundle,
             self.embedder,
             self.decode,
-            self._given_fallback,
+            self._fallback_override,
             self.limits,
             self.base_path,
             self.signed_by,
         )
 
     def load_beside(self, path: Path) -> "Routing":
-        """Load a bundle that can take this one's place, or stand beside it.
+        """Load a bundle that is to replace this one, or to be served beside it.
 
         Raises
         ------
         FedRouterError
-            If it must not be served, or differs in anything that is fixed while a server runs.
+            If it must not be served, or differs in anything that cannot change while a server runs.
         """
         bundle = load_bundle(path, self.signed_by)
         check_alike(self.bundle, bundle)
@@ -120,7 +119,7 @@ class Routing:
 
     @contextmanager
     def in_use(self) -> Iterator["Routing"]:
-        """Keep its adapters loaded while a request is decided and answered."""
+        """Keep the bundle's adapters loaded while a request is routed and answered."""
         self._num_users += 1
         try:
             yield self
@@ -130,7 +129,7 @@ class Routing:
                 self._unused.set()
 
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until no request uses it, once none can begin to; return whether that came in time."""
+        """Wait until no request uses this bundle any more; return False after ``timeout_s``."""
         if self._num_users:
             self._unused.clear()
             with suppress(TimeoutError):
@@ -138,76 +137,76 @@ class Routing:
         return not self._num_users
 
     def close(self) -> None:
-        """Let its thread end."""
+        """End the worker thread."""
         self._batcher.close()
 
     def clusters(self, client: str | None) -> list[TaskCluster]:
-        """Return the task clusters that hold rows of a client; all of them for None."""
+        """Return the task clusters that a client has rows in; all task clusters for None."""
         return [cluster for cluster in self.bundle.clusters if client is None or client in cluster.clients]
 
-    async def decide(
+    async def route(
         self,
         texts: Sequence[str],
         client: str | None = None,
         tenant: str | None = None,
         vectors: dict[str, Array] | None = None,
     ) -> list[Decision]:
-        """Decide for each text; a blank one falls back, to the base where the nearest would answer.
+        """Route each text; blank texts fall back, to the base if the fallback is the nearest adapter.
 
         Parameters
         ----------
-        client : one of ``clients``, whose task clusters are chosen from; None for all.
-        tenant : whose share of the queue they take; None where nobody can be told apart.
-        vectors : of texts that this embedder has embedded; those of the others are put in.
+        client : one of ``clients``: route among its task clusters only; None: among all.
+        tenant : tenant whose share of the queue the texts use; None: no tenant.
+        vectors : text → embedding, from this embedder; missing ones are added.
 
         Raises
         ------
         Overloaded
-            If too many texts wait, these would wait too long, or the embedder is an endpoint that fails.
+            If the queue is full, the wait is too long, or the embeddings endpoint fails.
         """
         vectors = {} if vectors is None else vectors
         known = [text for text in dict.fromkeys(texts) if text in vectors]
         items = [(text, client) for text in texts if text.strip() and text not in vectors]
         try:
-            found = await self._batcher.submit_all(items, tenant)
+            results = await self._batcher.submit_all(items, tenant)
         except EndpointError as error:
-            if str(error) != self._problem:
-                logger.warning("nothing is routed for now: %s", error)
-            self._problem = str(error)
+            if str(error) != self._last_problem:
+                logger.warning("nothing can be routed for now: %s", error)
+            self._last_problem = str(error)
             raise Overloaded from error
-        self._problem = "" if items else self._problem
-        decided: dict[str, Decision] = {}
+        self._last_problem = "" if items else self._last_problem
+        decisions: dict[str, Decision] = {}
         if known:
-            decided |= zip(
+            decisions |= zip(
                 known, self._router(client).route(np.stack([vectors[t] for t in known])), strict=True
             )
-        for (text, _), (decision, vector) in zip(items, found, strict=True):
-            decided[text], vectors[text] = decision, vector
-        return [decided[text] if text.strip() else self.no_text for text in texts]
+        for (text, _), (decision, vector) in zip(items, results, strict=True):
+            decisions[text], vectors[text] = decision, vector
+        return [decisions[text] if text.strip() else self.no_text for text in texts]
 
-    async def decide_now(self, texts: Sequence[str]) -> list[Decision]:
-        """Decide for each text among all task clusters, whatever else waits: for questions of our own.
+    async def route_now(self, texts: Sequence[str]) -> list[Decision]:
+        """Route each text among all task clusters, ahead of the queue: for the hook's own checks.
 
         Raises
         ------
         EndpointError
-            If the embedder is an endpoint that fails.
+            If the embeddings endpoint fails.
         """
-        asked = [(text, None) for text in texts if text.strip()]
-        found: list[tuple[Decision, Array]] = []
-        for start in range(0, len(asked), LOCAL_BATCH):
-            found += await self._batcher.at_once(asked[start : start + LOCAL_BATCH])
-        rows = iter(found)
-        return [next(rows)[0] if text.strip() else self.no_text for text in texts]
+        items = [(text, None) for text in texts if text.strip()]
+        results: list[tuple[Decision, Array]] = []
+        for start in range(0, len(items), LOCAL_BATCH):
+            results += await self._batcher.run_now(items[start : start + LOCAL_BATCH])
+        decisions = iter(decision for decision, _ in results)
+        return [next(decisions) if text.strip() else self.no_text for text in texts]
 
     def centroids_at(self, cluster: TaskCluster) -> list[tuple[float, float]]:
-        """Return where the map shows a task cluster's centroids."""
+        """Return the positions of a task cluster's centroids on the map."""
         number = self.bundle.clusters.index(cluster)
         rows = [row for row, k in enumerate(self.bundle.space.cluster_of) if k == number]
         return [(float(x), float(y)) for x, y in self.bundle.space.centroids[rows] @ self.map]
 
     def place(self, vector: Array) -> tuple[float, float]:
-        """Return where the map shows a text of this vector."""
+        """Return the position of an embedding on the map."""
         x, y = (vector - self.bundle.space.mean) @ self._onto_map
         return float(x), float(y)
 
@@ -217,68 +216,30 @@ class Routing:
         return self._routers[client]
 
     def _work(self, items: Sequence[tuple[str, str | None]]) -> list[tuple[Decision, Array]]:
-        """Embed all texts together; route each among its client's task clusters."""
+        """Embed all texts in one batch; route each among its client's task clusters."""
         vectors = self.embedder.embed([text for text, _ in items])
         rows: dict[str | None, list[int]] = {}
         for row, (_, client) in enumerate(items):
             rows.setdefault(client, []).append(row)
-        decided: dict[int, Decision] = {}
-        for client, own in rows.items():
-            decided |= zip(own, self._router(client).route(vectors[own]), strict=True)
-        return [(decided[row], vectors[row]) for row in range(len(items))]
+        decisions: dict[int, Decision] = {}
+        for client, numbers in rows.items():
+            decisions |= zip(numbers, self._router(client).route(vectors[numbers]), strict=True)
+        return [(decisions[row], vectors[row]) for row in range(len(items))]
 
 
-def load_routing() -> Routing:
-    """Load and check what the environment names, in each of the server's processes.
-
-    FEDROUTER_BUNDLE is the bundle's directory; FEDROUTER_BASE the base's, when not where the bundle says;
-    FEDROUTER_FALLBACK a fallback instead of the bundle's; FEDROUTER_LIMITS how much is taken on;
-    FEDROUTER_EMBEDDER_URL where an embeddings endpoint is; FEDROUTER_SIGNED_BY whose bundles are served.
+def load_routing(settings: Settings) -> Routing:
+    """Load the bundle, its base's tokenizer and its embedder, and check that they fit together.
 
     Raises
     ------
     FedRouterError
         If the bundle, the base model or the embedder must not be served.
     """
-    if "FEDROUTER_BUNDLE" not in os.environ:
-        raise ServingError("FEDROUTER_BUNDLE is not set: start the server with `fedrouter serve BUNDLE`")
-    return make_routing(
-        Path(os.environ["FEDROUTER_BUNDLE"]),
-        os.environ.get("FEDROUTER_BASE"),
-        os.environ.get("FEDROUTER_FALLBACK"),
-        Limits.from_env(),
-        os.environ.get("FEDROUTER_EMBEDDER_URL"),
-        Path(os.environ["FEDROUTER_SIGNED_BY"]) if os.environ.get("FEDROUTER_SIGNED_BY") else None,
-    )
-
-
-def make_routing(
-    bundle_path: Path,
-    base: str | None,
-    fallback: str | None,
-    limits: Limits,
-    embedder_url: str | None = None,
-    signed_by: Path | None = None,
-) -> Routing:
-    """Load a bundle, its base's tokenizer and its embedder, and check that they belong together.
-
-    Parameters
-    ----------
-    base : the base model's directory or hub id, when not what the bundle says.
-    fallback : instead of the bundle's.
-    embedder_url : where the embedder is, if it is an endpoint.
-    signed_by : the public key of whose bundles are served; None: anybody's.
-
-    Raises
-    ------
-    FedRouterError
-        If the bundle, the base model or the embedder must not be served.
-    """
-    bundle = load_bundle(bundle_path, signed_by)
-    base_path = find_base(bundle, base)
-    embedder = find_embedder(bundle, base_path, embedder_url)
-    if isinstance(embedder, EndpointEmbedder):  # half, so that it fails before those who wait give up
-        embedder.hurry(limits.routing_timeout_s / 2)
+    bundle = load_bundle(settings.bundle, settings.signed_by)
+    base_path = find_base(bundle, settings.base)
+    embedder = find_embedder(bundle, base_path, settings.embedder_url)
+    if isinstance(embedder, EndpointEmbedder):  # half, so that it fails before requests time out
+        embedder.hurry(settings.limits.routing_timeout_s / 2)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_path))
@@ -286,16 +247,16 @@ def make_routing(
         bundle,
         embedder,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        fallback,
-        limits,
+        settings.fallback,
+        settings.limits,
         base_path,
-        signed_by,
+        settings.signed_by,
     )
 
 
 def _one_thread() -> None:
-    """Keep the worker thread off the engine's cores: with two threads beside it, p95 grew to 400 ms."""
+    """Leave the engine its cores: with two embedding threads, p95 latency rose to 400 ms."""
     import torch
 
     torch.set_num_threads(1)
-    threadpool_limits(1)  # FAISS brings an OpenMP of its own
+    threadpool_limits(1)  # FAISS has an OpenMP of its own

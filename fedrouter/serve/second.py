@@ -1,4 +1,4 @@
-"""A second bundle beside the served one: it decides as well, and answers a share of the requests, or none."""
+"""A second bundle beside the served one: it routes every request too, and may answer a share of them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -6,43 +6,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedrouter.serve.access import Caller
-from fedrouter.serve.beside import from_env
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Second:
-    """What decides beside the first bundle."""
+    """The second bundle in use."""
 
     routing: Routing
-    share: float  # of the requests, 0 to 1, that it answers; with 0 the server has none of its adapters
+    share: float  # of requests that it answers, 0 to 1; at 0 the server holds none of its adapters
 
     @property
     def adapters(self) -> Mapping[str, Path]:
-        """The adapters that the server needs for it, by name."""
+        """Adapters that the server must hold for this bundle, by name."""
         return self.routing.bundle.adapter_paths if self.share else {}
 
-    def answers(self, asked: Sequence[Sequence[str]], caller: Caller) -> bool:
-        """Return whether it answers a request; a conversation stays where its first turn went.
+    def answers(self, user_turns: Sequence[Sequence[str]], caller: Caller) -> bool:
+        """Return whether this bundle answers a request; follow-ups go where the first turn went.
 
         Parameters
         ----------
-        asked : texts of the user turns of each conversation.
+        user_turns : for each conversation, the texts of its user turns.
         """
         if not self.share or caller.client not in (None, *self.routing.clients):
             return False
-        first = next((turns[0] for turns in asked if turns), "")
+        first = next((turns[0] for turns in user_turns if turns), "")
         digest = hashlib.sha256(f"{self.routing.digest} {caller.client} {first}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.share * 2**64
 
 
-def load_second(first: Routing) -> Second | None:
-    """Load what the environment names, if it names one: as a bundle that is reloaded.
+def load_second(settings: Settings, first: Routing) -> Second | None:
+    """Load the second bundle, if the settings name one.
 
     Raises
     ------
     FedRouterError
-        If it must not be served, or has another base, embedder or chat template than the first.
+        If it must not be served, or its base, embedder or chat template differs from the first bundle's.
     """
-    named = from_env()
-    return None if named is None else Second(first.load_beside(named[0]), named[1])
+    if settings.second is None:
+        return None
+    return Second(first.load_beside(settings.second), settings.canary)

@@ -1,31 +1,25 @@
-"""What vLLM fails on, or takes long to refuse: fields that its request classes choke on.
+"""Refuse request fields on which vLLM fails or spends seconds.
 
-For every item of ``input`` on /v1/responses it tries some thirty kinds, and lists 236 errors where one fits
-none: 5,000 of these, 100 KB, held its whole server up for 37 s and cost 2.3 GiB. What plainly fits a kind is
-cheap; of all else few items are let through. The figures are of vLLM 0.32.
+For every item of ``input`` on /v1/responses vLLM tries some thirty types, and lists 236 errors if none fits:
+5,000 such items, 100 KB, blocked the whole server for 37 s and took 2.3 GiB (vLLM 0.32). Items that clearly
+fit a type are cheap; of others only a few are let through.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import INVOCATIONS, RESPONSES
-from fedrouter.serve.refusal import Refusal
 
-MAX_ODD = 64  # items of a list that do not plainly fit: half a second where they are refused
-MAX_ITEMS = 2_000  # of ``input`` on /v1/responses: 0.15 ms each even where they fit
+MAX_ODD = 64  # items of a list that do not clearly fit a type: refusing them takes vLLM half a second
+MAX_ITEMS = 2_000  # items of ``input`` on /v1/responses: 0.15 ms each even if they fit
 ROLES = ("user", "assistant", "system", "developer")
 STATUSES = ("in_progress", "completed", "incomplete")
 
 
 def check_shapes(path: str, payload: Mapping[str, Any]) -> None:
-    """Refuse what vLLM would fail on, or be held up by.
-
-    Raises
-    ------
-    Refusal
-        400, whatever model is named.
-    """
-    if not isinstance(payload.get("structured_outputs"), dict | None):  # it calls methods before it looks
+    """Raise ``Refusal`` (400) for a payload that would fail in vLLM or block it, whatever its model."""
+    if not isinstance(payload.get("structured_outputs"), dict | None):  # vLLM calls its methods unchecked
         raise Refusal(400, "structured_outputs must be an object", "structured_outputs")
     _check_list(payload, "messages", _is_chat_message)
     if path.startswith((RESPONSES, INVOCATIONS)):
@@ -74,7 +68,7 @@ def _is_message(item: Mapping[str, Any]) -> bool:
         return False
     if isinstance(content, str):
         return True
-    if "id" in item:  # an answer that is sent back
+    if "id" in item:  # an earlier response
         return "status" in item and _all(content, "output_text", ("annotations", []))
     return _all(content, "input_text")
 
@@ -98,7 +92,7 @@ def _is_function(tool: Mapping[str, Any]) -> bool:
 
 
 def _only(item: Mapping[str, Any], *names: str) -> bool:
-    """Whether an item has these keys only, and those that all kinds may have, in their right form."""
+    """Return whether an item has only these keys and valid ones that all types may have."""
     known = set(item) <= {*names, "type", "id", "status"}
     return known and isinstance(item.get("id"), str | None) and item.get("status") in (None, *STATUSES)
 

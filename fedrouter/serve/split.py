@@ -1,4 +1,4 @@
-"""A list of prompts for several adapters: one sub-request an adapter, run at once, answered as one."""
+"""A list of prompts for several adapters: concurrent sub-requests, merged into one response."""
 
 import asyncio
 import json
@@ -14,16 +14,16 @@ REQUEST_ID = b"x-request-id"
 async def complete(
     app: App, scope: Scope, receive: Receive, payload: Mapping[str, Any], models: Sequence[str]
 ) -> Answer | None:
-    """Ask the inner application for each model's prompts and merge the answers; None if the client leaves.
+    """Send each model's prompts to the application and merge the responses; None if the client leaves.
 
-    The first sub-request that fails is the answer, and ends the others.
+    If a sub-request fails, its response is returned and the others are cancelled.
 
     Parameters
     ----------
-    app, scope : the inner application, and the scope as it was before any application saw it.
-    receive : of the client, its body read.
-    payload : of ``POST /v1/completions``; ``prompt`` is a list.
-    models : one a prompt.
+    scope : the scope before any application has changed it.
+    receive : the client's ``receive``, after its body was read.
+    payload : JSON of ``POST /v1/completions``; ``prompt`` is a list.
+    models : one model per prompt.
     """
     rows: dict[str, list[int]] = {}
     for row, model in enumerate(models):
@@ -34,9 +34,9 @@ async def complete(
         prompts = [payload["prompt"][row] for row in rows[model]]
         body = {**payload, "model": model, "prompt": prompts}
         try:
-            # when all is over, the application sees a client that has left, and stops
-            asked = whole(json.dumps(body).encode(), left=over)
-            answer = await collect(app, _own_id(scope, body, number), asked)
+            # ``over`` tells the application that the client has left, so that it stops.
+            sub_receive = whole(json.dumps(body).encode(), left=over)
+            answer = await collect(app, _own_id(scope, body, number), sub_receive)
         except Exception:
             over.set()
             raise
@@ -53,7 +53,7 @@ async def complete(
         if failed or leaving.done():
             return failed[0] if failed else None
     finally:
-        over.set()  # whoever still runs learns that nobody waits
+        over.set()  # stop the sub-requests that still run
         leaving.cancel()
         with suppress(asyncio.CancelledError):
             await leaving
@@ -66,15 +66,15 @@ async def complete(
 
 
 def merge(answers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return one answer: choices in the order of the prompts, usage summed, models as a comma list.
+    """Merge responses: choices in the order of the prompts, usage summed, model names joined by commas.
 
     Parameters
     ----------
-    rows : for each answer, the numbers of its prompts in the whole list.
+    rows : for each response, the positions of its prompts in the whole list.
     """
     choices = []
     for answer, numbers in zip(answers, rows, strict=True):
-        per_prompt = len(answer["choices"]) // len(numbers)  # ``n``
+        per_prompt = len(answer["choices"]) // len(numbers)  # the request's ``n``
         for position, choice in enumerate(answer["choices"]):
             index = numbers[position // per_prompt] * per_prompt + position % per_prompt
             choices.append({**choice, "index": index})
@@ -87,7 +87,7 @@ def merge(answers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -
 
 
 def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:
-    """Give all sub-requests but the first, whose id the answer has, an id of their own."""
+    """Give each sub-request its own request id; the first keeps the client's, which the response shows."""
     if not number:
         return {**scope}
     if isinstance(body.get("request_id"), str):
@@ -100,7 +100,7 @@ def _own_id(scope: Scope, body: dict[str, Any], number: int) -> Scope:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Add numbers, and objects of numbers key by key; null counts as absent."""
+    """Sum numbers, or objects of numbers key by key; nulls are ignored."""
     present = [value for value in values if value is not None]
     if present and all(isinstance(value, Mapping) for value in present):
         keys = dict.fromkeys(key for value in present for key in value)

@@ -1,4 +1,4 @@
-"""The hook before vLLM servers that somebody else started: ``fedrouter serve BUNDLE --upstream URL``."""
+"""``fedrouter serve BUNDLE --upstream URL``: the hook in front of vLLM servers that run already."""
 
 import asyncio
 import os
@@ -11,18 +11,18 @@ from fedrouter.errors import ServingError
 from fedrouter.route import BASE_NAME
 from fedrouter.serve.access import Access, load_keys
 from fedrouter.serve.checks import check_port
-from fedrouter.serve.launch import Options, metrics_key, ready_lines, server_key
+from fedrouter.serve.launch import Options, make_settings, metrics_key, ready_lines, server_key
 from fedrouter.serve.process import Command
 
 NEEDED = ("httpx", "prometheus_client", "uvicorn")
 
 
 def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> int:
-    """Route to vLLM servers that hold a bundle's adapters, until SIGINT or SIGTERM; return the exit code.
+    """Route to running vLLM servers until SIGINT or SIGTERM; return the exit code.
 
     Parameters
     ----------
-    urls : of the servers. Each must serve every adapter of the bundle under its name, and the base as "base".
+    urls : addresses of the servers; each must serve all adapters by their names, and the base as "base".
 
     Raises
     ------
@@ -32,7 +32,7 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
     if options.adapters or options.vllm_args:
         raise ServingError("--adapter and vLLM's flags belong to the upstream servers: leave them out here")
     if options.watch:
-        raise ServingError("--watch: a proxy cannot reload; watch the link where the adapters are")
+        raise ServingError("--watch: a proxy cannot reload; use it on the upstream servers")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ServingError(f'{", ".join(missing)} not installed: pip install "fedrouter[proxy]"')
@@ -42,7 +42,7 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
     check_port(options.host, options.port)
     key = server_key(options)
     if key is not None:
-        os.environ["VLLM_API_KEY"] = key  # where the hook finds it in vLLM's processes too
+        os.environ["VLLM_API_KEY"] = key  # the hook reads it there
     with suppress(KeyboardInterrupt):
         asyncio.run(_serve(bundle_path, urls, options, key))
     return 0
@@ -51,30 +51,21 @@ def serve_upstream(bundle_path: Path, urls: Sequence[str], options: Options) -> 
 async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: str | None) -> None:
     import uvicorn
 
-    from fedrouter.serve.console import VARIABLE as CONSOLE
     from fedrouter.serve.middleware import FedRouterMiddleware
     from fedrouter.serve.proxy import Proxy
-    from fedrouter.serve.routing import make_routing
-    from fedrouter.serve.second import Second
+    from fedrouter.serve.routing import load_routing
+    from fedrouter.serve.second import load_second
 
     keys = load_keys(options.keys_file) if options.keys_file else None
     access = Access(key, keys, metrics_key(options))
-    routing = await asyncio.to_thread(
-        make_routing,
-        bundle_path,
-        options.base,
-        options.fallback,
-        options.limits,
-        options.embedder_url,
-        options.signed_by,
-    )
-    second = None
-    if options.second is not None:
-        second = Second(await asyncio.to_thread(routing.load_beside, options.second), options.canary)
+    settings = make_settings(options, bundle_path, options.base)
+    routing = await asyncio.to_thread(load_routing, settings)
+    second = await asyncio.to_thread(load_second, settings, routing)
     models = [BASE_NAME, *routing.bundle.adapter_paths, *(second.adapters if second else ())]
     proxy = Proxy(urls, models, key, options.limits)
-    os.environ[CONSOLE] = str(int(options.console))
-    hook = FedRouterMiddleware(proxy, lambda: routing, lambda: access, lambda: options.log, lambda _: second)
+    hook = FedRouterMiddleware(
+        proxy, lambda: settings, lambda _: routing, lambda _: access, lambda *_: second
+    )
     config = uvicorn.Config(
         hook,
         options.host,
@@ -82,7 +73,7 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
         log_level="warning",
         access_log=False,
         lifespan="on",
-        http="h11",  # the other parser drops the body of a request that offers an upgrade
+        http="h11",  # uvicorn's other parser drops the body of a request that offers an upgrade
         ws="none",
     )
     server = uvicorn.Server(config)
@@ -91,11 +82,11 @@ async def _serve(bundle_path: Path, urls: Sequence[str], options: Options, key: 
         await asyncio.sleep(0.05)
     if hook.state == "ready" and server.started:
         url = Command((), {}, {}, options.host, options.port).url
-        print(ready_lines(routing.bundle, url, options), flush=True)  # noqa: T201 - for who started it
+        print(ready_lines(routing.bundle, url, options), flush=True)  # noqa: T201 - for the user
     elif hook.state == "failed":
         server.should_exit = True
     await serving
     if hook.state == "failed":
-        raise ServingError("an adapter answers as the base does upstream; the output above names it")
+        raise ServingError("readiness checks failed upstream; the output above says why")
     if not server.started:
-        raise ServingError("the proxy could not start; its output above says why")
+        raise ServingError("the proxy could not start; the output above says why")

@@ -1,53 +1,42 @@
-"""A link that is watched: when it points to another bundle, the server serves that, without being asked."""
+"""Watch a symbolic link: when it points to another bundle, reload that bundle."""
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedrouter.serve.refusal import Refusal
+from fedrouter.serve.asgi import Refusal
 
 POLL_S = 2.0
-VARIABLE = "FEDROUTER_WATCH"  # how the link's path reaches vLLM's processes
 logger = logging.getLogger("vllm.fedrouter.watch")
 
 
 class Watch:
-    """Follows one link, looking every ``POLL_S`` seconds.
+    """Follows one symbolic link to a bundle, polled every ``POLL_S`` seconds.
 
-    What it points to is reloaded once, on the way that ``fedrouter reload`` goes; if that is refused, the log
-    says why, once, and nothing changes until the link points elsewhere again.
-
-    Parameters
-    ----------
-    link : the path of a symbolic link to a bundle.
+    Each new target is reloaded once, as by ``fedrouter reload``. A refusal is logged, and nothing changes
+    until the link points elsewhere again.
     """
 
     def __init__(self, link: Path):
         self._link = link
         self._task: asyncio.Task[None] | None = None
 
-    @classmethod
-    def from_env(cls) -> "Watch | None":
-        """Return a watch of the link that the environment names; None without one."""
-        return cls(Path(os.environ[VARIABLE])) if os.environ.get(VARIABLE) else None
-
     def start(
         self, served: Path, may_reload: Callable[[], bool], reload: Callable[[str], Awaitable[object]]
     ) -> None:
-        """Begin to look.
+        """Begin to poll.
 
         Parameters
         ----------
-        served : the bundle's real directory, which the link may have left already.
-        may_reload : whether a reload can begin now; the link is not looked at while it cannot.
-        reload : serves the bundle of a name beside the served one; raises ``Refusal``.
+        served : real directory of the served bundle; the link may already point elsewhere.
+        may_reload : returns whether a reload can begin now; a change of the link waits until it can.
+        reload : serves the bundle of this name; raises ``Refusal``.
         """
         self._task = asyncio.create_task(self._follow(served, may_reload, reload))
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         if self._task is not None:
             self._task.cancel()
 
@@ -65,11 +54,11 @@ class Watch:
             except Refusal as refusal:
                 logger.error("%s points to %s: %s", self._link, target, refusal)
             except Exception:
-                logger.exception("%s points to %s, and reloading failed", self._link, target)
+                logger.exception("%s points to %s: the reload failed", self._link, target)
 
     def _target(self) -> Path | None:
-        """Return where the link points; None while it is away, for a moment when it is replaced."""
+        """Return the link's target; None while the link is missing, as it may be while it is replaced."""
         try:
             return self._link.resolve() if self._link.is_symlink() else None
-        except (OSError, RuntimeError):  # a loop
+        except (OSError, RuntimeError):  # links in a loop
             return None

@@ -30,7 +30,7 @@ def routing(small_bundle: Bundle) -> Routing:
 
 def test_conversations_keep_their_adapter(routing: Routing) -> None:
     async def ask() -> list[Decision]:
-        return [(await decide(conversations(CHAT, probe, str) or [], routing.decide))[0] for probe in PROBES]
+        return [(await decide(conversations(CHAT, probe, str) or [], routing.route))[0] for probe in PROBES]
 
     adapters = {task_of(cluster.task_counts): cluster.adapter for cluster in routing.bundle.clusters}
     wrong = [

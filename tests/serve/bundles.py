@@ -1,4 +1,4 @@
-"""Bundles without a model, for an embedder of words."""
+"""Bundles for ``WordEmbedder``, which need no model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def write_word_bundle(
 ) -> Bundle:
     """Write a bundle of ``TASKS`` with their mean as generalist.
 
-    Adapters of the same task and seed are the same adapter. ``clients`` are those of each task, a and b else.
+    Adapters of the same task and seed are identical. ``clients``: task → clients, a and b by default.
     """
     embedder, of = WordEmbedder(), clients or {}
     module = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -1,4 +1,4 @@
-"""A bundle without a model, and a server around it."""
+"""A bundle that needs no model, and a server for it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ def word_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def tenants_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Client ann has headlines, bob summaries, and both have the third task."""
+    """Client ann has headlines, bob has summaries, and both have the third task."""
     clients = {"headline": ("ann",), "summary": ("bob",), "tâche": ("ann", "bob")}
     return write_word_bundle(tmp_path_factory.mktemp("tenants") / "bundle", clients=clients)
 
@@ -51,7 +51,7 @@ def serve_words(
 
 @pytest.fixture
 def make_server(word_bundle: Bundle, embedder: WordEmbedder) -> Callable[..., Server]:
-    """Serve ``word_bundle`` with limits, a fallback or access rules."""
+    """Serve ``word_bundle``, with limits, a fallback or access rules."""
     return partial(serve_words, word_bundle, embedder)
 
 
@@ -62,7 +62,7 @@ def server(make_server: Callable[..., Server]) -> Server:
 
 @pytest.fixture
 def serve(tenants_bundle: Bundle, embedder: WordEmbedder) -> Callable[..., Server]:
-    """Serve ``tenants_bundle`` with limits, a fallback or access rules."""
+    """Serve ``tenants_bundle``, with limits, a fallback or access rules."""
     return partial(serve_words, tenants_bundle, embedder)
 
 

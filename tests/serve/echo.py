@@ -1,10 +1,11 @@
-"""An embedder of words, an application that answers like vLLM where it matters, and a way to ask it."""
+"""An embedder without a model, an application that stands in for vLLM, and a client for both."""
 
 import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from fedrouter.serve.access import Access
 from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.settings import Settings
 from fedrouter.types import Array, EmbedderSpec
 
 DIM = 64
 KEY = "sesame"
-PATIENT = {"routing_timeout_s": 60.0}  # limits on a busy machine, where the first batch imports torch
+PATIENT = {"routing_timeout_s": 60.0}  # limits that hold on a busy machine: the first batch imports torch
 TASKS = {
     "headline": "write a headline for this news story",
     "summary": "summarise this chat between two friends",
@@ -26,7 +28,7 @@ TASKS = {
 
 
 class WordEmbedder:
-    """Counts words by hash: texts that share words are close. Remembers what it was asked."""
+    """Embeds a text as counts of hashed words: common words bring texts close. Records its batches."""
 
     def __init__(self) -> None:
         self.spec = EmbedderSpec("base", "words", 1, 128, "float32", DIM, "words-1")
@@ -45,7 +47,7 @@ class WordEmbedder:
 
 
 class EchoApp:
-    """Checks the key as vLLM does, before it reads the body; then echoes the body, in pieces."""
+    """Checks the API key before it reads the body, as vLLM does, then echoes the body in pieces."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -90,7 +92,7 @@ class Answer:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     pieces: list[bytes] = field(default_factory=list)
-    num_reads: int = 0  # how often the request's body was asked for
+    num_reads: int = 0  # calls of ``receive``
 
     @property
     def json(self) -> Any:
@@ -107,7 +109,7 @@ class Answer:
 
 
 class Server:
-    """The hook around the echoing application, started as an ASGI server starts it."""
+    """The hook around an application, ``EchoApp`` by default, started as an ASGI server does."""
 
     def __init__(
         self,
@@ -115,9 +117,13 @@ class Server:
         app: Any = None,
         access: Access | None = None,
         log: LogOptions | None = None,
+        **settings: Any,
     ):
         self.app = app or EchoApp()
-        self.hook = FedRouterMiddleware(self.app, load, lambda: access or Access(), lambda: log)
+        given = Settings(bundle=Path("not read"), log=log, **settings)
+        self.hook = FedRouterMiddleware(
+            self.app, lambda: given, lambda _: load(), lambda _: access or Access()
+        )
         self.lifespan: list[Any] = []
         self.lifespan_scope: Any = {"type": "lifespan"}
 
@@ -158,7 +164,7 @@ class Server:
     ) -> Answer:
         """Send a request in pieces of ``chunk`` bytes; ``body`` is bytes or becomes JSON.
 
-        The client stays until it has its answer, or until ``leave`` is set.
+        The client disconnects after the response, or when ``leave`` is set.
         """
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         pieces = [raw[i : i + chunk] for i in range(0, len(raw), chunk)] or [b""]
@@ -174,7 +180,7 @@ class Server:
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                assert not answer.status, "two answers to one request"
+                assert not answer.status, "two responses to one request"
                 answer.status = message["status"]
                 answer.headers = {
                     name.decode(): value.decode("latin-1") for name, value in message["headers"]

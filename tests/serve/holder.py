@@ -1,4 +1,4 @@
-"""An application that holds adapters as vLLM does: lists, loads, unloads and answers by name."""
+"""An application that lists, loads, unloads and uses adapters by name, as vLLM does."""
 
 import asyncio
 import json
@@ -8,14 +8,14 @@ from echo import KEY
 
 
 class HolderApp:
-    """Answers in the name of the adapters it holds; 404 for others, as vLLM does.
+    """Answers in the name of a loaded adapter, and 404 for others, as vLLM does.
 
     Attributes
     ----------
-    broken : adapters that are refused when they are to be loaded.
-    idle : adapters that have no effect.
-    gate : closed, it holds up answers to prompts that say "slow".
-    waiting : how many of these there were.
+    broken : adapters that fail to load.
+    idle : adapters without effect.
+    gate : until it is set, prompts that contain "slow" get no response.
+    waiting : number of such prompts so far.
     """
 
     def __init__(self, adapters: list[str]):

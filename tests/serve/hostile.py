@@ -1,6 +1,6 @@
-"""Hostile requests, drawn from a seed: strange models, prompts, fields, encodings, headers and methods.
+"""Random hostile requests from a seed: strange models, prompts, fields, encodings, headers and methods.
 
-``scripts/hostile.py`` sends ten thousand of them to a real vLLM, ``test_hostile.py`` a thousand to an echo.
+``scripts/hostile.py`` sends 10,000 of them to a real vLLM, ``test_hostile.py`` 1,000 to a stand-in.
 """
 
 import json
@@ -117,7 +117,7 @@ HEADERS = (
 
 @dataclass
 class Hostile:
-    """One request, and whether its answer may be the base's without anybody having routed it."""
+    """One request, and whether the base may answer it without routing."""
 
     method: str
     path: str
@@ -126,7 +126,7 @@ class Hostile:
 
     @property
     def names_base(self) -> bool:
-        """Whether vLLM reads the name of the base in it."""
+        """Whether vLLM reads the base's name from the body."""
         if self.path == INVOCATIONS and self.headers.get(ADAPTER_HEADER):
             return self.headers[ADAPTER_HEADER] == "base"
         try:
@@ -137,7 +137,7 @@ class Hostile:
 
 
 def requests(seed: int, number: int) -> Iterator[Hostile]:
-    """Yield the same hostile requests for the same seed."""
+    """Yield hostile requests, the same for the same seed."""
     draw = random.Random(seed)
     for _ in range(number):
         yield _one(draw)
@@ -197,7 +197,7 @@ def _encoded(draw: random.Random, payload: dict[str, Any]) -> bytes:
         return text.encode("utf-8", "surrogatepass")
     if kind < 0.80:
         return text.encode(draw.choice(ENCODINGS), "replace")
-    if kind < 0.84:  # a key twice: the last one counts
+    if kind < 0.84:  # a duplicate key: the last one counts
         return (
             text[:-1].encode("utf-8", "replace")
             + b', "model": '

@@ -1,4 +1,4 @@
-"""The real hook and a real bundle's router on a port, before an application that answers as vLLM does."""
+"""The real hook with a real bundle on a port, before an application that stands in for vLLM."""
 
 import asyncio
 import json
@@ -14,10 +14,11 @@ from fedrouter.serve.launch import free_port
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
 from fedrouter.serve.second import Second
+from fedrouter.serve.settings import Settings
 
 
 class StubApp:
-    """Lists models, answers canary prompts, and streams the prompt's words back in the adapter's name."""
+    """Lists models, answers canary prompts, and streams the prompt's words back under the adapter's name."""
 
     def __init__(self, adapters: list[str], key: str | None = None, pause_s: float = 0.0):
         self.adapters, self.key, self.pause_s = adapters, key, pause_s
@@ -82,14 +83,16 @@ def serving(
     key: str | None = None,
     second: Callable[[Routing], Second | None] = lambda _: None,
     pause_s: float = 0.0,
+    **settings: Any,
 ) -> Iterator[str]:
     """Serve on a free port of 127.0.0.1 while the block runs; yield the address."""
     routing = make()
     other = second(routing)
     adapters = [*routing.bundle.adapter_paths, *(other.adapters if other else ())]
     app = StubApp(adapters, key, pause_s)
+    given = Settings(bundle=routing.bundle.path, **settings)
     hook = FedRouterMiddleware(
-        app, lambda: routing, lambda: access or Access(), lambda: None, lambda _: other
+        app, lambda: given, lambda _: routing, lambda _: access or Access(), lambda *_: other
     )
     port = free_port()
     config = uvicorn.Config(hook, "127.0.0.1", port, log_level="error", lifespan="on", http="h11", ws="none")

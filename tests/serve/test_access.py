@@ -1,4 +1,4 @@
-"""Who may ask, and as whom; what a request that may not costs."""
+"""Which requests are admitted, as which client, and what a refused request costs."""
 
 import asyncio
 import hashlib
@@ -25,6 +25,7 @@ from fedrouter.serve.paths import (
     ROUTED,
     UNROUTED,
 )
+from fedrouter.serve.settings import Settings
 
 Serve = Callable[..., Server]
 KEYS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob", "carl")}  # key = name
@@ -51,7 +52,7 @@ def adapter(bundle: Bundle, name: str) -> str:
     return next(cluster.adapter for cluster in bundle.clusters if cluster.name == name)
 
 
-# Local mode: a header names the client.
+# Without a keys file: a header names the client.
 
 
 @pytest.mark.parametrize("path", ROUTED)
@@ -100,11 +101,11 @@ def test_two_client_headers_are_refused(serve: Serve) -> None:
     assert ask(serve(), CHAT, body("hello"), headers=headers).status == 400
 
 
-def test_the_client_header_is_nothing_to_other_models(serve: Serve) -> None:
+def test_the_client_header_is_ignored_for_named_models(serve: Serve) -> None:
     assert ask(serve(), CHAT, body("hello", "base"), client="zoe").status == 200
 
 
-# A keys file: the API key says who it is.
+# With a keys file: the API key identifies the client.
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def tenants(serve: Serve) -> Serve:
     return lambda **options: serve(access=Access(KEY, KEYS), **options)
 
 
-def test_a_tenant_is_who_its_key_says(tenants: Serve, tenants_bundle: Bundle) -> None:
+def test_the_key_identifies_the_tenant(tenants: Serve, tenants_bundle: Bundle) -> None:
     for name, task in (("ann", "headline"), ("bob", "summary")):
         for client in (None, name):
             answer = ask(tenants(), CHAT, body(TASKS[task]), key=name, client=client)
@@ -129,7 +130,7 @@ def test_vllm_sees_its_own_key_and_never_a_tenants(tenants: Serve) -> None:
 
 
 @pytest.mark.parametrize("client", ["bob", "carl", "zoe", ""])
-def test_a_tenant_cannot_ask_as_another(tenants: Serve, embedder: WordEmbedder, client: str) -> None:
+def test_a_tenant_cannot_act_as_another(tenants: Serve, embedder: WordEmbedder, client: str) -> None:
     answer = ask(tenants(), CHAT, body(TASKS["summary"]), key="ann", client=client)
     assert (answer.status, answer.json["error"]["type"]) == (403, "PermissionDeniedError")
     assert not embedder.batches
@@ -152,7 +153,7 @@ def test_a_tenant_cannot_name_anothers_adapter(tenants: Serve, tenants_bundle: B
         assert ask(tenants(), path, body("hello") | {"model": model}, key="ann").status == 200
 
 
-def test_a_body_that_cannot_be_read_is_not_a_tenants_to_send(tenants: Serve) -> None:
+def test_a_tenants_invalid_body_never_reaches_vllm(tenants: Serve) -> None:
     for given in (b"{", b"\xff", b"[" * 100_000, b'["fedrouter"]'):
         server = tenants()
         assert ask(server, CHAT, given, key="ann", chunk=10**6).status == 400
@@ -173,7 +174,7 @@ def test_a_body_that_cannot_be_read_is_not_a_tenants_to_send(tenants: Serve) -> 
         ("POST", "//v1/chat/completions"),
     ],
 )
-def test_all_else_is_not_for_tenants(tenants: Serve, method: str, path: str) -> None:
+def test_all_other_paths_are_closed_to_tenants(tenants: Serve, method: str, path: str) -> None:
     server = tenants()
     assert ask(server, path, body("hello"), method=method, key="ann").status == 403
     assert not server.app.bodies
@@ -216,7 +217,7 @@ def test_the_operators_key_is_not_restricted(tenants: Serve, tenants_bundle: Bun
     assert ask(tenants(), CHAT, body("hello", headline), client="bob").status == 200
     assert ask(tenants(), "/pooling", {"model": "base"}).status == 200
     assert ask(tenants(), "/load", method="GET").status == 200
-    assert ask(tenants(), "/v1/load_lora_adapter", {}).status == 404  # nobody's business outside
+    assert ask(tenants(), "/v1/load_lora_adapter", {}).status == 404  # closed to everybody
 
 
 # Without a key.
@@ -254,7 +255,7 @@ def test_the_sagemaker_header_opens_nothing(serve: Serve) -> None:
     assert answer.status == 401
 
 
-def test_what_watches_the_server_needs_no_key(serve: Serve) -> None:
+def test_monitoring_needs_no_key(serve: Serve) -> None:
     for path in (*OPEN, "/metrics/"):
         answer = ask(serve(access=Access(KEY, KEYS)), path, method="GET", key=None)
         assert answer.json == {"state": "starting"} if path == READY else answer.status == 200
@@ -263,7 +264,9 @@ def test_what_watches_the_server_needs_no_key(serve: Serve) -> None:
 
 def test_without_a_key_of_its_own_a_server_leaves_it_to_vllm(serve: Serve) -> None:
     assert ask(serve(), "/tokenize", body("hello"), key=None).status == 200
-    assert ask(serve(), CHAT, body("hello"), key=None).json == {"error": "Unauthorized"}  # the application's
+    assert ask(serve(), CHAT, body("hello"), key=None).json == {
+        "error": "Unauthorized"
+    }  # the application's response
 
 
 def test_anthropics_clients_see_a_refusal_of_their_kind(serve: Serve) -> None:
@@ -273,7 +276,7 @@ def test_anthropics_clients_see_a_refusal_of_their_kind(serve: Serve) -> None:
 # Spoofing.
 
 
-def test_routing_headers_of_a_request_mean_nothing(serve: Serve, tenants_bundle: Bundle) -> None:
+def test_routing_headers_of_a_request_are_ignored(serve: Serve, tenants_bundle: Bundle) -> None:
     spoofed = {f"x-fedrouter-{name}": "spoofed" for name in ("adapter", "cluster", "distance", "fallback")}
     server = serve(access=Access(KEY))
     answer = ask(server, COMPLETIONS, body(TASKS["headline"]), headers=spoofed)
@@ -305,16 +308,16 @@ def test_a_wrong_keys_file_is_refused_without_showing_it(tmp_path: Path, content
     assert "secret" not in str(error.value)
 
 
-def test_access_comes_from_the_environment(
+def test_access_comes_from_the_settings_and_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     file = tmp_path / "keys.json"
     file.write_text(json.dumps(KEYS))
-    monkeypatch.setenv("FEDROUTER_KEYS", str(file))
+    settings = Settings(bundle=tmp_path, keys_file=file)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(ServingError, match="VLLM_API_KEY"):
-        load_access()
+        load_access(settings)
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    assert ask(serve(access=load_access()), CHAT, body("hello"), key="ann").status == 200
+    assert ask(serve(access=load_access(settings)), CHAT, body("hello"), key="ann").status == 200
     with pytest.raises(ServingError, match="gone"):
         load_keys(tmp_path / "gone")

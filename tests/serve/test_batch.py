@@ -1,4 +1,4 @@
-"""Micro-batching without a model."""
+"""Micro-batching."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from fedrouter.serve.batch import Batcher, Overloaded
 
 
 class Doubler:
-    """Doubles numbers, refuses batches with a negative one, waits while ``gate`` is closed."""
+    """Doubles numbers, fails for batches with a negative number, waits until ``gate`` is set."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -61,7 +61,7 @@ def test_what_queues_during_a_batch_is_the_next_batch() -> None:
     async def scenario(batcher: Batcher[int, int]) -> None:
         work.gate.clear()
         first = asyncio.create_task(batcher.submit(0))
-        await asyncio.sleep(0.05)  # now it is in the thread
+        await asyncio.sleep(0.05)  # until the thread runs it
         rest = [asyncio.create_task(batcher.submit(i)) for i in range(1, 6)]
         await asyncio.sleep(0.05)
         work.gate.set()
@@ -82,7 +82,7 @@ def test_a_failing_batch_fails_its_own_items_only() -> None:
     assert third == 6
 
 
-def test_who_leaves_the_queue_is_not_worked_for() -> None:
+def test_cancelled_submissions_are_dropped() -> None:
     work = Doubler()
 
     async def scenario(batcher: Batcher[int, int]) -> int:
@@ -103,13 +103,13 @@ def test_who_leaves_the_queue_is_not_worked_for() -> None:
     assert work.batches == [[0], [2]]
 
 
-def test_a_full_queue_turns_away_and_takes_on_again() -> None:
+def test_a_full_queue_refuses_and_recovers() -> None:
     work = Doubler()
 
     async def scenario(batcher: Batcher[int, int]) -> list[int]:
         work.gate.clear()
         first = asyncio.create_task(batcher.submit(0))
-        await asyncio.sleep(0.05)  # now it is in the thread and no longer in the queue
+        await asyncio.sleep(0.05)  # until the thread runs it and the queue is empty
         waiting = [asyncio.create_task(batcher.submit(i)) for i in (1, 2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
@@ -121,8 +121,8 @@ def test_a_full_queue_turns_away_and_takes_on_again() -> None:
     assert work.batches == [[0], [1, 2], [4]]
 
 
-def test_many_items_of_one_leave_room_and_turns_to_the_others() -> None:
-    """One submission of twenty, a tenant with ten, and three who have one each, in a queue of sixteen."""
+def test_many_items_of_one_owner_leave_room_and_turns_to_others() -> None:
+    """A submission of twenty items, a tenant with ten, and three single items share a queue of sixteen."""
     work = Doubler()
 
     async def scenario(batcher: Batcher[int, int]) -> None:
@@ -137,15 +137,15 @@ def test_many_items_of_one_leave_room_and_turns_to_the_others() -> None:
         work.gate.set()
         assert await asyncio.gather(*others) == [2, 4, 6]
         answers = await asyncio.gather(*tenant, return_exceptions=True)
-        assert [type(one) for one in answers] == [list] * 4 + [Overloaded] * 6, "a quarter is a tenant's"
+        assert [type(one) for one in answers] == [list] * 4 + [Overloaded] * 6, "a tenant may fill a quarter"
         assert await many == [*range(200, 240, 2)]
         assert await first == 0
 
     run(work, scenario, max_batch=5, max_queue=16)
-    assert work.batches[1] == [100, 200, 1, 2, 3], "one of each in turn"
+    assert work.batches[1] == [100, 200, 1, 2, 3], "one item of each owner in turn"
 
 
-def test_submissions_of_several_leave_half_of_the_queue() -> None:
+def test_large_submissions_leave_half_of_the_queue() -> None:
     work = Doubler()
 
     async def scenario(batcher: Batcher[int, int]) -> None:
@@ -172,7 +172,7 @@ def test_items_that_belong_together_may_outnumber_the_queue() -> None:
     assert run(Doubler(), lambda b: b.submit_all([])) == []
 
 
-def test_who_waits_too_long_is_told_and_not_worked_for() -> None:
+def test_submissions_that_wait_too_long_fail_and_are_dropped() -> None:
     work = Doubler()
 
     async def scenario(batcher: Batcher[int, int]) -> int:

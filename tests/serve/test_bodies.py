@@ -1,4 +1,4 @@
-"""Bodies: parsed as vLLM parses them, bounded in bytes, values and time, large ones off the event loop."""
+"""Request bodies: parsed as by vLLM, limited in bytes, values and time, large ones off the event loop."""
 
 import asyncio
 import json
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_prompts import anything
 
 from fedrouter.serve import bodies
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.bodies import IN_WORK, MAX_CONTAINERS, MAX_VALUES, SMALL, Bodies, parse
 from fedrouter.serve.limits import Limits
-from fedrouter.serve.refusal import Refusal
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ MIB = 2**20
     st.booleans(),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]),
 )
-def test_an_object_is_read_as_vllm_reads_it(payload: dict[str, Any], ascii_only: bool, encoding: str) -> None:
+def test_an_object_is_parsed_as_by_vllm(payload: dict[str, Any], ascii_only: bool, encoding: str) -> None:
     body = json.dumps(payload, ensure_ascii=ascii_only).encode(encoding, "surrogatepass")
     assert parse(body) == json.loads(body) == payload
 
@@ -53,7 +53,7 @@ def test_all_else_is_a_400(body: bytes) -> None:
         (b'{"a": [' + b"1," * (MAX_VALUES + 1) + b"1]}", 400),
         (json.dumps({"a": [{}] * MAX_CONTAINERS}).encode("utf-16"), 400),
         (b'{"model": "x", "model": ', 400),
-        (b"1" * 5000, 400),  # more digits than Python reads
+        (b"1" * 5000, 400),  # more digits than Python parses
         (b"", 400),
     ],
 )
@@ -69,7 +69,7 @@ def test_text_is_not_structure() -> None:
 
 
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 4 * MIB, b"{" + b'"' * 8 * MIB, b'{"a":' + b"\\" * 8 * MIB])
-def test_no_body_takes_long_to_look_at(body: bytes) -> None:
+def test_no_body_takes_long_to_check(body: bytes) -> None:
     started = time.process_time()
     with pytest.raises(Refusal):
         parse(b"{" * (MAX_CONTAINERS + 1) + body)
@@ -108,12 +108,12 @@ def test_reads_pieces_until_the_end_or_until_the_client_leaves() -> None:
     assert status_of(read(Limits(max_body_mib=1), b"a" * MIB, b"a")) == 413
 
 
-def test_a_body_of_which_nothing_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "IDLE_S", 0.05)
     assert status_of(read(Limits(), b"a", then=asyncio.Event().wait)) == 408
 
 
-def test_large_bodies_in_work_are_bounded_and_small_ones_never() -> None:
+def test_large_bodies_in_work_are_limited_and_small_ones_are_not() -> None:
     shared, large = Bodies(Limits(max_body_mib=1)), b"x" * MIB
 
     async def hold(whose: str | None, body: bytes, release: asyncio.Event) -> None:
@@ -125,7 +125,7 @@ def test_large_bodies_in_work_are_bounded_and_small_ones_never() -> None:
         release = asyncio.Event()
         held = [asyncio.create_task(hold("ann", large, release)) for _ in range(IN_WORK // 2)]
         await asyncio.sleep(0)
-        with pytest.raises(Refusal) as refused:  # a tenant has half of it
+        with pytest.raises(Refusal) as refused:  # a tenant may use half of it
             await hold("ann", large, release)
         assert refused.value.status == 503
         assert dict(refused.value.headers)[b"retry-after"]
@@ -140,12 +140,12 @@ def test_large_bodies_in_work_are_bounded_and_small_ones_never() -> None:
         await asyncio.gather(*held)
         held = [asyncio.create_task(hold("ann", large, release)) for _ in range(IN_WORK // 2)]
         await asyncio.gather(*held)
-        assert not shared._in_work, "nobody is remembered"
+        assert not shared._in_work, "owners without bodies in work are forgotten"
 
     asyncio.run(scenario())
 
 
-def test_large_bodies_are_looked_at_one_at_a_time_and_off_the_loop() -> None:
+def test_large_bodies_are_parsed_one_at_a_time_and_off_the_loop() -> None:
     shared, threads, running, most = Bodies(Limits()), set[int](), 0, 0
 
     def look() -> int:

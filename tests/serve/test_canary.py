@@ -1,4 +1,4 @@
-"""Readiness: what a server has to prove before it is said to be ready."""
+"""Readiness: what a server must prove before it is ready."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -34,7 +34,7 @@ def server(app: HolderApp, word_bundle: Bundle) -> Server:
 
 
 async def becomes(server: Server, state: str) -> Answer:
-    """Ask until the state is another than before, 5 s at most."""
+    """Ask until the server is in this state, 5 s at most."""
     async with asyncio.timeout(5):
         while (answer := await server.ask(READY, method="GET", key=None)).json["state"] != state:
             await asyncio.sleep(0.01)
@@ -80,11 +80,11 @@ def test_an_adapter_without_effect_is_a_failure(
     answer = within(server, lambda: becomes(server, "failed"))
     assert answer.status == 503
     assert word_bundle.clusters[1].adapter in caplog.text
-    assert word_bundle.clusters[1].adapter not in str(answer.json), "everyone may read this"
+    assert word_bundle.clusters[1].adapter not in str(answer.json), "everybody can read this response"
 
 
-def test_one_text_that_tells_nothing_is_not_enough_to_fail() -> None:
-    """An adapter may answer one text as the base does."""
+def test_one_text_without_a_difference_is_not_a_failure() -> None:
+    """An adapter may answer one text as the base does and still work."""
     asked: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -101,7 +101,7 @@ def test_one_text_that_tells_nothing_is_not_enough_to_fail() -> None:
     assert len(asked) == 6
 
 
-def test_says_who_does_not_answer(app: HolderApp) -> None:
+def test_an_adapter_that_does_not_answer_is_named(app: HolderApp) -> None:
     inner = Inner(app, {}, f"Bearer {KEY}".encode())
     with pytest.raises(ServingError, match="nobody does not answer a canary prompt: 404 The model `nobody`"):
         asyncio.run(check_adapters(inner, ["nobody"]))
@@ -110,7 +110,7 @@ def test_says_who_does_not_answer(app: HolderApp) -> None:
         asyncio.run(check_adapters(inner, list(app.adapters)))
 
 
-def test_the_key_is_the_one_that_vllm_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hooks_own_requests_use_vllms_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert engine.own_authorization({}) is None
     monkeypatch.setenv("VLLM_API_KEY", "variable")
@@ -130,6 +130,6 @@ def test_a_server_whose_routed_prompts_would_fail_is_not_ready(
     assert "routing a prompt fails" in caplog.text
 
 
-def test_the_answer_bears_the_mark_of_its_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_response_repeats_the_nonce(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(START, "mark")
     assert within(server, lambda: becomes(server, "ready")).json == {"state": "ready", "start": "mark"}

@@ -1,4 +1,4 @@
-"""What the command line says of a server's answers, and what it refuses before it starts a proxy."""
+"""How the command line shows a server's responses, and what it refuses before it starts a proxy."""
 
 import http.server
 import json
@@ -19,7 +19,7 @@ from fedrouter.serve.launch import Options
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers a reload with what it was told to."""
+    """Answers a reload with a given response."""
 
     status, payload = 200, b"{}"
     asked: list[Any]
@@ -49,15 +49,18 @@ def test_asks_with_the_key_and_returns_what_changed(url: str, monkeypatch: pytes
     monkeypatch.setattr(Handler, "payload", json.dumps(changes).encode())
     assert request_reload(f"{url}/v1/", "two", "sesame", 10) == changes
     assert Handler.asked == ["/v1/fedrouter/reload", "Bearer sesame", {"bundle": "two"}]
-    said = CliRunner().invoke(app, ["reload", url, "two"])
-    assert said.exit_code == 0
-    assert said.output.splitlines() == ["loaded: a-1", "unloaded: a-0", f"{url} serves two"]
+    result = CliRunner().invoke(app, ["reload", url, "two"])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == ["loaded: a-1", "unloaded: a-0", f"{url} serves two"]
 
 
 @pytest.mark.parametrize(
     ("payload", "says"),
     [
-        (b'{"error": {"message": "bundle two is damaged"}}', "refuses .400.: bundle two is damaged"),
+        (
+            b'{"error": {"message": "bundle two is damaged"}}',
+            "refused the reload .400.: bundle two is damaged",
+        ),
         (b'{"error": "Unauthorized"}', "Unauthorized"),
         (b"not JSON", "not JSON"),
     ],
@@ -71,7 +74,7 @@ def test_says_why_a_server_refuses(
         request_reload(url, "two", None, 10)
 
 
-def test_says_that_nobody_answers() -> None:
+def test_an_unreachable_server_is_reported() -> None:
     with pytest.raises(ServingError, match=r"127\.0\.0\.1"):
         request_reload(f"http://127.0.0.1:{free_port()}", "two", None, 10)
 
@@ -83,7 +86,7 @@ def test_a_proxy_takes_no_options_of_vllm(tmp_path: Path) -> None:
         assert "belong to the upstream servers" in str(done.exception)
 
 
-def test_a_proxy_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_names_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ServingError, match="--upstream gpu-1:8000: expected http"):
         upstream.serve_upstream(tmp_path, ["gpu-1:8000"], Options(port=free_port()))
     monkeypatch.setattr(upstream, "find_spec", lambda name: None)

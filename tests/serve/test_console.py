@@ -1,4 +1,4 @@
-"""The console in a real Chromium, before the real hook; what stands for vLLM echoes prompts."""
+"""The console in a real Chromium, with the real hook; a stand-in for vLLM echoes prompts."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def page(browser: Any, url: str) -> Iterator[Page]:
     page = Page(browser, url)
     page.complaints()
     yield page.open()
-    assert page.complaints() == [], "neither errors nor what the policy forbids"
+    assert page.complaints() == [], "no errors and no violations of the content policy"
 
 
 def test_empty_states_say_what_to_do(page: Page) -> None:
@@ -73,7 +73,7 @@ def test_empty_states_say_what_to_do(page: Page) -> None:
     page.tab("traffic")
     page.shows("#decisions", "None yet")
     page.tab("bundles")
-    page.shows("#reload", "No bundle lies beside")
+    page.shows("#reload", "There is no other bundle here")
     assert page.text("#problem") == ""
 
 
@@ -99,7 +99,7 @@ def test_an_answer_streams_in_and_can_be_judged(page: Page, word_bundle: Bundle)
     adapter = word_bundle.clusters[1].adapter
     page.type(TASKS["summary"], send=True)
     growing = page.until(lambda: page.text(".answer .text"))
-    assert "friends" not in growing, "it shows before it is whole"
+    assert "friends" not in growing, "it must show before it is complete"
     page.shows(".answer .text", f"{adapter} says: {TASKS['summary']}")
     page.until(lambda: "running" not in page.find(".answer .text").get_attribute("class"))
     assert page.text(".answer .name") == adapter
@@ -111,7 +111,7 @@ def test_an_answer_streams_in_and_can_be_judged(page: Page, word_bundle: Bundle)
     page.shows("#decisions", "good")
 
 
-def test_what_is_sent_twice_at_once_is_asked_once(page: Page) -> None:
+def test_a_double_enter_sends_once(page: Page) -> None:
     page.type(TASKS["summary"] + Keys.ENTER + Keys.ENTER)
     page.shows(".answer .text", "two friends")
     page.until(lambda: page.find("#send").is_enabled())
@@ -138,7 +138,7 @@ def test_side_by_side_with_the_base_the_generalist_or_an_adapter(page: Page, wor
         page.until(lambda: f"{other} says" in page.texts(".answer .text")[-1])  # noqa: B023
         page.until(lambda: page.find("#send").is_enabled())
     first, second = page.driver.find_elements(By.CSS_SELECTOR, ".answer")[:2]
-    assert first.rect["y"] == second.rect["y"], "beside, not below"
+    assert first.rect["y"] == second.rect["y"], "side by side"
 
 
 def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> None:
@@ -159,7 +159,7 @@ def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> N
     page.click("#by-fallback")
     page.until(lambda: set(page.texts("#decisions tbody .name")) == {"base"})
     page.choose("#by-outcome", "failed")
-    page.shows("#decisions", "None of them")
+    page.shows("#decisions", "No decision matches")
 
 
 def test_prompts_and_names_are_text_and_never_markup(page: Page) -> None:
@@ -197,7 +197,7 @@ def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: P
                 "return [...document.querySelectorAll('main button, [role=tab], main select')]"
                 ".filter((one) => one.offsetParent && one.getBoundingClientRect().height < 22).length"
             )
-            assert small == 0, f"{tab}: too small to touch"
+            assert small == 0, f"{tab}: buttons too small to touch"
         background = page.js("return getComputedStyle(document.documentElement).backgroundColor")
         assert sum(int(part) for part in background[4:-1].split(",")) < 120, "dark"
         assert page.complaints() == []
@@ -223,7 +223,7 @@ def test_a_key_is_asked_for_once_and_a_wrong_one_again(browser: Any, word_bundle
         assert KEY not in stored[3] and KEY not in page.driver.page_source
         page.open()
         page.until(lambda: page.find("#ask-key").get_attribute("open"), "in memory only")
-        page.complaints()  # the 401s are among them
+        page.complaints()  # the 401s are expected
 
 
 def test_one_tenant_sees_nothing_of_another(browser: Any, tenants_bundle: Bundle) -> None:
@@ -248,21 +248,20 @@ def test_one_tenant_sees_nothing_of_another(browser: Any, tenants_bundle: Bundle
         page.shows("#decisions", "None yet")
         page.tab("bundles")
         page.shows("#bundle", "SHA-256")
-        assert page.text("#reload") == "", "a tenant reloads nothing"
+        assert page.text("#reload") == "", "a tenant cannot reload"
         page.complaints()
 
 
 def test_a_bundle_is_checked_and_then_reloaded(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
     one = write_word_bundle(tmp_path / "one")
     two = write_word_bundle(tmp_path / "two", seeds=(0, 11, 12))
     broken = write_word_bundle(tmp_path / "zwei", seeds=(0, 11, 12))
     os.truncate(broken.path / "router.safetensors", 100)
-    with serving(lambda: words(one)) as url:
+    with serving(lambda: words(one), bundle_root=tmp_path) as url:
         page = Page(browser, url).open("#bundles")
         page.choose("#which", "zwei")
         page.find("#reload .plain").click()
@@ -276,10 +275,10 @@ def test_a_bundle_is_checked_and_then_reloaded(
         page.find("#reload button:not(.plain)").click()
         page.shows("#bundle", two.clusters[1].adapter)
         page.shows("#served", "two")
-        page.complaints()  # the 400 is among them
+        page.complaints()  # the 400 is expected
 
 
-def test_a_rejected_prompt_and_a_server_that_is_gone_are_said(browser: Any, word_bundle: Bundle) -> None:
+def test_a_rejected_prompt_and_a_lost_server_are_shown(browser: Any, word_bundle: Bundle) -> None:
     with serving(lambda: words(word_bundle, "reject")) as url:
         page = Page(browser, url).open()
         page.type(FAR)
@@ -291,7 +290,7 @@ def test_a_rejected_prompt_and_a_server_that_is_gone_are_said(browser: Any, word
     page.complaints()
 
 
-def test_the_first_view_is_small_and_asks_nobody_else(browser: Any, url: str) -> None:
+def test_the_first_view_is_small_and_contacts_no_other_host(browser: Any, url: str) -> None:
     browser.get_log("performance")
     page = Page(browser, url).open()
     page.shows("#where", "Nothing is typed yet")
@@ -303,9 +302,11 @@ def test_the_first_view_is_small_and_asks_nobody_else(browser: Any, url: str) ->
     assert sum(sizes) <= 100_000
 
 
-def test_no_console_where_it_is_off(word_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDROUTER_CONSOLE", "0")
-    with serving(lambda: words(word_bundle)) as url, pytest.raises(urllib.error.HTTPError, match="404"):
+def test_no_console_where_it_is_off(word_bundle: Bundle) -> None:
+    with (
+        serving(lambda: words(word_bundle), console=False) as url,
+        pytest.raises(urllib.error.HTTPError, match="404"),
+    ):
         urllib.request.urlopen(f"{url}/fedrouter/", timeout=10)
 
 

@@ -1,4 +1,4 @@
-"""What operators can use stands in the documentation: every flag, header, endpoint and metric."""
+"""Every flag, header, endpoint and metric is documented."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from prometheus_client import REGISTRY
 
 from fedrouter.cli import app
 from fedrouter.serve import metrics
-from fedrouter.serve.launch import OURS
+from fedrouter.serve.launch import RESERVED
 from fedrouter.serve.paths import AS_BASE, OPEN, OWN_METHODS, ROUTED, UNROUTED
 from fedrouter.serve.request import routing_headers
 from fedrouter.serve.routing import NO_TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "serving.md").read_text() + (DOCS / "operations.md").read_text()
-assert metrics  # has put its metrics into the registry
+assert metrics  # the import registers the metrics
 
 
 def test_every_flag_of_serve_and_reload() -> None:
@@ -29,7 +29,7 @@ def test_every_flag_of_serve_and_reload() -> None:
     }
     assert len(flags) > 10
     assert not {flag for flag in flags if f"`{flag}" not in TEXT and f" {flag} " not in TEXT}
-    assert "--api-key" in OURS
+    assert "--api-key" in RESERVED
 
 
 @pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED, *OPEN, *OWN_METHODS])

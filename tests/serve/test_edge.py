@@ -1,10 +1,11 @@
-"""What nothing gets past: no model, other methods, upgrades, pages elsewhere, large lists."""
+"""Edge cases: no model, other methods, upgrades, other origins, large lists."""
 
 import asyncio
 import hashlib
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from fedrouter.serve.paths import (
     ROUTED,
     UNROUTED,
 )
+from fedrouter.serve.settings import Settings
 
 MakeServer = Callable[..., Server]
 AdapterOf = Callable[[str], str]
@@ -50,7 +52,7 @@ def ask(server: Server, path: str, given: Any = None, **options: Any) -> Answer:
 
 @pytest.mark.parametrize("model", [MISSING, None, "", "fedrouter"])
 @pytest.mark.parametrize("path", ROUTED)
-def test_who_names_no_model_is_routed(
+def test_a_request_without_a_model_is_routed(
     make_server: MakeServer, adapter_of: AdapterOf, path: str, model: Any
 ) -> None:
     answer = ask(make_server(), path, body(model))
@@ -61,7 +63,7 @@ def test_who_names_no_model_is_routed(
 
 @pytest.mark.parametrize("model", [0, False, 1.5, [], {}, ["base"]])
 @pytest.mark.parametrize("path", [*ROUTED, *AS_BASE, *UNROUTED])
-def test_a_model_that_is_no_text_is_a_400(server: Server, path: str, model: Any) -> None:
+def test_a_model_that_is_no_string_is_a_400(server: Server, path: str, model: Any) -> None:
     answer = ask(server, path, body(model))
     assert (answer.status, answer.json["error"]["param"]) == (400, "model")
     assert not server.app.bodies
@@ -83,7 +85,7 @@ def test_where_nothing_is_routed_a_model_must_be_named(server: Server, path: str
         ("fedrouter", "base", 400),
         ("", "base", 400),
         (None, "base", 200),
-        (None, "mine", 400),  # vLLM takes no name from the body there: the base would answer
+        (None, "mine", 400),  # vLLM ignores the name in the body there: the base would answer
     ],
 )
 def test_invocations_are_named_by_their_header(
@@ -99,7 +101,7 @@ def test_other_encodings_are_routed_too(server: Server, adapter_of: AdapterOf, e
     assert answer.json["model"] == answer.routing["adapter"] == adapter_of("summary")
 
 
-def test_what_vllm_calls_its_own_failure_is_a_400_for_every_model(server: Server) -> None:
+def test_a_payload_that_fails_in_vllm_is_a_400_for_every_model(server: Server) -> None:
     for model in ("fedrouter", "base"):
         answer = ask(server, COMPLETIONS, body(model, structured_outputs=-1))
         assert (answer.status, answer.json["error"]["param"]) == (400, "structured_outputs")
@@ -113,7 +115,7 @@ def test_every_refusal_is_in_openais_shape(
     make_server: MakeServer, method: str, path: str, key: str | None
 ) -> None:
     answer = ask(make_server(access=Access(KEY)), path, body(), method=method, key=key)
-    if answer.status == 503:  # is it ready? open to everyone
+    if answer.status == 503:  # READY is open to everybody
         assert (method, path) == ("GET", READY)
         return
     assert answer.status in ((401, 405) if path == READY else (401,))
@@ -139,7 +141,7 @@ def in_openais_shape(answer: Answer, path: str) -> None:
         ("POST", "/v1/fedrouter/nothing", 404),
     ],
 )
-def test_below_our_own_path_too(server: Server, method: str, path: str, status: int) -> None:
+def test_also_below_our_own_path(server: Server, method: str, path: str, status: int) -> None:
     answer = ask(server, path, body(), method=method)
     assert answer.status == status
     in_openais_shape(answer, path)
@@ -163,7 +165,7 @@ def test_an_upgrade_is_answered_and_closed(server: Server, value: str) -> None:
 
 
 class Pages(EchoApp):
-    """Says in its state, as vLLM does, which pages elsewhere may read its answers."""
+    """Has CORS options in its state, as vLLM does."""
 
     def __init__(self, *origins: str) -> None:
         super().__init__()
@@ -238,7 +240,8 @@ def test_the_numbers_may_have_a_key_of_their_own(
     assert ask(server, COMPLETIONS, body(), key="numbers").status == 401
     assert ask(server, "/health", method="GET", key=None).status == 200
     monkeypatch.setenv(METRICS_KEY, "numbers")
-    assert ask(make_server(access=load_access()), "/metrics", method="GET", key=None).status == 401
+    access = load_access(Settings(bundle=Path("not read")))
+    assert ask(make_server(access=access), "/metrics", method="GET", key=None).status == 401
 
 
 def test_a_tenant_is_not_told_what_all_clients_have_together(
@@ -246,8 +249,8 @@ def test_a_tenant_is_not_told_what_all_clients_have_together(
 ) -> None:
     access = Access(KEY, {hashlib.sha256(b"ann").hexdigest(): "ann"})
     shown = ask(serve(access=access), CLUSTERS, method="GET", key="ann").json["clusters"]
-    told = {"name", "adapter", "radius", "clients", "at"}
-    assert {frozenset(cluster) for cluster in shown} == {frozenset(told)}
+    fields = {"name", "adapter", "radius", "clients", "at"}
+    assert {frozenset(cluster) for cluster in shown} == {frozenset(fields)}
     everything = ask(serve(access=access), CLUSTERS, method="GET").json["clusters"]
     assert all({"num_examples", "task_counts"} <= set(cluster) for cluster in everything)
 

@@ -1,4 +1,4 @@
-"""An embeddings endpoint that goes away while prompts are routed by it, and comes back."""
+"""An embeddings endpoint that fails while the server runs, and recovers."""
 
 import asyncio
 import logging
@@ -61,13 +61,15 @@ def test_the_base_answers_while_the_endpoint_is_away(
     wanted = [adapters["summary"], "base", "base", "base", adapters["headline"]]
     assert [answer.json["model"] for answer in answers] == wanted
     assert [answer.routing["fallback"] for answer in answers] == ["false", "true", "true", "true", "false"]
-    said = [record.getMessage() for record in caplog.records if "nothing is routed" in record.getMessage()]
-    assert len(said) == 2, "each problem once"
-    assert "500" in said[0]
-    assert "timed out" in said[1]
+    logged = [
+        record.getMessage() for record in caplog.records if "nothing can be routed" in record.getMessage()
+    ]
+    assert len(logged) == 2, "each problem is logged once"
+    assert "500" in logged[0]
+    assert "timed out" in logged[1]
 
 
-def test_or_503_where_the_overload_policy_says_so(tmp_path: Path) -> None:
+def test_the_overload_policy_may_reject_instead(tmp_path: Path) -> None:
     async def scenario() -> Answer:
         with running() as there:
             bundle = write_endpoint_bundle(tmp_path / "bundle", there.url)
@@ -85,7 +87,7 @@ def test_the_event_loop_goes_on_while_the_endpoint_is_slow(tmp_path: Path) -> No
         with running() as there:
             bundle = write_endpoint_bundle(tmp_path / "bundle", there.url)
             async with serve(bundle, there.url, hurry_s=30) as server:
-                await ask(server, "summary")  # what the first one imports
+                await ask(server, "summary")  # so that imports are not timed
                 there.gate.clear()
                 slow = asyncio.create_task(ask(server, "summary"))
                 while not there.num_waiting:
@@ -100,4 +102,4 @@ def test_the_event_loop_goes_on_while_the_endpoint_is_slow(tmp_path: Path) -> No
 
     named, slow, num_requests = asyncio.run(scenario())
     assert named.status == slow.status == 200
-    assert num_requests == 2, "the slow one, and all others together"
+    assert num_requests == 2, "one for the slow prompt, one for all others together"

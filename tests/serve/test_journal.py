@@ -1,4 +1,4 @@
-"""What is kept of decisions: in memory, in the log, and who may see it; and a log decided anew."""
+"""Recorded decisions: in memory and in the log, who may see them, and a log that is replayed."""
 
 import asyncio
 import hashlib
@@ -56,7 +56,7 @@ def test_every_decision_is_a_line_and_no_word_of_its_prompt(
         (COMPLETIONS, {"model": word_bundle.clusters[0].adapter, "prompt": "x"}, {}),
     )
     ids = [answer.routing.get("id") for answer in answers]
-    assert ids[4] is None, "who names an adapter is not routed"
+    assert ids[4] is None, "a request that names an adapter is not routed"
     assert len(set(ids)) == 5
     found = lines(log)
     assert [line["id"] for line in found] == [ids[0], ids[1], *[ids[2]] * 3, ids[3]]
@@ -75,7 +75,9 @@ def test_every_decision_is_a_line_and_no_word_of_its_prompt(
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
-def test_texts_and_vectors_by_option_alone(make_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_texts_and_vectors_are_logged_only_by_option(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
     log = tmp_path / "decisions.jsonl"
     turns = TASKS["summary"], FAR, "ok"
     within(make_server(log=LogOptions(log, prompts=True, vectors=True)), (CHAT, chat(*turns), {}))
@@ -88,7 +90,7 @@ def test_texts_and_vectors_by_option_alone(make_server: Callable[..., Server], t
 
 
 @pytest.mark.parametrize("kept", ["prompts", "vectors"])
-def test_the_same_bundle_decides_a_log_the_same_again(
+def test_replay_with_the_same_bundle_decides_the_same(
     make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path, kept: str
 ) -> None:
     log = tmp_path / "decisions.jsonl"
@@ -100,14 +102,14 @@ def test_the_same_bundle_decides_a_log_the_same_again(
 
 
 @pytest.mark.parametrize("kept", ["prompts", "vectors"])
-def test_another_bundle_decides_otherwise(
+def test_replay_with_another_bundle_decides_differently(
     make_server: Callable[..., Server], tmp_path: Path, kept: str
 ) -> None:
     log, embedder = tmp_path / "decisions.jsonl", WordEmbedder()
     requests: list[Any] = [(CHAT, chat(text), {}) for text in [*TASKS.values(), TASKS["summary"], FAR]]
     within(make_server(log=LogOptions(log, **{kept: True})), *requests)
     first, second, _ = TASKS.values()
-    centroids = embedder.embed([second, first, FAR])  # two task clusters change places, the third moves away
+    centroids = embedder.embed([second, first, FAR])  # two task clusters swap places, the third moves away
     space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), centroids, (0, 1, 2))
     found = replay(log, write_word_bundle(tmp_path / "other", space=space), embedder).to_json()
     assert (found["moved"], found["rejected"], found["accepted"], found["same"]) == (3, 1, 1, 0)
@@ -115,7 +117,7 @@ def test_another_bundle_decides_otherwise(
     assert found["moved_to"][0] == {"from": "summary", "to": "headline", "decisions": 2}
 
 
-def test_a_log_without_texts_and_vectors_cannot_be_decided_anew(
+def test_a_log_without_texts_and_vectors_cannot_be_replayed(
     make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
 ) -> None:
     log = tmp_path / "decisions.jsonl"
@@ -129,10 +131,10 @@ def test_a_log_without_texts_and_vectors_cannot_be_decided_anew(
         replay(log, word_bundle, WordEmbedder())
 
 
-def test_what_the_log_cannot_know_is_skipped_and_said(
+def test_decisions_that_the_log_cannot_replay_are_skipped_and_counted(
     make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
 ) -> None:
-    """The last turn decided; a bundle that rejects it would look at the turn before, never embedded."""
+    """The last turn decided. A bundle that rejects it needs the turn before, which was never embedded."""
     log = tmp_path / "decisions.jsonl"
     conversation = TASKS["headline"], TASKS["summary"]
     within(make_server(log=LogOptions(log, vectors=True)), (CHAT, chat(*conversation), {}))
@@ -157,7 +159,7 @@ def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:
     assert kept == list(range(40))
 
 
-def test_a_full_disk_costs_lines_and_no_answer(make_server: Callable[..., Server]) -> None:
+def test_a_full_disk_loses_lines_but_no_response(make_server: Callable[..., Server]) -> None:
     before = REGISTRY.get_sample_value("fedrouter_decision_log_lost_total") or 0
     requests = [(CHAT, chat(TASKS["summary"]), {})] * 3
     answers = within(make_server(log=LogOptions(Path("/dev/full"))), *requests)
@@ -182,9 +184,9 @@ def test_feedback_is_attached_to_a_request(
     async def scenario() -> list[Answer]:
         async with make_server(log=LogOptions(log)) as server:
             key = (await server.ask(CHAT, chat(TASKS["summary"]))).routing["id"]
-            told = [{"id": key, "outcome": "bad"}, {"id": key, "outcome": "dreadful"}, {"id": "0"}, {}]
-            told += [{"id": "0" * 32, "outcome": "good"}]
-            answers = [await server.ask(FEEDBACK, one) for one in told]
+            payloads = [{"id": key, "outcome": "bad"}, {"id": key, "outcome": "dreadful"}, {"id": "0"}, {}]
+            payloads += [{"id": "0" * 32, "outcome": "good"}]
+            answers = [await server.ask(FEEDBACK, one) for one in payloads]
             return [*answers, await server.ask(DECISIONS, method="GET")]
 
     answers = asyncio.run(scenario())
@@ -196,10 +198,10 @@ def test_feedback_is_attached_to_a_request(
     decided, fed = lines(log)
     assert (fed["feedback"], fed["outcome"]) == (decided["id"], "bad")
     assert REGISTRY.get_sample_value("fedrouter_feedback_total", counted) == before + 1
-    assert [line.id for line in read_log(log)] == [decided["id"]], "replay reads past feedback"
+    assert [line.id for line in read_log(log)] == [decided["id"]], "replay ignores feedback"
 
 
-def test_a_tenant_sees_and_judges_its_own_requests_alone(serve: Callable[..., Server]) -> None:
+def test_a_tenant_sees_and_judges_its_own_requests_only(serve: Callable[..., Server]) -> None:
     async def scenario() -> tuple[Any, ...]:
         async with serve(access=Access(KEY, TENANTS)) as server:
             mine = (await server.ask(CHAT, chat(TASKS["headline"]), key="ann")).routing["id"]
@@ -213,13 +215,13 @@ def test_a_tenant_sees_and_judges_its_own_requests_alone(serve: Callable[..., Se
             few = (await server.ask(DECISIONS, method="GET", query="limit=1")).json["decisions"]
             odd = (await server.ask(DECISIONS, method="GET", query="limit=-1")).status
             judged = {"id": mine, "outcome": "good"}
-            told = [(await server.ask(FEEDBACK, judged, key=key)).status for key in ("bob", "ann", KEY)]
-            return mine, seen, few, odd, told
+            statuses = [(await server.ask(FEEDBACK, judged, key=key)).status for key in ("bob", "ann", KEY)]
+            return mine, seen, few, odd, statuses
 
-    mine, (anns, bobs, all_of_them), few, odd, told = asyncio.run(scenario())
-    assert anns == [mine], "what the operator asks in ann's name is not ann's"
+    mine, (anns, bobs, all_of_them), few, odd, statuses = asyncio.run(scenario())
+    assert anns == [mine], "a request that the operator sends as ann is not ann's"
     assert len(bobs) == 1
     assert len(all_of_them) == 3
     assert [one["id"] for one in few] == all_of_them[:1]
     assert odd == 400
-    assert told == [404, 200, 200]
+    assert statuses == [404, 200, 200]

@@ -20,10 +20,11 @@ from fedrouter.serve.decision_log import LogOptions
 from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
+from fedrouter.serve.settings import VARIABLE, Settings
 
 
 def build(bundle: Bundle, **more: Any) -> Command:
-    """Build the command with options, and whatever else differs from the bundle alone."""
+    """Build a command from options and arguments of ``build_command``."""
     own = {name: more.pop(name) for name in Options.__slots__ if name in more and name != "second"}
     options = more.pop("options", Options(**own))
     return build_command(bundle, Path("/models/base"), options, **{"rank": bundle.rank} | more)
@@ -31,6 +32,10 @@ def build(bundle: Bundle, **more: Any) -> Command:
 
 def value(command: Command, flag: str) -> str:
     return command.argv[command.argv.index(flag) + 1]
+
+
+def settings(command: Command) -> Settings:
+    return Settings.model_validate_json(command.env[VARIABLE])
 
 
 def modules(command: Command) -> dict[str, str]:
@@ -50,8 +55,8 @@ def test_command_serves_every_adapter_of_the_bundle(word_bundle: Bundle) -> None
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("4", "8")  # two bundles
     assert value(command, "--max-lora-rank") == "8"
     assert value(command, "--middleware") == "fedrouter.serve.middleware.FedRouterMiddleware"
-    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
-    assert command.env["FEDROUTER_BASE"] == "/models/base"
+    assert settings(command).bundle == word_bundle.path
+    assert settings(command).base == "/models/base"
     assert "--chat-template" not in command.argv
 
 
@@ -73,25 +78,19 @@ def test_a_canary_brings_its_adapters_and_a_shadow_none(word_bundle: Bundle, tmp
     assert modules(shadow).keys() == word_bundle.adapter_paths.keys()
     canary = build(word_bundle, second=two, options=Options(second=two.path, canary=0.1))
     assert modules(canary).keys() == {*word_bundle.adapter_paths, *two.adapter_paths}
-    assert len(modules(canary)) == 7, "one is the same in both"
-    assert value(canary, "--max-cpu-loras") == "11", "room for a reload beside them"
+    assert len(modules(canary)) == 7, "one adapter is the same in both"
+    assert value(canary, "--max-cpu-loras") == "11", "room for a reload"
     for command, share in ((shadow, 0), (canary, 0.1)):
-        assert json.loads(command.env["FEDROUTER_SECOND"]) == [str(two.path), share]
-    assert "FEDROUTER_SECOND" not in build(word_bundle).env
+        assert (settings(command).second, settings(command).canary) == (two.path, share)
+    assert settings(build(word_bundle)).second is None
 
 
-def test_console_and_log_reach_vllms_processes(
-    word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_console_and_log_reach_vllms_processes(word_bundle: Bundle, tmp_path: Path) -> None:
     log = LogOptions(tmp_path / "log.jsonl", prompts=True, max_mib=2)
-    command = build(word_bundle, log=log, console=False)
-    assert command.env["FEDROUTER_CONSOLE"] == "0"
-    monkeypatch.setenv("FEDROUTER_DECISION_LOG", command.env["FEDROUTER_DECISION_LOG"])
-    assert LogOptions.from_env() == log
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    assert LogOptions.from_env() == replace(log, path=tmp_path / f"log.{os.getpid()}.jsonl")
-    assert build(word_bundle).env["FEDROUTER_CONSOLE"] == "1"
-    assert "FEDROUTER_DECISION_LOG" not in build(word_bundle).env
+    given = settings(build(word_bundle, log=log, console=False))
+    assert (given.console, given.log) == (False, log)
+    given = settings(build(word_bundle))
+    assert (given.console, given.log) == (True, None)
 
 
 @pytest.mark.parametrize(
@@ -114,25 +113,25 @@ def test_many_adapters_share_the_slots_of_a_batch(word_bundle: Bundle) -> None:
     assert (value(command, "--max-loras"), value(command, "--max-cpu-loras")) == ("16", "82")
 
 
-def test_where_the_embedder_is_travels_with_the_server(word_bundle: Bundle) -> None:
-    assert build(word_bundle, embedder_url="http://h").env["FEDROUTER_EMBEDDER_URL"] == "http://h"
-    assert "FEDROUTER_EMBEDDER_URL" not in build(word_bundle).env
+def test_the_embedder_url_reaches_the_server(word_bundle: Bundle) -> None:
+    assert settings(build(word_bundle, embedder_url="http://h")).embedder_url == "http://h"
+    assert settings(build(word_bundle)).embedder_url is None
 
 
 def test_a_watched_bundle_must_be_a_link(checked: Any, word_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ServingError, match="is no link"):
+    with pytest.raises(ServingError, match="is not a symbolic link"):
         checked(watch=True)
     link = tmp_path / "current"
     link.symlink_to(word_bundle.path)
     _, command = prepare(link, Options(port=free_port(), watch=True))
-    assert command.env["FEDROUTER_WATCH"] == str(link)
-    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
-    assert command.env["FEDROUTER_BUNDLE"] == str(word_bundle.path)
+    assert settings(command).watch == link
+    assert settings(command).bundle_root == tmp_path
+    assert settings(command).bundle == word_bundle.path
 
 
-def test_limits_travel_with_the_server(word_bundle: Bundle) -> None:
+def test_limits_reach_the_server(word_bundle: Bundle) -> None:
     limits = Limits("reject", max_queue=3)
-    assert build(word_bundle, limits=limits).env.items() >= limits.to_env().items()
+    assert settings(build(word_bundle, limits=limits)).limits == limits
 
 
 def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
@@ -143,7 +142,7 @@ def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
-    """``prepare`` of the word bundle, whose base model and embedder are on no disk."""
+    """``prepare`` for the word bundle, whose base model and embedder do not exist."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: Path("/models/base"))
@@ -161,7 +160,8 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"0" * 64: "ann"}))
     first, second = checked(keys_file=keys), checked(keys_file=keys)
-    assert first.env["FEDROUTER_KEYS"] == str(keys)
+    assert settings(first).keys_file == keys
+    assert first.env["VLLM_API_KEY"] not in first.env[VARIABLE]
     assert len(first.env["VLLM_API_KEY"]) >= 32
     assert first.env["VLLM_API_KEY"] != second.env["VLLM_API_KEY"]
     monkeypatch.setenv("OPERATOR", "open")
@@ -171,20 +171,20 @@ def test_a_keys_file_gives_vllm_a_key_of_its_own(
     assert checked(keys_file=keys).env["VLLM_API_KEY"] == "inherited"
 
 
-def test_a_fallback_is_checked_and_handed_on(checked: Any, word_bundle: Bundle) -> None:
-    assert checked(fallback="reject").env["FEDROUTER_FALLBACK"] == "reject"
-    assert "FEDROUTER_FALLBACK" not in checked().env
+def test_a_fallback_is_checked_and_passed_on(checked: Any, word_bundle: Bundle) -> None:
+    assert settings(checked(fallback="reject")).fallback == "reject"
+    assert settings(checked()).fallback is None
     with pytest.raises(ConfigError, match="fallback 'guess'"):
         checked(fallback="guess")
 
 
 def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     command = build(word_bundle, cpu=True, cores=2, vllm_args=["--dtype", "bfloat16"])
-    assert command.argv[-2:] == ["--dtype", "bfloat16"]  # the last one is in force
+    assert command.argv[-2:] == ["--dtype", "bfloat16"]  # the last flag counts
     assert value(command, "--dtype") == "float32"
     assert command.defaults["OMP_NUM_THREADS"] == "1"
     assert value(command, "--distributed-executor-backend") == "uni"
-    # two bundles, and one slot that stays empty
+    # two bundles and the empty slot
     assert value(command, "--max-loras") == value(command, "--max-cpu-loras") == "9"
     big = build(word_bundle, cpu=True, cores=64)
     assert "OMP_NUM_THREADS" not in big.defaults
@@ -193,7 +193,7 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert "--dtype" not in gpu.argv
     assert "--enforce-eager" not in gpu.argv
     assert command.defaults["TORCHDYNAMO_DISABLE"] == "1"
-    for flag in ("--no-enforce-eager", "--no_enforce_eager"):  # vLLM takes either spelling
+    for flag in ("--no-enforce-eager", "--no_enforce_eager"):  # vLLM accepts both spellings
         compiled = build(word_bundle, cpu=True, vllm_args=[flag])
         assert "TORCHDYNAMO_DISABLE" not in compiled.defaults | gpu.defaults
 
@@ -201,7 +201,7 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     "argument", ["--port=1", "--lora-modules", "--served_model_name", "--model", "--api-key"]
 )
-def test_flags_that_are_ours_are_refused(word_bundle: Bundle, argument: str) -> None:
+def test_reserved_flags_are_refused(word_bundle: Bundle, argument: str) -> None:
     with pytest.raises(ServingError, match=argument):
         build(word_bundle, vllm_args=[argument])
 
@@ -212,7 +212,7 @@ def test_several_api_processes_start_with_vllms_serve_command(
 ) -> None:
     several = build(word_bundle, vllm_args=arguments, cpu=True, cores=2)
     assert several.argv[2] == "fedrouter.serve.engine"
-    assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses both together
+    assert several.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # vLLM refuses the combination
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in several.defaults
     with pytest.raises(ServingError, match="several API processes cannot reload"):
         build(word_bundle, vllm_args=arguments, watch=True)
@@ -228,7 +228,7 @@ def test_the_empty_slot_on_cpu_cannot_be_taken_away(word_bundle: Bundle) -> None
     build(word_bundle, vllm_args=["--max-loras", "4"], cpu=False)
 
 
-def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
+def test_changed_embedder_files_are_found_before_vllm_starts(
     word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
@@ -241,10 +241,8 @@ def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
 def test_bundles_are_loaded_from_where_the_served_one_is(word_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(word_bundle.path)
     command = build(replace(word_bundle, path=tmp_path / "current"))
-    assert command.env["FEDROUTER_BUNDLES"] == str(tmp_path)
-    assert command.env["FEDROUTER_BUNDLE"] == str(
-        word_bundle.path
-    )  # a link that moves changes nothing by itself
+    assert settings(command).bundle_root == tmp_path
+    assert settings(command).bundle == word_bundle.path, "a link that moves must not change what is served"
     assert set(modules(command).values()) == {str(path) for path in word_bundle.adapter_paths.values()}
 
 
@@ -285,13 +283,13 @@ def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.fixture
 def own(word_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy of one of the bundle's adapters, as somebody's own."""
+    """A copy of one of the bundle's adapters, to be served as an additional one."""
     return Path(shutil.copytree(word_bundle.adapter_path(word_bundle.clusters[0]), tmp_path / "own"))
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """What a base model's weights say of the one module that adapters are for."""
+    """Weights of a base model with the one module that the adapters change."""
     (tmp_path / "base").mkdir()
     weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((16, 16), np.float32)}
     save_file(weights, tmp_path / "base" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The numbers that operators watch, in one process and added up over several."""
+"""Metrics, of one process and summed over several."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ COMPLETIONS = "/v1/completions"
 
 
 class Since:
-    """How much a number has grown since the test began: the registry is the whole process's."""
+    """How much a metric has grown since the test began; the registry belongs to the whole process."""
 
     def __init__(self) -> None:
         self._before = self._now()
@@ -51,9 +51,7 @@ def ask(server: Server, *prompts: Any) -> list[Any]:
     return asyncio.run(all_of_them())
 
 
-def test_counts_requests_by_what_answered(
-    server: Server, adapter_of: Callable[[str], str], since: Since
-) -> None:
+def test_counts_requests_by_adapter(server: Server, adapter_of: Callable[[str], str], since: Since) -> None:
     ask(server, TASKS["headline"], TASKS["headline"], TASKS["summary"], "zebra " * 50, " ")
     assert since("fedrouter_requests_total", adapter=adapter_of("headline"), outcome="ok") == 2
     assert since("fedrouter_requests_total", adapter=adapter_of("summary"), outcome="ok") == 1
@@ -103,16 +101,14 @@ def test_counts_what_the_fallback_rejects(make_server: Callable[..., Server], si
     assert since("fedrouter_fallbacks_total", reason="radius") == 1
 
 
-def test_counts_batches_and_leaves_no_one_in_the_queue(
-    server: Server, embedder: WordEmbedder, since: Since
-) -> None:
+def test_counts_batches_and_empties_the_queue(server: Server, embedder: WordEmbedder, since: Since) -> None:
     ask(server, *[TASKS["headline"]] * 20)
     assert since("fedrouter_batch_size_count") == len(embedder.batches)
     assert since("fedrouter_batch_size_sum") == 20
     assert since("fedrouter_queue_depth") == 0
 
 
-def test_counts_those_turned_away(make_server: Callable[..., Server], since: Since) -> None:
+def test_counts_refused_requests(make_server: Callable[..., Server], since: Since) -> None:
     ask(make_server(max_body_mib=0.001), "x" * 5000)
     assert since("fedrouter_requests_total", adapter="", outcome="refused") == 1
 
@@ -127,7 +123,7 @@ def test_counts_overload_as_a_fallback(make_server: Callable[..., Server], since
 def test_processes_are_added_up(tmp_path: Path) -> None:
     script = (
         "from fedrouter.serve import metrics\n"
-        "metrics.answered('a-1', 200); metrics.QUEUE.inc(2); metrics.BATCH.observe(3)\n"
+        "metrics.count_request('a-1', 200); metrics.QUEUE.inc(2); metrics.BATCH.observe(3)\n"
         "metrics.ROUTING.observe(0.02)"
     )
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(DASHBOARD.parents[1])}
@@ -156,4 +152,6 @@ def test_the_dashboard_asks_for_numbers_that_exist() -> None:
     assert asked
     assert asked <= there
     ours = {name for name in described if name.startswith("fedrouter_")}
-    assert ours == {next(name for name in ours if one.startswith(name)) for one in asked}, "all are shown"
+    assert ours == {next(name for name in ours if one.startswith(name)) for one in asked}, (
+        "the dashboard must show all"
+    )

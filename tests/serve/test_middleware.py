@@ -1,4 +1,4 @@
-"""The hook between a client and an application that stands for vLLM."""
+"""The hook between a client and a stand-in for vLLM."""
 
 import asyncio
 import json
@@ -126,7 +126,7 @@ def test_requests_that_wait_are_embedded_together(server: Server, embedder: Word
     ],
 )
 @pytest.mark.parametrize("path", ROUTED)
-def test_what_names_another_model_passes_byte_for_byte(
+def test_a_body_that_names_another_model_passes_byte_for_byte(
     server: Server, embedder: WordEmbedder, path: str, body: bytes
 ) -> None:
     answer = ask(server, path, body, chunk=64 * 1024)
@@ -157,9 +157,7 @@ def test_what_names_another_model_passes_byte_for_byte(
     ],
 )
 @pytest.mark.parametrize("path", ROUTED)
-def test_what_cannot_be_read_is_refused(
-    server: Server, embedder: WordEmbedder, path: str, body: bytes
-) -> None:
+def test_an_invalid_body_is_refused(server: Server, embedder: WordEmbedder, path: str, body: bytes) -> None:
     answer = ask(server, path, body, chunk=64 * 1024)
     assert (answer.status, answer.json["error"]["type"]) == (400, "BadRequestError")
     assert not server.app.bodies
@@ -190,7 +188,7 @@ def test_other_models_pass_byte_for_byte_piece_by_piece(
 
 
 @pytest.mark.parametrize("path", AS_BASE)
-def test_what_no_adapter_changes_answers_as_the_base(
+def test_paths_that_no_adapter_changes_use_the_base(
     server: Server, embedder: WordEmbedder, path: str
 ) -> None:
     for body in (
@@ -208,7 +206,7 @@ def test_what_no_adapter_changes_answers_as_the_base(
 
 
 @pytest.mark.parametrize("path", UNROUTED)
-def test_where_the_name_would_silently_mean_the_base_it_is_refused(server: Server, path: str) -> None:
+def test_the_virtual_name_is_refused_where_it_would_mean_the_base(server: Server, path: str) -> None:
     answer = ask(server, path, chat(TASKS["headline"]))
     assert (answer.status, answer.json["error"]["param"]) == (400, "model")
     assert not server.app.bodies
@@ -342,7 +340,7 @@ def test_a_list_for_one_adapter_is_served(server: Server, adapter_of: AdapterOf)
         (completion(None, prompt_embeds="AAAA"), "prompt_embeds", "cannot be routed"),
     ],
 )
-def test_what_cannot_be_routed_is_refused_in_openai_shape(
+def test_unroutable_payloads_are_refused_in_openai_shape(
     server: Server, body: Any, param: str, says: str
 ) -> None:
     answer = ask(server, COMPLETIONS, body)
@@ -413,7 +411,7 @@ def test_dry_run_decides_as_the_real_request(server: Server, adapter_of: Adapter
     assert by_chat.json | {"routing_ms": 0} == answer.json | {"routing_ms": 0}
 
 
-def test_dry_run_of_nothing_has_no_distance(server: Server) -> None:
+def test_a_dry_run_without_text_has_no_distance(server: Server) -> None:
     answer = ask(server, "/v1/fedrouter/route", {"prompt": " "})
     assert (answer.json["model"], answer.json["distance"]) == ("base", None)
 
@@ -428,7 +426,7 @@ def test_dry_run_refuses_what_it_cannot_read(server: Server, body: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/v1/fedrouter/clusters"), ("POST", "/v1/fedrouter/route")]
 )
-def test_our_endpoints_ask_for_the_servers_key(
+def test_own_endpoints_need_the_servers_key(
     server: Server, embedder: WordEmbedder, method: str, path: str
 ) -> None:
     answer = ask(server, path, {"prompt": "write a headline"}, method=method, key=None)

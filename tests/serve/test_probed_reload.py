@@ -1,4 +1,4 @@
-"""A reload that breaks a probe is refused."""
+"""Reloads that break a probe are refused."""
 
 import asyncio
 import json
@@ -25,7 +25,6 @@ def as_lines(*lines: Any) -> bytes:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
@@ -60,7 +59,7 @@ def test_a_reload_that_breaks_a_probe_is_refused(root: Path, whose: str, check: 
     assert not setup.app.changes
 
 
-def test_a_probe_that_the_new_bundle_states_anew_or_that_never_held_breaks_nothing(root: Path) -> None:
+def test_a_probe_that_is_redefined_or_never_held_breaks_nothing(root: Path) -> None:
     never = {"prompt": TASKS["summary"], "cluster": "headline"}
     setup = setup_of(root, write_word_bundle(root / "one", probes=as_lines(HEADLINE, never)))
     anew = {"prompt": TASKS["headline"], "cluster": "summary"}
@@ -68,7 +67,7 @@ def test_a_probe_that_the_new_bundle_states_anew_or_that_never_held_breaks_nothi
     assert reload(setup, "two").status == 200
 
 
-def test_a_check_changes_nothing_and_says_what_would(root: Path) -> None:
+def test_a_check_reports_changes_and_makes_none(root: Path) -> None:
     setup = setup_of(root, write_word_bundle(root / "one"))
     two = write_word_bundle(root / "two", seeds=(0, 11, 12))
     answer = reload(setup, "two", check=True)

@@ -1,4 +1,4 @@
-"""From payloads to texts: whatever arrives, a list of texts or a refusal."""
+"""From payloads to texts: any payload gives a list of texts or a refusal."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ROUTED
 from fedrouter.serve.prompts import conversations, model_of
-from fedrouter.serve.refusal import Refusal
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(
@@ -57,13 +57,13 @@ def test_any_json_gives_texts_or_a_refusal(path: str, payload: dict[str, Any]) -
 
 
 @given(anything)
-def test_who_names_no_model_asks_the_router(model: Any) -> None:
+def test_no_model_means_the_virtual_model(model: Any) -> None:
     if model is None or model == "":
         assert model_of({"model": model}) == model_of({}) == "fedrouter"
     elif isinstance(model, str):
         assert model_of({"model": model}) == model
     else:
-        with pytest.raises(Refusal, match="model must be a text"):
+        with pytest.raises(Refusal, match="model must be a string"):
             model_of({"model": model})
 
 

@@ -1,4 +1,4 @@
-"""The hook before real HTTP servers that stand for vLLM: forwarding, streaming, failover, keys."""
+"""The proxy before HTTP servers that stand in for vLLM: forwarding, streaming, failover, keys."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ COMPLETIONS, READY = "/v1/completions", "/v1/fedrouter/ready"
 
 
 class UpstreamApp(HolderApp):
-    """Also lives or not, streams, and remembers which connections requests came over."""
+    """Also can be unhealthy, streams, and records the connections of requests."""
 
     def __init__(self, adapters: list[str]):
         super().__init__(adapters)
@@ -133,7 +133,7 @@ def test_an_upstream_that_dies_is_left_out_and_comes_back(
     async def scenario(urls: list[str]) -> list[Answer]:
         async with front(word_bundle, urls) as server:
             await ready(server)
-            await asyncio.sleep(0.3)  # both are healthy
+            await asyncio.sleep(0.3)  # until both are healthy
             apps[0].status = 503
             answers = [await ask(server, TASKS["summary"]) for _ in range(10)]
             apps[1].asked.clear()
@@ -161,7 +161,7 @@ def test_requests_move_on_when_a_connection_breaks(word_bundle: Bundle, apps: li
     assert [answer.status for answer in answers] == [200] * 10
 
 
-def test_without_upstreams_it_says_so(word_bundle: Bundle) -> None:
+def test_without_healthy_upstreams_it_is_a_503(word_bundle: Bundle) -> None:
     async def scenario() -> list[Answer]:
         async with front(word_bundle, [f"http://127.0.0.1:{free_port()}"]) as server:
             await asyncio.sleep(0.1)
@@ -268,7 +268,9 @@ def test_streams_and_ends_upstream_when_the_client_leaves(
             headers = [(b"authorization", f"Bearer {KEY}".encode())]
             scope = {"type": "http", "method": "POST", "path": "/v1/stream", "headers": headers}
             await server.hook(scope, receive, send)
-            assert await asyncio.to_thread(apps[0].left.wait, 10), "the upstream still answers nobody"
+            assert await asyncio.to_thread(apps[0].left.wait, 10), (
+                "the upstream must notice that the client has left"
+            )
 
     with serving(apps[0]) as url:
         asyncio.run(scenario(url))

@@ -1,4 +1,4 @@
-"""Another bundle without a restart: what changes, what is refused, and what requests notice of it."""
+"""Reloads: what changes, what is refused, and the effect on requests."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ RELOAD, COMPLETIONS = "/v1/fedrouter/reload", "/v1/completions"
 
 @dataclass
 class Setup:
-    """A directory of bundles and a server of the first of them."""
+    """A directory of bundles and a server of the first bundle."""
 
     root: Path
     first: Bundle
@@ -53,7 +53,6 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     root = tmp_path / "bundles"
     root.mkdir()
     first = write_word_bundle(root / "one")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(root))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
     return setup_of(root, first)
@@ -61,7 +60,8 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 
 def setup_of(root: Path, first: Bundle, access: Access | None = None, fallback: str | None = None) -> Setup:
     app, limits = HolderApp(list(first.adapter_paths)), Limits(**PATIENT)
-    server = Server(lambda: Routing(first, WordEmbedder(), str, fallback, limits), app, access)
+    load = lambda: Routing(first, WordEmbedder(), str, fallback, limits)  # noqa: E731
+    server = Server(load, app, access, bundle_root=root)
     return Setup(root, first, server, app)
 
 
@@ -91,7 +91,7 @@ def test_loads_what_is_new_keeps_what_is_the_same_and_unloads_the_rest(setup: Se
     assert ("load", old[0]) not in setup.app.changes
 
 
-def test_a_bundle_whose_routed_prompts_would_fail_is_refused_before_the_flip(
+def test_a_bundle_that_cannot_route_is_refused_before_the_switch(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_word_bundle(setup.root / "two", seeds=(10, 11, 12))
@@ -110,7 +110,7 @@ def test_a_bundle_whose_routed_prompts_would_fail_is_refused_before_the_flip(
     assert refused.status == 400
     assert "routing a prompt fails (TypeError" in refused.json["error"]["message"]
     assert after.json["model"] == setup.adapters("one")[1]
-    assert not setup.app.changes, "nothing was loaded for it"
+    assert not setup.app.changes, "no adapter may be loaded"
 
 
 def test_there_and_back_again(setup: Setup) -> None:
@@ -171,15 +171,15 @@ def test_no_request_fails_however_often_bundles_change(setup: Setup) -> None:
 
 
 def broken(setup: Setup, name: str) -> str:
-    """Write a bundle that must not be served; return what is said of it."""
+    """Write a bundle that must not be served; return a part of the error message."""
     path = setup.root / name
     embedder = WordEmbedder().spec
     if name == "other-base":
         write_word_bundle(path, base=BaseSpec("words", None, "words-2"))
-        return "another than the one served"
+        return "not the one served"
     if name == "other-embedder":
         write_word_bundle(path, embedder=replace(embedder, layer=2))
-        return "another than the one in use"
+        return "not the one in use"
     if name == "other-vectors":
         write_word_bundle(path, probe_vectors=write_word_bundle(setup.root / "x").probe + 1)
         return "differ by"
@@ -199,7 +199,7 @@ def broken(setup: Setup, name: str) -> str:
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["clusters"][0][name] = {"radius": "12", "name": 7}[name]
         (path / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(BundleError) as caught:  # what `serve` says
+        with pytest.raises(BundleError) as caught:  # as `serve` reports it
             load_bundle(path)
         return f"{caught.value}; the bundle served"
     if name == "refused-by-vllm":
@@ -239,7 +239,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(setup: Setup, name: str
 
 
 @pytest.mark.parametrize(("rank", "limits", "says"), [(16, (8, 9), "rank 16"), (8, (8, 7), "8 adapters")])
-def test_what_the_server_has_no_room_for_is_refused(
+def test_a_bundle_that_does_not_fit_is_refused(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, rank: int, limits: tuple[int, int], says: str
 ) -> None:
     write_word_bundle(setup.root / "two", seeds=(20, 21, 22), rank=rank)
@@ -251,31 +251,30 @@ def test_what_the_server_has_no_room_for_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("device", "max_loras", "held"), [("cpu", 9, 8), ("cpu", 6, 5), ("cpu", 20, 9), ("cuda", 6, 9)]
+    ("device", "max_loras", "capacity"), [("cpu", 9, 8), ("cpu", 6, 5), ("cpu", 20, 9), ("cuda", 6, 9)]
 )
-def test_the_slot_that_stays_empty_on_cpu_is_no_room(device: str, max_loras: int, held: int) -> None:
+def test_the_empty_slot_on_cpu_does_not_count_as_room(device: str, max_loras: int, capacity: int) -> None:
     lora = SimpleNamespace(max_lora_rank=8, max_cpu_loras=9, max_loras=max_loras)
     config = SimpleNamespace(lora_config=lora, device_config=SimpleNamespace(device_type=device))
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
-    assert engine.lora_limits({"app": app}) == (8, held)
+    assert engine.lora_limits({"app": app}) == (8, capacity)
 
 
 def test_another_adapter_does_not_pass_for_one_that_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight hex digits in a name can be made to agree; the whole hash in the manifest cannot."""
+    """The eight hex digits in a name can collide; the full hash in the manifest cannot."""
     for module in ("manifest", "write"):
         monkeypatch.setattr(f"fedrouter.bundle.{module}.adapter_name", lambda head, *_: f"{head}-00000000")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     setup = setup_of(tmp_path, write_word_bundle(tmp_path / "one"))
     write_word_bundle(tmp_path / "two", seeds=(20, 21, 22))
     refused = within(setup, lambda: setup.reload("two"))
     assert refused.status == 400
-    assert "another than the one served under that name" in refused.json["error"]["message"]
+    assert "differs from the file of that name that is served" in refused.json["error"]["message"]
 
 
-def test_a_link_that_is_pointed_elsewhere_is_followed(setup: Setup) -> None:
+def test_a_moved_link_is_followed(setup: Setup) -> None:
     write_word_bundle(setup.root / "two", seeds=(20, 21, 22))
     current = setup.root / "current"
     current.symlink_to("one")
@@ -353,7 +352,7 @@ def test_reload_asks_for_the_key_and_for_json(setup: Setup) -> None:
 )
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("root", ["", "/llm"])
-def test_vllms_own_way_to_load_is_closed(setup: Setup, path: str, method: str, root: str) -> None:
+def test_vllms_own_adapter_endpoints_are_closed(setup: Setup, path: str, method: str, root: str) -> None:
     body = {"lora_name": "evil", "lora_path": "/tmp"}
     answer = within(setup, lambda: setup.server.ask(path, body, method=method, root=root))
     assert answer.status == 404
@@ -407,7 +406,7 @@ def test_the_generalist_changes_with_its_bundle(setup: Setup) -> None:
 
     before, answer, after = within(served, scenario)
     assert before.json["model"] == setup.first.generalist
-    assert after.json["model"] == second.generalist, "the fallback of the server outlives the reload"
+    assert after.json["model"] == second.generalist, "the server's fallback option must survive the reload"
     assert second.generalist in answer.json["loaded"]
     assert setup.first.generalist in answer.json["unloaded"]
 
@@ -453,7 +452,7 @@ def test_clients_change_with_the_bundle(setup: Setup) -> None:
 
 
 async def during_a_reload(setup: Setup, asking: Coroutine[Any, Any, Answer], waiting: int) -> Answer:
-    """Answer a request that began before a reload and ends after its flip."""
+    """Return the response to a request that began before a reload and ended after the switch."""
     slow = asyncio.create_task(asking)
     while setup.app.waiting < waiting:
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A second bundle beside the first: it decides as well, and answers a share."""
+"""A second bundle beside the first: it routes every request too, and answers a share."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ def chat(*turns: str, model: str = "fedrouter") -> dict[str, Any]:
 
 
 def swapped() -> RoutingSpace:
-    """Two task clusters in each other's place; the third far from everything but zebras."""
+    """A space in which two task clusters swap places and the third is near zebras only."""
     first, second, _ = TASKS.values()
     centroids = WordEmbedder().embed([second, first, FAR])
     return RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), centroids, (0, 1, 2))
@@ -44,15 +44,14 @@ def serve_both(
 ) -> Server:
     app = HolderApp([*one.adapter_paths, *(two.adapter_paths if share else ())])
     routing = Routing(one, WordEmbedder(), str, None, Limits(**PATIENT))
-    server = Server(lambda: routing, app, access, log)
-    server.hook._load_second = lambda first: Second(first.load_beside(two.path), share)
+    server = Server(lambda: routing, app, access, log, bundle_root=one.path.parent)
+    server.hook._load_second = lambda _, first: Second(first.load_beside(two.path), share)
     return server
 
 
 @pytest.fixture
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, Bundle]:
     monkeypatch.setattr(canary, "RETRY_S", 0.01)
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     one = write_word_bundle(tmp_path / "one")
@@ -68,7 +67,7 @@ def counted(difference: str) -> float:
     )
 
 
-def test_a_shadow_answers_nothing_and_its_differences_are_counted(
+def test_a_shadow_never_answers_and_its_differences_are_counted(
     bundles: tuple[Bundle, Bundle], tmp_path: Path
 ) -> None:
     one, two = bundles
@@ -83,7 +82,7 @@ def test_a_shadow_answers_nothing_and_its_differences_are_counted(
             answers = [await server.ask(CHAT, chat(text)) for text in asked]
             await asyncio.sleep(0)
             embedded = [text for batch in embedder.batches for text in batch if text in asked]
-            assert len(embedded) == 4, "each once, for both"
+            assert len(embedded) == 4, "each text is embedded once for both bundles"
             return answers, (await server.ask(DECISIONS, method="GET")).json["decisions"]
 
     answers, recent = asyncio.run(scenario())
@@ -138,12 +137,12 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
             after = await server.ask(CHAT, chat(TASKS["headline"]))
             return answer, after, reloaded.json, set(server.app.adapters)
 
-    answer, after, reloaded, held = asyncio.run(scenario())
-    wanted = two.clusters[1].adapter  # which lies where headlines are
+    answer, after, reloaded, loaded = asyncio.run(scenario())
+    wanted = two.clusters[1].adapter  # it lies where headlines are
     assert (answer.status, answer.json["model"]) == (200, wanted)
-    assert after.json["model"] == wanted, "a reload replaces the first bundle alone"
+    assert after.json["model"] == wanted, "a reload replaces the first bundle only"
     assert not set(reloaded["unloaded"]) & set(two.adapter_paths)
-    assert set(two.adapter_paths) < held
+    assert set(two.adapter_paths) < loaded
     digest = hashlib.sha256((two.path / "manifest.json").read_bytes()).hexdigest()
     assert [line.bundle for line in read_log(log)] == [digest[:12]] * 2
 
@@ -174,5 +173,5 @@ def test_a_second_bundle_of_another_embedder_is_refused(
 
     one, _ = bundles
     other = write_word_bundle(tmp_path / "other", embedder=replace(WordEmbedder().spec, max_tokens=64))
-    with pytest.raises(BundleError, match="another than the one in use"):
+    with pytest.raises(BundleError, match="not the one in use"):
         Routing(one, WordEmbedder(), str).load_beside(other.path)

@@ -1,15 +1,15 @@
-"""What vLLM would fail on or be held up by is refused; what clients send is not."""
+"""Payloads that would fail in vLLM or block it are refused; those that clients send are not."""
 
 from typing import Any
 
 import pytest
 
+from fedrouter.serve.asgi import Refusal
 from fedrouter.serve.paths import CHAT, COMPLETIONS, EMBEDDINGS, INVOCATIONS, RESPONSES
-from fedrouter.serve.refusal import Refusal
 from fedrouter.serve.shapes import MAX_ITEMS, MAX_ODD, check_shapes
 
 TEXT = {"type": "input_text", "text": "x"}
-# An agent's history, in all the forms in which OpenAI's client sends it back.
+# An agent's history in all forms that OpenAI's client sends.
 USUAL: list[Any] = [
     *({"role": role, "content": "x"} for role in ("user", "assistant", "system", "developer")),
     {"type": "message", "role": "user", "content": [TEXT, TEXT]},
@@ -48,7 +48,7 @@ ODD: list[Any] = [
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1.5, True, False, "x", "", [], [{}]])
-def test_what_vllm_would_fail_on_is_refused(value: Any) -> None:
+def test_payloads_that_fail_in_vllm_are_refused(value: Any) -> None:
     for fine in ({}, {"structured_outputs": None}, {"structured_outputs": {"regex": "a"}}):
         check_shapes(COMPLETIONS, fine)
     with pytest.raises(Refusal) as refused:
@@ -56,7 +56,7 @@ def test_what_vllm_would_fail_on_is_refused(value: Any) -> None:
     assert refused.value.status == 400
 
 
-def test_a_long_history_is_none_of_it() -> None:
+def test_a_long_history_passes() -> None:
     check_shapes(RESPONSES, {"input": USUAL * (MAX_ITEMS // len(USUAL)), "tools": [_function()] * 200})
     with pytest.raises(Refusal, match="more than 2000 items"):
         check_shapes(RESPONSES, {"input": USUAL[:1] * (MAX_ITEMS + 1)})
@@ -73,7 +73,7 @@ def test_few_odd_items_pass_and_many_do_not(path: str, item: Any) -> None:
 @pytest.mark.parametrize(
     "item", [5, {}, {"role": 5, "content": "x"}, {"role": "user", "content": 5}, {"role": "user", "name": 5}]
 )
-def test_messages_too(item: Any) -> None:
+def test_messages_are_checked_too(item: Any) -> None:
     usual = [{"role": "user", "content": "x", "name": "n"}, {"role": "assistant", "tool_calls": []}]
     check_shapes(CHAT, {"messages": usual * 2_000 + [item]})
     with pytest.raises(Refusal, match="unusual form"):
@@ -83,7 +83,7 @@ def test_messages_too(item: Any) -> None:
 @pytest.mark.parametrize(
     "tool", [5, {}, {"type": "function"}, {"type": "function", "name": "f", "strict": 5}]
 )
-def test_tools_too(tool: Any) -> None:
+def test_tools_are_checked_too(tool: Any) -> None:
     check_shapes(RESPONSES, {"tools": [_function(), tool]})
     with pytest.raises(Refusal, match="unusual form"):
         check_shapes(RESPONSES, {"tools": [tool] * (MAX_ODD + 1)})

@@ -1,4 +1,4 @@
-"""Lists of prompts for several adapters: split, run at once, merged; an application that stands for vLLM."""
+"""Lists of prompts for several adapters: split, run concurrently, merged."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ AdapterOf = Callable[[str], str]
 
 
 class CompletionsApp(EchoApp):
-    """Answers each prompt ``n`` times with the model's name; fails, breaks or hangs as it is told."""
+    """Answers each prompt ``n`` times with the model's name; fails, raises or hangs on demand."""
 
     def __init__(self, **moods: str) -> None:
         super().__init__()
-        self.moods = moods  # by the start of a model's name
+        self.moods = moods  # by prefix of the model's name
         self.running, self.most, self.left = 0, 0, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -46,7 +46,7 @@ class CompletionsApp(EchoApp):
         if mood == "hangs":
             assert (await receive())["type"] == "http.disconnect"
             self.left += 1
-            return await self._answer(send, 200, [b"null"])  # as vLLM does for nobody
+            return await self._answer(send, 200, [b"null"])  # as vLLM does once the client has left
         if mood == "breaks":
             raise RuntimeError("broken")
         if mood == "fails":
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_ends_them_all(server: Server, app: CompletionsApp)
     assert (app.left, app.running) == (2, 0)
 
 
-def test_usage_sums_what_is_there() -> None:
+def test_usage_sums_the_values_present() -> None:
     def answer(model: str, details: Any) -> dict[str, Any]:
         usage = {"prompt_tokens": 3, "prompt_tokens_details": details}
         return {"id": model, "model": model, "choices": [{"index": 0}], "usage": usage}

@@ -1,4 +1,4 @@
-"""A watched link: what it points to is served without anybody asking."""
+"""A watched link: the server follows it."""
 
 import asyncio
 import logging
@@ -20,12 +20,10 @@ from fedrouter.serve.routing import Routing
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Bundles one and two, and a link to the first, as ``fedrouter serve --watch`` sets them up."""
+    """Bundles one and two and a link to the first, for ``fedrouter serve --watch``."""
     write_word_bundle(tmp_path / "one")
     write_word_bundle(tmp_path / "two", seeds=(10, 11, 12))
     (tmp_path / "current").symlink_to("one")
-    monkeypatch.setenv("FEDROUTER_BUNDLES", str(tmp_path))
-    monkeypatch.setenv("FEDROUTER_WATCH", str(tmp_path / "current"))
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(watch, "POLL_S", 0.01)
@@ -33,31 +31,34 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def point(root: Path, name: str) -> None:
-    """Point the link elsewhere, at once, as ``ln -sfn`` does."""
+    """Replace the link atomically, as ``ln -sfn`` does."""
     (root / "new").symlink_to(name)
     (root / "new").replace(root / "current")
 
 
-def within(root: Path, scenario: Callable[[Server], Awaitable[Any]]) -> tuple[Any, HolderApp]:
+def within(
+    root: Path, scenario: Callable[[Server], Awaitable[Any]], link: str | None = "current"
+) -> tuple[Any, HolderApp]:
     first = load_bundle(root / "one")
     app = HolderApp(list(first.adapter_paths))
 
+    load = lambda: Routing(first, WordEmbedder(), str, None, Limits(**PATIENT))  # noqa: E731
+    watch = root / link if link else None
+
     async def main() -> Any:
-        async with Server(
-            lambda: Routing(first, WordEmbedder(), str, None, Limits(**PATIENT)), app
-        ) as server:
+        async with Server(load, app, bundle_root=root, watch=watch) as server:
             return await asyncio.wait_for(scenario(server), 30)
 
     return asyncio.run(main()), app
 
 
 async def served(server: Server, name: str) -> None:
-    """Wait until a bundle is served, and the one before it is gone."""
+    """Wait until a bundle is served and its predecessor is unloaded."""
     while server.hook.routing.bundle.path.name != name or server.hook.reloader.busy:
         await asyncio.sleep(0.01)
 
 
-def test_what_the_link_points_to_is_served(root: Path) -> None:
+def test_the_links_target_is_served(root: Path) -> None:
     async def scenario(server: Server) -> list[str]:
         models = []
         for name in ("one", "two", "one"):
@@ -79,12 +80,12 @@ def test_a_link_that_moved_while_the_server_started_is_noticed(root: Path) -> No
     within(root, lambda server: served(server, "two"))
 
 
-def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_bundle_is_refused_and_logged_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "two" / "router.safetensors").write_bytes(b"")
 
     async def scenario(server: Server) -> list[str]:
         found = []
-        for name in ("two", "missing", "current", "/"):  # damaged, nowhere, a loop, outside
+        for name in ("two", "missing", "current", "/"):  # damaged, missing, a loop, outside
             point(root, name)
             await asyncio.sleep(0.2)
             found.append(server.hook.routing.bundle.path.name)
@@ -98,24 +99,22 @@ def test_a_bad_bundle_is_refused_and_said_once(root: Path, caplog: pytest.LogCap
     caplog.set_level(logging.ERROR, "vllm.fedrouter")
     found, app = within(root, scenario)
     assert found == ["one"] * 4
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3, said
-    assert "router.safetensors: content differs" in said[0]
-    assert "so far stays" in said[0]
-    assert "no such directory" in said[1]
-    assert "only place that bundles are loaded from" in said[2]
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 3, logged
+    assert "router.safetensors: content differs" in logged[0]
+    assert "so far stays" in logged[0]
+    assert "no such directory" in logged[1]
+    assert "only directory that bundles are loaded from" in logged[2]
     assert set(app.adapters) == set(load_bundle(root / "three").adapter_paths)
 
 
-def test_nothing_is_watched_unasked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEDROUTER_WATCH")
-
+def test_nothing_is_watched_by_default(root: Path) -> None:
     async def scenario(server: Server) -> str:
         point(root, "two")
         await asyncio.sleep(0.2)
         return server.hook.routing.bundle.path.name
 
-    assert within(root, scenario)[0] == "one"
+    assert within(root, scenario, link=None)[0] == "one"
     assert os.path.realpath(root / "current").endswith("two")
 
 

@@ -1,19 +1,19 @@
 "use strict";
 // The console of `fedrouter serve`: no framework, no build step, no request to another host.
-// All text goes in as text, never as HTML: prompts and names are other people's.
+// Prompts and names are untrusted: they are inserted as text, never as HTML.
 
 const API = new URL("..", location.href);
 const TABS = ["ask", "map", "traffic", "bundles"];
-const QUIET_MS = 60;       // after the last key, before a decision is asked for
+const QUIET_MS = 60;       // pause after the last key press before a decision is requested
 const REFRESH_MS = 2500;
-const FEW = 30;            // decisions that are listed at first
+const FEW = 30;            // decisions listed before "Show all"
 const $ = (id) => document.getElementById(id);
 
 let key = "";              // in memory only
-let world = null;          // what is served: GET …/clusters
+let world = null;          // response of GET …/clusters
 let talk = [];          // the conversation: {role, content}
-let latest = null;         // the decision that is shown
-let timer, asking, allShown = false;
+let latest = null;         // the decision on display
+let timer, pending, allShown = false;
 
 // --- building blocks ---
 
@@ -51,14 +51,14 @@ function table(heads, rows, stack = true) {
     el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row))))));
 }
 
-// --- asking the server ---
+// --- requests to the server ---
 
 class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
 async function ask(path, payload, { signal, method } = {}) {
-  let again = !payload?.stream;  // a kept connection may just have been closed; what streams is not asked twice
+  let retry = !payload?.stream;  // a kept-alive connection may just have closed; never send a stream request twice
   for (;;) {
     const used = key;
     const headers = { "content-type": "application/json", ...(used ? { authorization: `Bearer ${used}` } : {}) };
@@ -70,8 +70,8 @@ async function ask(path, payload, { signal, method } = {}) {
         body: payload === undefined ? undefined : JSON.stringify(payload),
       });
     } catch (error) {
-      if (!(error instanceof TypeError) || !again) throw error;
-      again = false;
+      if (!(error instanceof TypeError) || !retry) throw error;
+      retry = false;
       continue;
     }
     if (answer.ok) return answer;
@@ -79,38 +79,38 @@ async function ask(path, payload, { signal, method } = {}) {
       await newKey(used);
       continue;
     }
-    const said = await answer.json().catch(() => ({}));
-    const error = said.error && said.error.message ? said.error.message : said.error || answer.statusText;
+    const body = await answer.json().catch(() => ({}));
+    const error = body.error && body.error.message ? body.error.message : body.error || answer.statusText;
     throw new Refused(answer.status, String(error));
   }
 }
 
-const json = async (...asked) => (await ask(...asked)).json();
+const json = async (...request) => (await ask(...request)).json();
 
-let keyAsked = null;
+let keyPrompt = null;  // resolves when the user has entered a key
 
 function newKey(used) {
-  if (used !== key) return Promise.resolve();  // another request has been given one meanwhile
-  keyAsked ||= new Promise((resolve) => {
+  if (used !== key) return Promise.resolve();  // another request has asked for it meanwhile
+  keyPrompt ||= new Promise((resolve) => {
     const dialog = $("ask-key");
-    $("key-why").textContent = used ? "The server does not know this key." : "This server answers to those who have a key.";
+    $("key-why").textContent = used ? "The server does not know this key." : "This server needs an API key.";
     $("key-why").className = used ? "failed" : "";
     $("key").value = "";
     dialog.addEventListener("cancel", (event) => event.preventDefault());
     dialog.addEventListener("close", () => {
       key = $("key").value.trim();
       $("key").value = "";
-      keyAsked = null;
+      keyPrompt = null;
       resolve();
     }, { once: true });
     dialog.showModal();
   });
-  return keyAsked;
+  return keyPrompt;
 }
 
-function trouble(error) {
+function showProblem(error) {
   if (error && error.name === "AbortError") return;
-  const lost = error instanceof TypeError;  // what fetch throws where there is no server
+  const lost = error instanceof TypeError;  // fetch throws it if there is no server
   $("problem").textContent = error ? (lost ? "The server does not answer." : error.message) : "";
   $("problem").hidden = !error;
 }
@@ -149,12 +149,12 @@ function showDecision(decision) {
   }
   const nobody = decision.model === "reject";
   const near = decision.cluster ? ` of ${decision.cluster}` : "";
-  const then = decision.fallback ? `; ${nobody ? "rejected" : `falls back (${world.fallback})`}` : "";
+  const outcome = decision.fallback ? `; ${nobody ? "rejected" : `falls back (${world.fallback})`}` : "";
   const which = decision.turns > 1 ? `Turn ${decision.turn + 1} of ${decision.turns} decides. ` : "";
   $("where").replaceChildren(
     el("div", { class: "verdict" },
       el("span", { class: "name" }, nobody ? "nobody" : decision.model),
-      el("span", { class: "how" }, `${verdict(decision)}${near}${then}`)),
+      el("span", { class: "how" }, `${verdict(decision)}${near}${outcome}`)),
     ...(decision.cluster ? [bars(decision)] : []),
     el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms. `,
       decision.cluster ? "Bar: distance to the task cluster; mark: its radius." : ""));
@@ -162,15 +162,15 @@ function showDecision(decision) {
 
 async function lookAhead() {
   clearTimeout(timer);
-  asking?.abort();
+  pending?.abort();
   const draft = $("prompt").value;
   if (!draft.trim()) return showDecision(talk.length ? latest : null);
-  asking = new AbortController();
+  pending = new AbortController();
   try {
     const messages = [...talk, { role: "user", content: draft }];
-    showDecision(await json("v1/fedrouter/route", { messages }, { signal: asking.signal }));
-    trouble(null);
-  } catch (error) { trouble(error); }
+    showDecision(await json("v1/fedrouter/route", { messages }, { signal: pending.signal }));
+    showProblem(null);
+  } catch (error) { showProblem(error); }
 }
 
 function answerCard(model) {
@@ -199,7 +199,7 @@ function explain(card, headers) {
       try {
         await ask("v1/fedrouter/feedback", { id: of("id"), outcome });
         judges.forEach((one) => one.setAttribute("aria-pressed", String(one.textContent.toLowerCase() === outcome)));
-      } catch (error) { trouble(error); }
+      } catch (error) { showProblem(error); }
     },
   }, outcome === "good" ? "Good" : "Bad"));
   card.judge.replaceChildren(...judges);
@@ -229,16 +229,16 @@ async function stream(card, model, messages) {
     const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens });
     explain(card, answer.headers);
     for await (const piece of pieces(answer)) {
-      if (piece.error) throw new Refused(500, piece.error.message || "the stream broke off");
+      if (piece.error) throw new Refused(500, piece.error.message || "the stream ended with an error");
       text += piece.choices?.[0]?.delta?.content || "";
       card.text.textContent = text;
     }
     card.judge.hidden = !card.judge.childElementCount;
     card.why.append(`${card.why.textContent ? " · " : ""}${Math.round(performance.now() - began)} ms`);
-    if (!text) card.text.append(el("span", { class: "quiet" }, "(an empty answer)"));
+    if (!text) card.text.append(el("span", { class: "quiet" }, "(empty response)"));
   } catch (error) {
     const lost = error instanceof TypeError;
-    card.text.append(el("p", { class: "failed" }, lost ? "The server broke off." : error.message));
+    card.text.append(el("p", { class: "failed" }, lost ? "The connection was lost." : error.message));
   }
   card.text.classList.remove("running");
   return text;
@@ -264,7 +264,7 @@ async function send() {
   $("prompt").focus();
 }
 
-function anew() {
+function startOver() {
   talk = [];
   latest = null;
   $("turns").replaceChildren();
@@ -329,21 +329,21 @@ async function showMap() {
     picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")), draw("text", { x: cx + 13, y: cy + 5 }, "prompt"));
   }
   $("picture").replaceChildren(picture);
-  const told = past.length ? `Faint points: the last ${past.length} decisions${past.some((one) => one.fallback) ? ", hollow where they fell back" : ""}. ` : "No decisions yet. ";
+  const legend = past.length ? `Faint points: the latest ${past.length} decisions${past.some((one) => one.fallback) ? "; fallbacks are hollow" : ""}. ` : "No decisions yet. ";
   const count = (counts) => Object.entries(counts).map(([name, number]) => `${name} ${number}`).join(", ");
   const heads = [["task cluster"], ["radius", "num"], ...(world.operator ? [["rows", "num"], ["tasks"], ["clients"]] : [])];
   const rows = world.clusters.map((one) => [
     el("span", { class: colour(one.name) }, el("span", { class: "swatch" }), one.name), fixed(one.radius),
     ...(world.operator ? [String(one.num_examples), count(one.task_counts) || "no labels", one.clients.join(", ")] : [])]);
   $("legend").replaceChildren(el("p", { class: "key" },
-    `${told}${now ? "" : "Type a prompt under Ask to see it here. "}Rings: radii. Distances shrink when many dimensions are drawn in two; the bars under Ask tell them.`),
+    `${legend}${now ? "" : "Type a prompt under Ask to see it here. "}Rings: radii. The map has two dimensions only, so distances look too short; the bars under Ask show them.`),
     el("h2", {}, "Task clusters"), table(heads, rows));
 }
 
 // --- Traffic ---
 
 function quantile(buckets, share) {
-  // From a Prometheus histogram's cumulative buckets: linear within one, as Grafana does.
+  // From cumulative Prometheus buckets, interpolated linearly as in Grafana.
   const total = buckets.length ? buckets[buckets.length - 1][1] : 0;
   if (!total) return null;
   let [low, before] = [0, 0];
@@ -359,9 +359,9 @@ async function showTraffic() {
     json("v1/fedrouter/decisions?limit=200"), world.operator ? json("v1/fedrouter/numbers") : null]);
   const counts = new Map();  // adapter → outcome → requests
   const count = (adapter, outcome, number) => {
-    const own = counts.get(adapter) || {};
-    own[outcome] = (own[outcome] || 0) + number;
-    counts.set(adapter, own);
+    const outcomes = counts.get(adapter) || {};
+    outcomes[outcome] = (outcomes[outcome] || 0) + number;
+    counts.set(adapter, outcomes);
   };
   let figures;
   if (numbers) {
@@ -380,14 +380,14 @@ async function showTraffic() {
     if (world.second) {
       const all = differ.reduce((total, one) => total + one.value, 0);
       const same = sum("shadow_decisions_total", (one) => one.labels.difference === "same");
-      figures.push([`${world.second.name} decides the same`, all ? percent(same / all) : "–"]);
+      figures.push([`${world.second.name} agrees`, all ? percent(same / all) : "–"]);
     }
     const lost = sum("decision_log_lost_total");
-    if (lost) figures.push(["lines the log lost", lost]);
+    if (lost) figures.push(["lost log lines", lost]);
   } else {
     decisions.forEach((one) => count(one.adapter, one.outcome || "running", 1));
     const back = decisions.filter((one) => one.fallback).length;
-    figures = [["your last decisions", decisions.length], ["fell back", decisions.length ? percent(back / decisions.length) : "–"]];
+    figures = [["your latest decisions", decisions.length], ["fell back", decisions.length ? percent(back / decisions.length) : "–"]];
   }
   $("figures").replaceChildren(...figures.map(([name, value]) => el("div", { class: "figure" }, el("b", {}, String(value)), el("span", {}, name))));
   const total = (own) => Object.values(own).reduce((a, b) => a + b, 0);
@@ -427,7 +427,7 @@ function showDecisions(decisions) {
   const more = found.length > rows.length
     ? el("button", { type: "button", class: "plain small", onclick: () => { allShown = true; showDecisions(decisions); } }, `Show all ${found.length}`) : "";
   $("decisions").replaceChildren(...rows.length ? [table(heads, rows), more]
-    : [el("p", { class: "empty" }, decisions.length ? "None of them." : "None yet. Ask something, or send a request to model “fedrouter”.")]);
+    : [el("p", { class: "empty" }, decisions.length ? "No decision matches." : "None yet. Ask something, or send a request to model “fedrouter”.")]);
 }
 
 // --- Bundles ---
@@ -440,7 +440,7 @@ async function showBundle() {
     facts.push(["embedder", `${model} (${kind}, ${dim} dimensions)`], ["rank", String(world.rank)], ["probes", String(world.num_probes)]);
     if (world.second) {
       const { name, sha256, share } = world.second;
-      facts.push(["second", el("span", {}, el("b", {}, name), share ? ` answers ${percent(share)} of the requests ` : " decides as well, and answers nothing ", el("code", { class: "quiet" }, sha256.slice(0, 12)))]);
+      facts.push(["second", el("span", {}, el("b", {}, name), share ? ` answers ${percent(share)} of the requests ` : " routes every request, answers none ", el("code", { class: "quiet" }, sha256.slice(0, 12)))]);
     }
     facts.push(["written with", Object.entries(world.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "unknown"]);
   }
@@ -459,27 +459,27 @@ async function showReload() {
   choice.value = bundles.find((name) => name !== world.bundle.name) || bundles[0] || "";
   const check = el("button", { type: "button", class: "plain" }, "Check");
   const go = el("button", { type: "button", disabled: true }, "Reload");
-  const list = (told) => ["loaded", "kept", "unloaded"].filter((what) => told[what].length)
-    .map((what) => el("p", {}, el("span", { class: "quiet" }, `${what === "loaded" ? "new" : what}: `), el("span", { class: "name" }, told[what].join(", "))));
-  const run = async (checked, waiting) => {
+  const list = (changes) => ["loaded", "kept", "unloaded"].filter((change) => changes[change].length)
+    .map((change) => el("p", {}, el("span", { class: "quiet" }, `${change === "loaded" ? "new" : change}: `), el("span", { class: "name" }, changes[change].join(", "))));
+  const run = async (checkOnly, progress) => {
     check.disabled = go.disabled = choice.disabled = true;
-    result.replaceChildren(el("p", { class: "quiet" }, waiting));
+    result.replaceChildren(el("p", { class: "quiet" }, progress));
     try {
-      const told = await json("v1/fedrouter/reload", { bundle: choice.value, ...(checked ? { check: true } : {}) });
-      result.replaceChildren(el("p", {}, checked ? `${told.bundle} is valid${told.probes ? `, its ${told.probes} probes hold` : ""}. After a reload:` : `${told.bundle} is served.`), ...list(told));
-      go.disabled = !checked;
-      if (!checked) { world = await json("v1/fedrouter/clusters"); showServed(); await showBundle(); await listModels(); }
+      const changes = await json("v1/fedrouter/reload", { bundle: choice.value, ...(checkOnly ? { check: true } : {}) });
+      result.replaceChildren(el("p", {}, checkOnly ? `${changes.bundle} is valid${changes.probes ? `, its ${changes.probes} probes hold` : ""}. After a reload:` : `${changes.bundle} is served.`), ...list(changes));
+      go.disabled = !checkOnly;
+      if (!checkOnly) { world = await json("v1/fedrouter/clusters"); showServed(); await showBundle(); await listModels(); }
     } catch (error) {
       result.replaceChildren(el("p", { class: "failed" }, error.message));
     }
     check.disabled = choice.disabled = false;
   };
-  check.addEventListener("click", () => run(true, "Validating, asking its probes …"));
-  go.addEventListener("click", () => run(false, "Loading beside the old one, then changing over …"));
+  check.addEventListener("click", () => run(true, "Validating, running its probes …"));
+  go.addEventListener("click", () => run(false, "Loading, then switching …"));
   choice.addEventListener("change", () => { go.disabled = true; result.replaceChildren(); });
   $("reload").replaceChildren(el("h2", {}, "Serve another bundle"), bundles.length
     ? el("div", { class: "card" }, el("div", { class: "row" }, choice, check, go), result)
-    : el("p", { class: "empty" }, "No bundle lies beside the served one, or this server cannot reload."));
+    : el("p", { class: "empty" }, "There is no other bundle here, or this server cannot reload."));
 }
 
 // --- the whole page ---
@@ -510,12 +510,12 @@ async function open(tab) {
 
 async function refresh(tab) {
   try {
-    models = tab === "ask" ? listModels() : null;  // beside what follows, not behind it
-    models?.catch(() => {});  // what went wrong is told where it is waited for
+    models = tab === "ask" ? listModels() : null;  // concurrent with the requests below
+    models?.catch(() => {});  // the error is shown where models is awaited
     if (!world || tab !== "ask") { world = await json("v1/fedrouter/clusters"); showServed(); }
     await SHOW[tab]();
-    trouble(null);
-  } catch (error) { trouble(error); }
+    showProblem(null);
+  } catch (error) { showProblem(error); }
   const live = tab === "map" || tab === "traffic";
   if (live && !$(tab).hidden) {
     clearTimeout(refreshing);
@@ -541,7 +541,7 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
-$("anew").addEventListener("click", anew);
+$("anew").addEventListener("click", startOver);
 for (const id of ["by-adapter", "by-outcome", "by-fallback"]) $(id).addEventListener("change", () => refresh("traffic"));
 window.addEventListener("hashchange", () => { const tab = location.hash.slice(1); if (TABS.includes(tab)) open(tab); });
 open(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");
