@@ -280,9 +280,9 @@ def make_settings(
 
 def ready_lines(bundle: Bundle, url: str, options: Options) -> str:
     """Return the lines that are printed when a server is ready: what it serves, and how to try it."""
-    key_env = options.api_key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None)
-    if options.keys_file is not None:
-        key_env = key_env or "CLIENT_KEY"
+    key_env = options.api_key_env or ("CLIENT_KEY" if options.keys_file is not None else None)
+    if key_env is None and os.environ.get("VLLM_API_KEY"):
+        key_env = "VLLM_API_KEY"
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     question = json.dumps({"model": VIRTUAL_NAME, "messages": [{"role": "user", "content": "Hello"}]})
     return (

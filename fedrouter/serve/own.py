@@ -137,7 +137,8 @@ class OwnEndpoints:
             [decision] = await route_conversations(used, user_turns, caller, vectors)
             turns = user_turns[0]
             vector = vectors.get(turns[decision.turn]) if turns else None
-        at = None if vector is None else routing.place(vector)
+        # The map is of the first bundle; a decision of the second has no place on it.
+        at = routing.place(vector) if vector is not None and used is routing else None
         return {**asdict(decision), "turns": len(turns), "at": at, "routing_ms": ms_since(start)}
 
     async def _reload(self, inner: Inner, scope: Scope, receive: Receive, caller: Caller) -> Any:

@@ -119,7 +119,10 @@ class Reloader:
             await check_adapters(inner, loaded)
         except BaseException:
             new.close()
-            await _unload(inner, loaded)
+            try:
+                await _unload(inner, loaded)
+            except FedRouterError as error:  # why the reload failed matters more
+                logger.warning("%s", error)
             raise
         switch(new)
         await old.drained(DRAIN_S)
