@@ -1,4 +1,4 @@
-"""What this machine can train on, and each process's share of it; said before anything is loaded."""
+"""Check what this machine can train on and split it among processes, before anything is loaded."""
 
 import importlib.util
 import os
@@ -12,12 +12,12 @@ from fedrouter.train.show.trackers import check_trackers
 
 
 def check_machine(base: BaseSettings, trackers: Sequence[str] = ()) -> None:
-    """Refuse what cannot work here.
+    """Refuse settings that this machine cannot run.
 
     Raises
     ------
     ConfigError, TrainingError
-        If several processes were started, a GPU or a package is missing.
+        If a launcher started several processes, or a GPU or a package is missing.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:  # accelerate launch, torchrun
@@ -41,12 +41,12 @@ def check_machine(base: BaseSettings, trackers: Sequence[str] = ()) -> None:
 
 
 def share_out(base: BaseSettings, processes: int) -> None:
-    """Leave this process its share of the machine's threads; refuse more processes than GPUs.
+    """Limit this process to its share of the machine's threads.
 
     Raises
     ------
     TrainingError
-        If each cannot have a GPU of its own.
+        If there are fewer GPUs than processes.
     """
     if processes == 1:
         return
@@ -59,13 +59,13 @@ def share_out(base: BaseSettings, processes: int) -> None:
 
 
 def side_by_side(base: BaseSettings) -> int:
-    """Return how many small models train side by side here: one a GPU or a thread, four at most."""
+    """Return how many small models to train at the same time: one per GPU or thread, at most four."""
     device, _ = device_and_dtype(base)
     return max(1, min(4, torch.cuda.device_count() if device == "cuda" else torch.get_num_threads()))
 
 
 def device_and_dtype(base: BaseSettings) -> tuple[str, str]:
-    """Return where the base goes ("cpu", "cuda", "spread") and in which dtype."""
+    """Return the base model's device ("cpu", "cuda" or "spread") and dtype."""
     device, dtype = base.device, base.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
