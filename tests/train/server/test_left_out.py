@@ -96,7 +96,7 @@ def test_a_run_with_checkpoints_does_not_lose_them_to_a_client_that_fails_now(tm
     members = clients()
     break_in(members[0], "assign")
     among = federation(members)
-    with pytest.raises(TrainingError, match=r"client ulm: OSError .* give the command again once it works"):
+    with pytest.raises(TrainingError, match=r"client ulm: OSError .* run the command again once it works"):
         left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0), DIM))
     assert not (tmp_path / "left_out.json").exists()
 
@@ -110,7 +110,7 @@ def test_where_noise_covers_one_answer_nobody_is_asked_again(tmp_path: Path) -> 
         asked.append(1)
         return group(among, CONFIG, adapter(0), DIM)
 
-    with pytest.raises(TrainingError, match=r"client ulm: .*centroid_noise covers one answer"):
+    with pytest.raises(TrainingError, match=r"client ulm: .*centroid_noise covers only one reply"):
         left_out(tmp_path, once=True).without(among, find)
     assert asked == [1]
 
