@@ -128,8 +128,8 @@ def test_who_is_not_in_the_roster_and_who_takes_another_s_name_are_refused(
     wire.transport.here |= {"node-oslo": stranger.answer, "node-thief": thief.answer}
     assert len(wire.federation.members()) == 3
     joined(wire)
-    assert wire.said("node node-oslo takes no part: client 'oslo' is not in the roster")
-    assert wire.said("node node-thief takes no part: a reply as client 'ulm' that is not signed with its key")
+    assert wire.said("node node-oslo rejected: client 'oslo' is not in the roster")
+    assert wire.said("node node-thief rejected: a reply as client 'ulm' that is not signed with its key")
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
     assert all(isinstance(answer, TrainReply) for answer in answers.values())
 
@@ -151,7 +151,7 @@ def test_a_reply_of_the_last_round_is_refused_and_so_is_one_of_another_site(plac
     assert isinstance(first["ulm"], TrainReply)
     again = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
     assert again["ulm"] == TrainFailure("ulm", 0, "it did not answer within 50 s")
-    assert wire.said("client ulm: a reply to another question, or a late one; refused")
+    assert wire.said("client ulm: ignored a reply that is late or answers another request")
     assert isinstance(again["bern"], TrainReply)
     wire.transport.here["node-ulm"] = places[1].answer  # bern's, under ulm's connection
     third = by_client(wire.federation.train([request(name, 2) for name in NAMES]))
@@ -192,7 +192,7 @@ def test_one_that_went_away_is_not_waited_for_and_comes_back_elsewhere(places: l
     joined(wire)
     del wire.transport.here["node-graz"]
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
-    assert answers["graz"] == TrainFailure("graz", 0, "it was not there")
+    assert answers["graz"] == TrainFailure("graz", 0, "it was not connected")
     places[2].start()
     wire.transport.here["node-9"] = places[2].answer  # another address, the same key
     answers = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
@@ -206,7 +206,7 @@ def test_a_site_that_was_restarted_gives_what_it_would_have_given(places: list[P
     whole = by_client(wire.federation.train([request(name) for name in NAMES]))
     places[0].start()
     again = by_client(wire.federation.train([request(name) for name in NAMES]))
-    assert wire.said("client ulm was restarted: it is told the plan again")
+    assert wire.said("client ulm was restarted: sending it the plan again")
     for name in NAMES:
         one, other = whole[name], again[name]
         assert isinstance(one, TrainReply)
@@ -217,20 +217,20 @@ def test_a_site_that_was_restarted_gives_what_it_would_have_given(places: list[P
 def test_who_does_not_come_is_named_and_the_others_start_if_they_are_enough(places: list[Place]) -> None:
     wire = Wire(places)
     del wire.transport.here["node-bern"]
-    with pytest.raises(ClientError, match="client bern: it did not come within"):
+    with pytest.raises(ClientError, match="client bern: it did not connect within"):
         wire.federation.members()
     wire.federation.leave(["bern"])
     assert [m.client for m in wire.federation.members()] == ["graz", "ulm"]
     alone = Wire(places)
     alone.transport.here = {"node-ulm": places[0].answer}
-    with pytest.raises(TrainingError, match=r"1 clients came .* it takes 2: bern, graz did not"):
+    with pytest.raises(TrainingError, match=r"1 clients connected .* 2 are needed; missing: bern, graz"):
         alone.federation.members()
 
 
 def test_who_comes_late_is_told_so_and_the_run_goes_on(places: list[Place]) -> None:
     wire = Wire(places)
     del wire.transport.here["node-bern"]
-    with pytest.raises(ClientError, match="client bern: it did not come within"):
+    with pytest.raises(ClientError, match="client bern: it did not connect within"):
         wire.federation.members()
     wire.federation.leave(["bern"])
     joined(wire)
@@ -238,7 +238,7 @@ def test_who_comes_late_is_told_so_and_the_run_goes_on(places: list[Place]) -> N
     for number in range(2):
         answers = by_client(wire.federation.train([request(name, number) for name in ("ulm", "graz")]))
         assert all(isinstance(answer, TrainReply) for answer in answers.values())
-    assert wire.said("client bern comes too late for this run; fedrouter join adds it to the bundle")
+    assert wire.said("client bern is too late for this run; add it to the bundle with fedrouter join")
 
 
 def test_who_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> None:
@@ -249,14 +249,14 @@ def test_who_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> 
     assert len(rounds) == CONFIG.train.rounds
     for result in rounds:
         refused = {client: why for c in result.clusters for client, why in c.refused.items()}
-        assert refused == {"bern": "it was not there"}
+        assert refused == {"bern": "it was not connected"}
 
 
 def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
     wire = Wire(places, replace(WAITING, least_replies=3))
     joined(wire)
     wire.transport.here["node-graz"] = None
-    with pytest.raises(TrainingError, match=r"2 clients sent an update, and it takes 3 \(client graz"):
+    with pytest.raises(TrainingError, match=r"2 clients sent an update, but 3 are needed \(client graz"):
         list(wire.federation.train([request(name) for name in NAMES]))
 
 
@@ -317,7 +317,7 @@ def test_another_base_or_embedder_is_told_apart(places: list[Place]) -> None:
     for place in places[:2]:
         place.start()
     wire = Wire(places)
-    with pytest.raises(TrainingError, match="1 clients came"):
+    with pytest.raises(TrainingError, match="1 clients connected"):
         wire.federation.members()
     assert wire.said("client ulm: its base is another one than the server's")
     assert wire.said("client bern: its embedder is another one than the server's: vectors differ by 100.0%")
@@ -336,7 +336,7 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
         ends.append(rounds[-1].state)
     for one, other in zip(*(state.adapters for state in ends), strict=True):
         assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-6
-    (alone,) = (a for a in wire.federation._answers([request("ulm")], TrainReply))
+    (alone,) = (a for a in wire.federation._replies([request("ulm")], TrainReply))
     assert alone == TrainFailure("ulm", 0, "the plan was to sum updates, and this asks for one alone")
     kinds = [k for line in summed[0].site.audit.read_text().splitlines() for k in json.loads(line)["kinds"]]
     assert "TrainReply" not in kinds
