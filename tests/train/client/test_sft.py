@@ -170,7 +170,7 @@ def test_a_target_module_that_is_not_there_is_named_even_beside_one_that_is() ->
     model, _ = small_model()
     check_targets(model, "all-linear")
     check_targets(model, ["q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj"])
-    with pytest.raises(ModelError, match=r"no module q_porj; its linear ones are down_proj, .*q_proj"):
+    with pytest.raises(ModelError, match=r"no module q_porj; its linear modules are down_proj, .*q_proj"):
         check_targets(model, ["v_proj", "q_porj"])
 
 

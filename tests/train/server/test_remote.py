@@ -269,7 +269,7 @@ def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
         ({"update_noise": 0.5}, {}, "its policy refuses privacy.update_noise 0.0"),
         ({"secure_sum": True}, {}, "updates that are not summed"),
         ({}, {"embedder": {"kind": "endpoint", "model": "m", "url": "http://x:1"}}, "an embeddings endpoint"),
-        ({}, {"method": "no such"}, "none that this version knows"),
+        ({}, {"method": "no such"}, "not valid in this version"),
     ],
 )
 def test_a_plan_outside_the_policy_is_refused_before_rows_are_read(

@@ -128,7 +128,7 @@ def test_who_drops_out_is_named_and_the_others_are_summed(tmp_path: Path, stage:
 def test_too_few_are_not_summed(tmp_path: Path) -> None:
     pair = Group(tmp_path / "a", NAMES[:2])
     assert {a.reason for a in pair.run().values() if isinstance(a, TrainFailure)} == {
-        "2 clients are too few for a secure sum; it takes 3"
+        "2 clients are too few for a secure sum; it needs 3"
     }
     assert not pair.seen, "nobody was asked"
     three = Group(tmp_path / "b", NAMES[:3])
