@@ -33,7 +33,7 @@ def show(report: Report, console: Console) -> None:
     most = max((number for _, _, number in report.histogram), default=1)
     for low, high, number in report.histogram:
         line(f"{low:>7}–{high:<7} {'█' * round(40 * number / most)} {number}")
-    needed = ", ".join(f"{length} would fit {share}" for share, length in report.needed.items())
+    needed = ", ".join(f"{length} would hold {share}" for share, length in report.needed.items())
     line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed} of the rows")
     sizes = _count(report.num_parameters), _count(report.adapter_parameters), size_text(report.memory_bytes)
     line("base {} parameters, each adapter {}; memory about {}".format(*sizes))

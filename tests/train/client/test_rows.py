@@ -91,7 +91,8 @@ def test_answers_that_a_template_writes_otherwise_later_get_rows_of_their_own(
     assert text(tok, rows[0]).endswith("<assistant><think>\n\n</think>\n\nFirst answer</s>")
     assert text(tok, rows[1]).count("<think>") == 1, "what the prompt opened is not opened again"
     said = "\n".join(tok.lines())
-    assert "1 conversations train a row an answer" in said and "1 answers are trained behind an empty" in said
+    assert "1 conversations give one row per answer" in said
+    assert "1 answers are trained after an empty" in said
 
 
 def test_tools_and_calls_are_rendered_and_learned(tokeniser: Callable[..., Tokeniser]) -> None:
@@ -148,8 +149,8 @@ def test_turns_that_a_template_leaves_out_are_told(tokeniser: Callable[..., Toke
     silent = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     tok = tokeniser(silent)
     tok.rows([Record((Turn("system", "Be."), *QUESTION), "x", where="rows.jsonl:4"), Record(QUESTION, "x")])
-    assert next(line for line in tok.lines() if "no system turn" in line).startswith(
-        "the chat template shows no system turn like those of 1 rows, the first rows.jsonl:4"
+    assert next(line for line in tok.lines() if "system turn" in line).startswith(
+        "the chat template does not show the system turns of 1 rows (first: rows.jsonl:4)"
     )
 
 

@@ -319,8 +319,8 @@ def test_another_base_or_embedder_is_told_apart(places: list[Place]) -> None:
     wire = Wire(places)
     with pytest.raises(TrainingError, match="1 clients connected"):
         wire.federation.members()
-    assert wire.said("client ulm: its base is another one than the server's")
-    assert wire.said("client bern: its embedder is another one than the server's: vectors differ by 100.0%")
+    assert wire.said("client ulm: its base does not match the server's")
+    assert wire.said("client bern: its embedder does not match the server's: vectors differ by 100.0%")
 
 
 def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
     for one, other in zip(*(state.adapters for state in ends), strict=True):
         assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-6
     (alone,) = (a for a in wire.federation._replies([request("ulm")], TrainReply))
-    assert alone == TrainFailure("ulm", 0, "the plan was to sum updates, and this asks for one alone")
+    assert alone == TrainFailure("ulm", 0, "the plan is to sum updates, but this requests a single one")
     kinds = [k for line in summed[0].site.audit.read_text().splitlines() for k in json.loads(line)["kinds"]]
     assert "TrainReply" not in kinds
     assert {"SumKey", "SumSealed", "Masked", "SumOpened"} <= set(kinds)
@@ -353,7 +353,7 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
     ],
 )
 def test_numbers_that_no_rows_have_are_the_client_s_failure(places: list[Place], broken: Any) -> None:
-    places[0].resident._done = lambda *_: iter([broken])  # type: ignore[method-assign]
+    places[0].resident._handle = lambda *_: iter([broken])  # type: ignore[method-assign]
     wire = Wire(places[1:])
     wire.federation._roster = {place.name: place.key for place in places}
     wire.federation.members()

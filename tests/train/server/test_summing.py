@@ -145,7 +145,7 @@ def test_a_site_opens_a_sum_once_and_never_for_few(tmp_path: Path) -> None:
     group.gone = lambda _name, message: isinstance(message, SumOpen)
     group.run(1)
     few = group.answer("ulm", SumOpen(0, 1, NAMES[:2]))
-    assert few == Refused("a sum of 2 clients is not opened")
+    assert few == Refused("a sum of 2 clients must not be opened")
 
 
 def test_a_site_that_wants_more_company_is_not_summed_with_less(tmp_path: Path) -> None:
