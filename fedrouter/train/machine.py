@@ -22,15 +22,15 @@ def check_machine(base: BaseSettings, trackers: Sequence[str] = ()) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:  # accelerate launch, torchrun
         raise TrainingError(
-            f"{processes} processes were started from outside: run fedrouter train alone, with --processes "
-            f'{processes}; a base too large for one GPU takes base.device = "spread"'
+            f"a launcher started {processes} processes: run fedrouter train without it, with --processes "
+            f'{processes}; for a base too large for one GPU set base.device = "spread"'
         )
     wanted, gpus = base.device, torch.cuda.device_count()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise TrainingError('base.device = "cuda": this machine has no usable GPU; set "cpu" or "auto"')
     if wanted == "spread" and gpus < 2:
         raise TrainingError(
-            f'base.device = "spread" takes two GPUs or more, and there are {gpus}; set "auto"'
+            f'base.device = "spread" needs at least two GPUs, but there are {gpus}; set "auto"'
         )
     quantization = base.quantization
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
@@ -52,9 +52,11 @@ def share_out(base: BaseSettings, processes: int) -> None:
         return
     device, _ = device_and_dtype(base)
     if device == "spread":
-        raise TrainingError('--processes: base.device = "spread" takes all GPUs for one process')
+        raise TrainingError(
+            '--processes: base.device = "spread" uses all GPUs for one process; set another device'
+        )
     if device == "cuda" and processes > (gpus := torch.cuda.device_count()):
-        raise TrainingError(f"--processes {processes}: each takes a GPU of its own, and there are {gpus}")
+        raise TrainingError(f"--processes {processes}: each needs its own GPU, but there are {gpus}")
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 

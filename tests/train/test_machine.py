@@ -15,7 +15,7 @@ def config(**base: str) -> BaseSettings:
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_machine(config())
     monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate launch and torchrun set it
-    with pytest.raises(TrainingError, match=r"2 processes were started from outside: .* --processes 2"):
+    with pytest.raises(TrainingError, match=r"a launcher started 2 processes: .* --processes 2"):
         check_machine(config())
 
 
@@ -24,7 +24,7 @@ def test_what_needs_a_gpu_says_so() -> None:
     with pytest.raises(TrainingError, match=r'base\.device = "cuda": this machine has no usable GPU'):
         check_machine(config(device="cuda"))
     with pytest.raises(
-        TrainingError, match=r'base\.device = "spread" takes two GPUs or more, and there are 0'
+        TrainingError, match=r'base\.device = "spread" needs at least two GPUs, but there are 0'
     ):
         check_machine(config(device="spread"))
     assert device_and_dtype(config()) == ("cpu", "float32")
@@ -59,7 +59,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     share_out(config(device="cuda"), 2)
     assert side_by_side(config(device="cuda")) == 2
-    with pytest.raises(TrainingError, match=r"--processes 3: each takes a GPU of its own, and there are 2"):
+    with pytest.raises(TrainingError, match=r"--processes 3: each needs its own GPU, but there are 2"):
         share_out(config(device="cuda"), 3)
-    with pytest.raises(TrainingError, match=r'--processes: base\.device = "spread" takes all GPUs'):
+    with pytest.raises(TrainingError, match=r'--processes: base\.device = "spread" uses all GPUs'):
         share_out(config(device="spread"), 2)

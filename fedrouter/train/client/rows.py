@@ -115,7 +115,7 @@ class Tokeniser:
         last: bool = False,
     ):
         self.limit = min(max_length, positions or max_length)
-        self._limited_by = "train.max_length" if self.limit == max_length else "the base's positions"
+        self._limited_by = "train.max_length" if self.limit == max_length else "the base's context length"
         self._tokenizer, self._last = tokenizer, last
         self._special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
         self._cache: dict[int, tuple[Record, list[TokenRow]]] = {}

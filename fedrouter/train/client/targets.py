@@ -55,12 +55,12 @@ def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
 def adapted(model: torch.nn.Module, targets: str | Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return the modules that get adapters: name → (inputs, outputs)."""
     ends = {id(module) for module, _ in _ends(model)}
-    beside = outside(model)
+    excluded = outside(model)
     return {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and id(module) not in ends
-        if beside is None or not re.fullmatch(beside, name)
+        if excluded is None or not re.fullmatch(excluded, name)
         if targets == ALL or any(name == t or name.endswith(f".{t}") for t in targets)
     }
 

@@ -35,7 +35,7 @@ class Failed:
 
 
 class StandIn:
-    """A trainer that tokenises with ``main`` but whose subclasses train elsewhere."""
+    """Base of trainers that use ``main`` for tokenising but train elsewhere."""
 
     def __init__(self, main: AdapterTrainer):
         self._main = main

@@ -56,7 +56,7 @@ class Summarise:
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """Group rows by nearest centroid, or as told."""
+    """Group rows by nearest centroid, or by ``told``."""
 
     space: RoutingSpace
     told: Membership | None
@@ -64,7 +64,7 @@ class Regroup:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Assign rows to the nearest task clusters, or as told, for all later requests."""
+    """Assign rows to the nearest task clusters, or by ``told``, for all later requests."""
 
     space: RoutingSpace
     told: Membership | None

@@ -175,7 +175,7 @@ def test_long_rows_use_all_room_and_say_so(tokeniser: Callable[..., Tokeniser]) 
     longest = max(row.length for row in rows)
     assert line.startswith("2 of 3 rows are longer than train.max_length = 40 tokens: 1 lose the beginning")
     assert f"{longest} would hold 100%" in line
-    assert "the base's positions = 30" in "".join(positions_lines(tokeniser, long))
+    assert "the base's context length = 30" in "".join(positions_lines(tokeniser, long))
 
 
 def positions_lines(tokeniser: Callable[..., Tokeniser], long: str) -> list[str]:
