@@ -20,7 +20,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_what_needs_a_gpu_says_so() -> None:
+def test_settings_that_need_a_gpu_are_refused() -> None:
     with pytest.raises(TrainingError, match=r'base\.device = "cuda": this machine has no usable GPU'):
         check_machine(config(device="cuda"))
     with pytest.raises(
@@ -31,14 +31,14 @@ def test_what_needs_a_gpu_says_so() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_four_bits_without_bitsandbytes() -> None:
+def test_quantization_needs_bitsandbytes() -> None:
     with pytest.raises(
         ConfigError, match=r'base\.quantization = "nf4" needs bitsandbytes: pip install "fedrouter\[qlora'
     ):
         check_machine(config(quantization="nf4"))
 
 
-def test_what_dtype_is_taken() -> None:
+def test_device_and_dtype() -> None:
     assert device_and_dtype(config(device="cpu", dtype="bfloat16")) == ("cpu", "bfloat16")
     assert device_and_dtype(config(device="cuda")) == ("cuda", "bfloat16")
     assert device_and_dtype(config(device="spread", dtype="float16")) == ("spread", "float16")
@@ -50,11 +50,11 @@ def test_each_process_gets_its_share_of_the_threads(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "set_num_threads", left.append)
     for processes in (1, 2, 3, 9):
         share_out(config(device="cpu"), processes)
-    assert left == [3, 2, 1], "a single process keeps them all"
+    assert left == [3, 2, 1], "a single process keeps all threads"
     assert side_by_side(config(device="cpu")) == 4
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     share_out(config(device="cuda"), 2)
