@@ -287,7 +287,7 @@ def _finished(run: Path) -> Config:
 
 
 def _names(config: Config, run: Path) -> set[str]:
-    return {*config.data.clients, *(name for one in _joins(run) for name in one["clients"])}
+    return {*config.data.clients, *(name for entry in _joins(run) for name in entry["clients"])}
 
 
 def _joins(run: Path) -> list[dict[str, Any]]:

@@ -164,7 +164,7 @@ class Session:
             yield
         except FedRouterError:
             if new and not (self.out / "config.json").exists():
-                shutil.rmtree(self.out, ignore_errors=True)  # embeddings
+                shutil.rmtree(self.out, ignore_errors=True)  # holds at most embeddings
             raise
 
     def claim(self, files: Mapping[str, str] | None = None) -> None:

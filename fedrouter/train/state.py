@@ -62,7 +62,7 @@ class ClusterRound:
     num_clients: int
     drift: float  # relative L2 distance of the new adapter from the old one
     norm: float  # L2, of the longest accepted update
-    residual: float | None  # relative error of ``aggregate.exact`` from cutting to the rank; else None
+    residual: float | None  # of the exact mean: relative error from reducing it to the rank; else None
     refused: Mapping[str, str]  # client → why its update was refused, or why it could not train
     num_bytes: int = 0  # of adapters sent to clients and received from them
     validation: float | None = None  # mean loss of the new adapter on validation rows, nats per token

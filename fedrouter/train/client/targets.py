@@ -118,8 +118,8 @@ def _language_model(model: torch.nn.Module) -> str | None:
 
 
 def _ends(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
-    """Yield the embedding and the output layer."""
-    for get, what in (("get_input_embeddings", "embedding"), ("get_output_embeddings", "output layer")):
-        found = getattr(model, get)() if hasattr(model, get) else None
-        if found is not None:
-            yield found, what
+    """Yield the embedding and the output layer with their names."""
+    for getter, name in (("get_input_embeddings", "embedding"), ("get_output_embeddings", "output layer")):
+        module = getattr(model, getter)() if hasattr(model, getter) else None
+        if module is not None:
+            yield module, name

@@ -507,11 +507,11 @@ class RemoteFederation:
 
 def _total(exchanges: Sequence[Traffic]) -> Traffic:
     total = Traffic()
-    for one in exchanges:
-        total.down, total.up = total.down + one.down, total.up + one.up
-        total.seconds += one.seconds
-        total.rounding = max(total.rounding, one.rounding)
-        total.missing |= one.missing
+    for traffic in exchanges:
+        total.down, total.up = total.down + traffic.down, total.up + traffic.up
+        total.seconds += traffic.seconds
+        total.rounding = max(total.rounding, traffic.rounding)
+        total.missing |= traffic.missing
     return total
 
 
