@@ -546,7 +546,7 @@ def _checked_summary(found: LocalClusters, name: str, dim: int) -> LocalClusters
     shapes = (num,), (num, dim), (dim, dim)
     arrays = found.counts, found.centroids, found.scatter
     if tuple(array.shape for array in arrays) != shapes or not num:
-        raise ClientError({name: "the shapes of its local clusters do not match the embedder"})
+        raise ClientError({name: "its local clusters have shapes that do not match the embedder"})
     if not all(np.isfinite(array).all() for array in arrays) or (found.counts < 0).any():
         raise ClientError({name: "its local clusters contain impossible numbers"})
     return found
