@@ -39,7 +39,10 @@ def test_a_site_keeps_its_key_to_itself_and_is_made_once(made: Path) -> None:
     assert (made / "ulm" / "site.pub").read_text().strip() == public_text(load_private(key).public_key())
     before = key.read_bytes()
     again = fedrouter("client", "init", "ulm", cwd=made)
-    assert (again.returncode, again.stderr) == (1, "error: ulm is a site's already\n")
+    assert (again.returncode, again.stderr) == (
+        1,
+        "error: ulm already belongs to a site; choose another directory\n",
+    )
     assert key.read_bytes() == before
 
 

@@ -1,6 +1,6 @@
-"""What a run would do with its data, seen before it: offline, nothing trained, no weights loaded.
+"""Preview a run offline, without training or loading weights.
 
-``loaded`` is the part that ``train`` goes through as well; ``check`` adds what one wants to see first.
+``train`` also starts with ``loaded``; ``check`` adds row samples, token lengths and cost estimates.
 """
 
 import math
@@ -24,43 +24,43 @@ from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
 from fedrouter.types import Record
 
-NUM_SHOWN = 3  # rows a client
-BARS = 10  # of the histogram of lengths
+NUM_SHOWN = 3  # rows per client
+BARS = 10  # in the histogram of token lengths
 ODD = {
-    "duplicates": "equal another row, prompt and answer; they count twice",
-    "empty": "have an empty answer: they teach to say nothing",
-    "ambiguous": "have a prompt that other rows answer otherwise",
+    "duplicates": "equal another row in prompt and answer; they count twice",
+    "empty": "have an empty answer: they teach the model to say nothing",
+    "ambiguous": "have a prompt to which other rows give another answer",
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ROUND_PASSES = 3.0  # forward and backward through frozen weights, and adapters: in forward passes
+ROUND_PASSES = 3.0  # cost of a training step in forward passes: forward, backward, adapter gradients
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that is refused before a base model is in memory, done."""
+    """Data that has passed every check that needs no base model in memory."""
 
     records: dict[str, list[Record]]
     reads: list[Read]
     rendered: Rendered
-    counts: Counter[str]  # rows by what is odd about them
+    counts: Counter[str]  # number of rows by key of ``ODD``
 
 
 @dataclass(frozen=True, slots=True)
 class ShownRow:
-    """One row as the model will see it, in stretches of text."""
+    """One row as the model will see it."""
 
     where: str
-    parts: tuple[tuple[str, bool], ...]  # the text, and whether it carries loss
+    parts: tuple[tuple[str, bool], ...]  # consecutive pieces of text; True: the piece carries loss
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClientCheck:
-    """What there is of one client."""
+    """One client's rows and training steps."""
 
     name: str
     num_rows: int
-    steps: int  # a round, over all of its subsets
+    steps: int  # per round, over all subsets of the client
     rows: tuple[ShownRow, ...]
 
 
@@ -68,31 +68,31 @@ class ClientCheck:
 class Report:
     """What ``fedrouter check`` shows."""
 
-    files: tuple[dict[str, Any], ...]  # source, num_rows, forms, fields that nobody reads
+    files: tuple[dict[str, Any], ...]  # source, num_rows, forms, unread fields
     clients: tuple[ClientCheck, ...]
-    notes: tuple[str, ...]  # all that is not as one would expect
+    notes: tuple[str, ...]  # warnings about data and settings
     histogram: tuple[tuple[int, int, int], ...]  # from, to (tokens), rows
-    needed: Mapping[str, int]  # the lengths that hold 95, 99, 100 % of the rows
-    limit: int  # tokens a row
+    needed: Mapping[str, int]  # limits in tokens at which 95, 99, 100 % of the rows would not be cut
+    limit: int  # tokens per row
     num_cut: int
     num_duplicates: int
     num_empty_answers: int
     num_ambiguous: int
     num_parameters: int
     adapter_parameters: int
-    memory_bytes: int  # of a training process, about
-    round_s: float  # about, one process
-    bytes_down: int  # to a client, a round and subset
+    memory_bytes: int  # estimate for one training process
+    round_s: float  # estimate for one process
+    bytes_down: int  # to a client, per round and subset
     bytes_up: int
-    reveals: Mapping[str, int]  # message before the rounds → bytes a client, at most
+    reveals: Mapping[str, int]  # message sent before the rounds → bytes per client, at most
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return the report as a JSON object."""
         return {"ok": True, **asdict(self)}
 
 
 def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
-    """Read, render and tokenise all rows; say what is cut, hidden or odd.
+    """Read, render and tokenise all rows; report rows that are cut, partly hidden or odd.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
     records, reads = read_clients(config, say)
     for name in config.lora.ranks:
         if name not in records:
-            raise ConfigError(f"lora.ranks: no client is called {name}; there are {', '.join(records)}")
+            raise ConfigError(f"lora.ranks: no client is called {name}; the clients are {', '.join(records)}")
     path = resolve_base(config.base.model, config.base.revision)
     rendered = tokenised(config, path, records, say)
     counts = _counts(records)
@@ -116,7 +116,7 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
 def tokenised(
     config: Config, path: Path, records: Mapping[str, Sequence[Record]], say: Callable[[str], None]
 ) -> Rendered:
-    """Return all rows rendered and tokenised; say what is cut or not shown.
+    """Render and tokenise all rows; report rows that are cut or that the chat template does not show.
 
     Raises
     ------
@@ -139,11 +139,11 @@ def check(config: Config) -> Report:
     Raises
     ------
     FedRouterError
-        Where ``train`` would refuse.
+        If ``train`` would refuse to start.
     """
     notes: list[str] = []
     found = loaded(config, notes.append)
-    told = found.rendered.tokeniser.told
+    statistics = found.rendered.tokeniser.statistics
     sizes = _sizes(config, found.rendered.path)
     _, dtype = device_and_dtype(config.base)
     base = base_spec(config.base.model, config.base.revision, found.rendered.path)
@@ -151,11 +151,11 @@ def check(config: Config) -> Report:
     if why:
         notes.append(why)
     steps = {name: _steps(config, len(rows)) for name, rows in found.records.items()}
-    mean_length = float(np.mean(np.minimum(told.lengths, found.rendered.tokeniser.limit)))
+    mean_length = float(np.mean(np.minimum(statistics.lengths, found.rendered.tokeniser.limit)))
     tokens = sum(steps.values()) * config.train.step_size * mean_length * config.train.participation
     num = sizes.num_parameters
     weights = num // 2 if config.base.quantization != "none" else num * BYTES[dtype]
-    longest = max(told.lengths, default=0)
+    longest = max(statistics.lengths, default=0)
     batch_tokens = config.train.batch_size * min(longest, found.rendered.tokeniser.limit)
     return Report(
         files=tuple(_file(read) for read in found.reads),
@@ -164,10 +164,10 @@ def check(config: Config) -> Report:
             for name, rows in found.records.items()
         ),
         notes=tuple(notes),
-        histogram=_histogram(told.lengths),
-        needed={f"{share:.0%}": length for share, length in told.needed()},
+        histogram=_histogram(statistics.lengths),
+        needed={f"{share:.0%}": length for share, length in statistics.needed()},
         limit=found.rendered.tokeniser.limit,
-        num_cut=told.num_cut_prompts + told.num_cut_answers,
+        num_cut=statistics.num_cut_prompts + statistics.num_cut_answers,
         num_duplicates=found.counts["duplicates"],
         num_empty_answers=found.counts["empty"],
         num_ambiguous=found.counts["ambiguous"],
@@ -190,11 +190,11 @@ def _file(read: Read) -> dict[str, Any]:
 
 
 def _counts(records: Mapping[str, Sequence[Record]]) -> Counter[str]:
-    """Count rows that occur before, rows without an answer, and rows whose prompt has another answer too."""
+    """Count the rows of each kind in ``ODD``."""
     counts: Counter[str] = Counter()
     answers: dict[int, set[int]] = defaultdict(set)
     rows: Counter[tuple[int, int]] = Counter()
-    for record in (record for own in records.values() for record in own):
+    for record in (record for client_records in records.values() for record in client_records):
         key = hash(repr((record.turns, record.tools))), hash(repr((record.completion, record.answer)))
         rows[key] += 1
         answers[key[0]].add(key[1])
@@ -205,7 +205,7 @@ def _counts(records: Mapping[str, Sequence[Record]]) -> Counter[str]:
 
 
 def _steps(config: Config, num_rows: int) -> int:
-    """Return a client's optimizer steps a round; with epochs as if its rows were one subset."""
+    """Return a client's optimizer steps per round; with epochs, treat its rows as a single subset."""
     if config.train.epochs is None:
         return config.train.steps or 0
     return config.train.epochs * math.ceil(num_rows * (1 - config.train.validation) / config.train.step_size)
@@ -221,7 +221,7 @@ def _shown(found: Loaded, records: Sequence[Record]) -> list[ShownRow]:
 
 
 def _parts(tokenizer: Any, row: TokenRow) -> tuple[tuple[str, bool], ...]:
-    """Return a row's text in stretches with and without loss."""
+    """Split a row's text where loss begins or ends."""
     edges = [0, *(np.flatnonzero(np.diff(row.learned)) + 1).tolist(), len(row.ids)]
     return tuple(
         (str(tokenizer.decode(row.ids[a:b])), bool(row.learned[a])) for a, b in pairwise(edges) if a < b
@@ -237,10 +237,8 @@ def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """How large things are; a token costs two operations a parameter."""
-
-    num_parameters: int  # of the base
-    num_adapter: int  # parameters of an adapter
+    num_parameters: int  # of the base model
+    num_adapter: int  # of one adapter
 
 
 def _sizes(config: Config, path: Path) -> _Sizes:
@@ -260,13 +258,13 @@ def _sizes(config: Config, path: Path) -> _Sizes:
 
 
 def _activation_bytes(path: Path, dtype: str) -> int:
-    """Return what a token keeps for the way back, roughly: 34 numbers a layer and width, and the logits."""
+    """Estimate the activation memory of one token: 34 numbers per layer and hidden unit, and the logits."""
     text = load_config(path).get_text_config()
     return int(34 * text.num_hidden_layers * text.hidden_size * BYTES[dtype] + 8 * text.vocab_size)
 
 
 def _flops() -> float:
-    """Measure floating-point operations a second of this machine, in a tenth of a second."""
+    """Measure this machine's floating-point operations per second, for a tenth of a second."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,8 +280,8 @@ def _flops() -> float:
 
 
 def _reveals(dim: int) -> dict[str, int]:
-    """Return how many bytes each message before the rounds has at most (docs/privacy.md lists them)."""
+    """Return the maximum size in bytes of each message sent before the rounds (see docs/privacy.md)."""
     from fedrouter.train.client.cluster import MAX_LOCAL
 
-    groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # of the scatter one half: it is symmetric
+    groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # the scatter is symmetric: half is sent
     return {"LocalClusters": groups, "Assignment (a task cluster)": 4 * 103}

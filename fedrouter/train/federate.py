@@ -1,4 +1,4 @@
-"""A run whose clients are on other machines; whatever brings a ``Transport`` reaches them."""
+"""A run whose clients are on other machines, reached through any ``Transport``."""
 
 import json
 import secrets
@@ -26,7 +26,7 @@ from fedrouter.train.wire.keys import PublicKey
 from fedrouter.train.wire.messages import Hello
 from fedrouter.types import Array, Record
 
-RUN_ID = "federation.json"  # beside the run: its id on the wire
+RUN_ID = "federation.json"  # in the run's directory; holds the run's id in messages
 
 
 @explained_out_of_memory()
@@ -42,19 +42,19 @@ def train_remote(
     secure: bool = False,
     on_answer: OnAnswer = lambda _client, _rows, _what: None,
 ) -> Bundle:
-    """Train with the clients that ``transport`` reaches; as ``fedrouter.train.run.train`` otherwise.
+    """Train with the clients that ``transport`` reaches; otherwise like ``fedrouter.train.run.train``.
 
     Parameters
     ----------
-    config : ``data.clients`` names the clients of the roster; what it says of their data is not read.
-    half : adapters travel as float16.
-    secure : updates are summed so that the server sees no single one.
-    on_answer : gets each client that answers, its rows and to what.
+    config : ``data.clients`` names the clients of the roster; their data sources are ignored.
+    half : send adapters as float16.
+    secure : sum updates so that the server never sees a single client's update.
+    on_answer : called with each client that replies, its number of rows and the kind of request.
 
     Raises
     ------
     TrainingError
-        If too few clients come, or as in ``train``.
+        If too few clients connect, or as in ``train``.
     """
     refuse_another_run(config, out)
     if (bundle := finished(out, console)) is not None:
@@ -78,47 +78,54 @@ def train_remote(
 
 
 def check_secure(config: Config) -> None:
-    """Refuse settings that need to see single updates.
-
-    Raises
-    ------
-    ConfigError
-    """
-    plain = config.aggregate
-    unmet = {
+    """Raise ConfigError if a setting needs the updates of single clients, which a secure sum hides."""
+    aggregate = config.aggregate
+    conflicts = {
         f"method {config.method}": config.method not in ("fedrouter", "fedavg", "fedprox", "oracle"),
-        f"aggregate.method {plain.method}": plain.method != "average",
-        f"aggregate.robust {plain.robust}": plain.robust != "none",
-        "aggregate.clip (privacy.clip_updates is done by the sites)": plain.clip is not None,
+        f"aggregate.method {aggregate.method}": aggregate.method != "average",
+        f"aggregate.robust {aggregate.robust}": aggregate.robust != "none",
+        "aggregate.clip (use privacy.clip_updates, which the sites apply)": aggregate.clip is not None,
         "lora.ranks": bool(config.lora.ranks),
     }
-    if reasons := [what for what, broken in unmet.items() if broken]:
-        raise ConfigError(f"secure_sum shows the server no single update, which {', '.join(reasons)} needs")
+    if reasons := [setting for setting, conflicting in conflicts.items() if conflicting]:
+        raise ConfigError(
+            f"secure_sum hides single updates from the server, but {', '.join(reasons)} needs them; "
+            "change the setting or set secure_sum = false"
+        )
 
 
 def plan(config: Config) -> str:
-    """Return the settings that clients are sent.
+    """Return the settings to send to clients, as JSON.
 
     Raises
     ------
     ConfigError
-        If something in them is on this machine alone.
+        If a setting refers to a file on this machine.
     """
     template = config.base.chat_template
     if template not in (None, "alpaca"):
-        raise ConfigError(f"base.chat_template {template}: clients have no such file; put it into the base")
+        raise ConfigError(
+            f"base.chat_template {template}: clients do not have this file; put the template into the base's "
+            "tokenizer"
+        )
     return json.dumps(config.model_dump(mode="json", by_alias=True, exclude={"data"}))
 
 
 def opened_client(
     site: Site, config: Config, secret: bytes, console: Console
 ) -> tuple[LocalFederation, str, Array]:
-    """Load what a plan asks for on a site; return its client alone, its base's fingerprint and its probe.
+    """Load a site's base model and rows for the server's plan.
+
+    Returns
+    -------
+    federation : with the site's client only.
+    fingerprint : of the site's base model.
+    probe : (3, d), the probe vectors of the site's embedder.
 
     Raises
     ------
     FedRouterError
-        As ``train`` does where a setting, a file or a row cannot be used.
+        If a setting, a file or a row cannot be used, as in ``train``.
     """
     name = site.settings.name
     check_machine(config.base)
@@ -137,7 +144,7 @@ def opened_client(
 
 
 def _run_id(out: Path) -> str:
-    """Return the run's id: the one that lies there, or a new one."""
+    """Return the run's id; create it for a new run."""
     file = out / RUN_ID
     if file.exists():
         return str(json.loads(file.read_text(encoding="utf-8"))["run"])

@@ -1,6 +1,6 @@
-"""The wire between server and clients: what is asked, what trains, and what both sides must agree on.
+"""The interface between server and clients, and the constants that both sides share.
 
-``Federation`` is all that the server knows of clients; messages are dataclasses of ``fedrouter/types.py``.
+The server reaches clients only through ``Federation``; messages are the dataclasses of fedrouter/types.py.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 QUANTILES = np.linspace(0, 1, 101)
-FEW = "few rows"  # stands for all labels that too few rows of a client carry
-NOISY_STEPS = 3  # of Lloyd's algorithm, where what is sent before the rounds is noisy
-DISCOVERY_RELEASES = 1 + NOISY_STEPS + 1  # the mean, each step, the subsets
+FEW = "few rows"  # replaces every label that too few rows of a client have
+NOISY_STEPS = 3  # steps of Lloyd's algorithm with ``privacy.centroid_noise``
+DISCOVERY_RELEASES = 1 + NOISY_STEPS + 1  # the mean, each k-means step, the subsets
 
 
 def num_validation(num_rows: int, share: float) -> int:
-    """Return how many of a subset's rows are not trained on; one row at least is."""
+    """Return how many of a subset's rows are held out for validation; at least one is trained on."""
     return min(int(share * num_rows), num_rows - 1)
 
 
 class Summaries(Protocol):
-    """What finding tasks needs of a federation."""
+    """The part of a federation that task discovery uses."""
 
     def summarise(self, num: Count) -> Iterable[LocalClusters]:
         """Have every client cluster its own rows."""
@@ -50,26 +50,26 @@ class Summaries(Protocol):
 
 
 class Federation(Summaries, Protocol):
-    """The clients, wherever they run: in this process (local.py) or on other machines.
+    """The clients, in this process (local.py) or on other machines (server/remote.py).
 
-    Replies come one by one, in the clients' order: thousands of them need not fit into memory together. What
-    comes before the rounds raises ``ClientError`` once all were asked and some could not answer.
+    Replies are yielded one by one, in the clients' order, because thousands of them may not fit into memory.
+    Methods used before the rounds ask every client and then raise ``ClientError`` if some of them failed.
     """
 
     def members(self) -> Sequence[Member]:
-        """Ask who is there."""
+        """Have every client identify itself."""
         ...
 
     def reread(self) -> Sequence[Reread]:
-        """Have every client read its rows again; one that cannot goes on with those it has."""
+        """Have every client read its rows again; a client that cannot keeps the rows it has."""
         ...
 
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterable[LocalClusters]:
-        """Have every client give its rows to the nearest centroid, or where it is told."""
+    def regroup(self, space: RoutingSpace, membership: Membership | None = None) -> Iterable[LocalClusters]:
+        """Have every client group its rows by nearest centroid, or by ``membership``."""
         ...
 
-    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
-        """Tell every client the task clusters, and, in a baseline, which its rows belong to."""
+    def assign(self, space: RoutingSpace, membership: Membership | None = None) -> list[Assignment]:
+        """Have every client assign its rows to the nearest task clusters, or by ``membership``."""
         ...
 
     def compare(self, space: RoutingSpace, radii: Sequence[float]) -> Sequence[Comparison]:
@@ -77,46 +77,46 @@ class Federation(Summaries, Protocol):
         ...
 
     def summarise_beyond(self, num: Count) -> Iterable[LocalClusters]:
-        """Have clients cluster their rows beyond every radius of the last ``compare``, in its space.
+        """Have clients cluster the rows that lie beyond every radius of the last ``compare``, in its space.
 
-        Only clients whose ``Comparison`` says that they may are asked.
+        Only clients whose ``Comparison.may_summarise`` is true are asked.
         """
         ...
 
     def leave(self, names: Collection[str]) -> None:
-        """Go on without these clients."""
+        """Drop these clients from the federation."""
         ...
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        """Have the named clients train; yield replies as they come, or that a client could not."""
+        """Have the named clients train; yield each reply or failure as it arrives."""
         ...
 
     def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
-        """Have the named clients judge adapters; asked for only with ``train.validation``."""
+        """Have the named clients compute validation losses; used only with ``train.validation``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What one local training gave."""
+    """The result of one local training."""
 
     adapter: AdapterState
     num_examples: int  # examples that went through the model
-    loss: float  # mean over the steps, nats a token
+    loss: float  # mean over the steps, nats per token
     seconds: float
 
 
 class Trainer(Protocol):
-    """Trains and judges adapters on tokenised rows: in this process (sft.py) or in another (workers.py)."""
+    """Trains and validates adapters on tokenised rows, in this process (sft.py) or another (workers.py)."""
 
     @property
     def validation(self) -> float:
-        """Share of a subset's rows that is not trained on."""
+        """Share of a subset's rows that is held out for validation."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Rows an optimizer step."""
+        """Rows per optimizer step."""
         ...
 
     @property
@@ -135,16 +135,16 @@ class Trainer(Protocol):
         ...
 
     def loss(self, adapter: AdapterState, data: "Dataset") -> tuple[float, int]:
-        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
+        """Return an adapter's mean loss on ``data``, nats per completion token, and the number of tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Beyond:
-    """The clients' rows beyond every radius of the last ``compare``, as something to find tasks in."""
+    """Limits task discovery to the rows that lie beyond every radius of the last ``compare``."""
 
     federation: Federation
 
     def summarise(self, num: Count) -> Iterable[LocalClusters]:
-        """Have every client that may cluster its rows beyond."""
+        """Have every client with enough such rows cluster them."""
         return self.federation.summarise_beyond(num)

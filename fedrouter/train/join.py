@@ -1,13 +1,13 @@
-"""Clients that come late or move: from a finished run to another one, in which only what is new was trained.
+"""Add new or changed clients to a finished run: write a new run in which only new task clusters are trained.
 
-1. Each such client embeds its rows and compares them with the bundle's task clusters, in the bundle's
-   space, which stays as it is. Rows within a radius belong there: the client is listed, nothing is trained.
-   A client that was there before is no longer listed where it has no rows now: it has moved.
-2. Rows beyond every radius are looked for new tasks as discover.py does, among the clients that join. A new
-   task cluster needs ``MIN_TASK_ROWS`` rows, and more than the radius's quantile leaves outside by chance.
-3. Its mean becomes a centroid in the same space; its rows give its radius; its adapter starts from
-   the generalist and is trained for the configured rounds by the clients that hold such rows.
-4. The bundle of before stays where it is. The new one, old adapters byte for byte, is a run of its own.
+1. Each joining client embeds its rows and compares them with the bundle's task clusters, in the bundle's
+   routing space, which stays unchanged. If rows lie within a task cluster's radius, the client is listed
+   there and nothing is trained. A moved client is removed from task clusters in which it has no rows now.
+2. Task discovery (discover.py) runs on the joining clients' rows beyond every radius. A new task cluster
+   needs ``MIN_TASK_ROWS`` rows, and more than the radii's quantile leaves outside by chance.
+3. The mean of a new task cluster becomes a centroid in the same space and its rows give its radius. Its
+   adapter starts from the generalist and is trained for the configured rounds by the clients with such rows.
+4. The old bundle stays in place. The new bundle belongs to the new run; old adapters keep their exact bytes.
 """
 
 import json
@@ -51,24 +51,24 @@ from fedrouter.train.space import narrowed, widened
 from fedrouter.train.state import Clustering, Start, fresh_state
 from fedrouter.types import AdapterState, Assignment, RoutingSpace, TaskCluster
 
-MIN_TASK_ROWS = 30  # over all clients that join: of fewer, the radius is a guess
-CHANCE = 3.0  # standard deviations above what a radius's quantile leaves outside
+MIN_TASK_ROWS = 30  # over all joining clients; with fewer, the radius is a guess
+CHANCE = 3.0  # standard deviations above the number of rows expected beyond the radii
 
 
 @dataclass(frozen=True, slots=True)
 class Joiners:
-    """Who joins, by name and source."""
+    """The joining clients: name → source."""
 
-    late: Mapping[str, str]
-    moved: Mapping[str, str]  # clients that the run knows and whose data has changed
+    late: Mapping[str, str]  # clients new to the run
+    moved: Mapping[str, str]  # clients of the run whose data has changed
 
     @property
     def sources(self) -> dict[str, str]:
-        """All of them."""
+        """The sources of late and moved clients."""
         return {**self.late, **self.moved}
 
     def entry(self, run: Path) -> dict[str, Any]:
-        """Return what ``joined.json`` says of them."""
+        """Return the entry for ``joined.json``."""
         moved = {"moved": dict(self.moved)} if self.moved else {}
         return {"run": str(run.resolve()), "clients": dict(self.late), **moved}
 
@@ -77,8 +77,8 @@ class Joiners:
 class Placed:
     """Where the joiners' rows belong."""
 
-    space: RoutingSpace  # the bundle's, with the centroids of new task clusters behind the others
-    assignments: list[Assignment]  # how the rows fall on all of them
+    space: RoutingSpace  # the bundle's, with the centroids of new task clusters appended
+    assignments: list[Assignment]  # over old and new task clusters
     members: Mapping[int, Sequence[str]]  # task cluster → joiners with rows within its radius
 
 
@@ -91,33 +91,33 @@ def join(
     console: Console,
     processes: int = 1,
 ) -> Bundle:
-    """Add clients to the finished ``run``; write another run, with a bundle that knows them, and return that.
+    """Add clients to the finished ``run``; write a new run whose bundle includes them, and return the bundle.
 
-    A client that fails ends the join: nothing stands yet that the others would lose, and the same command
-    without it adds them.
+    A client that fails ends the join. The others lose nothing: run the same command without that client.
 
     Parameters
     ----------
-    sources : file or data set by the name of the client.
-    moved : the same of clients that ``run`` knows and whose data has changed: they leave the task clusters in
-        which they have no rows any more.
-    out : where to; without it ``run``'s name and the clients'. The same command goes on, or says it is done.
-    processes : train so many adapters at a time.
+    sources : client name → file or data set.
+    moved : the same for clients of ``run`` whose data has changed; they leave the task clusters in which they
+        no longer have rows.
+    out : directory of the new run; by default ``run``'s name and the clients' names. The same command resumes
+        an interrupted join.
+    processes : number of adapters trained at a time.
 
     Raises
     ------
     ConfigError, TrainingError, DataError, BundleError, ClientError
-        If ``run`` is no finished run of method fedrouter, a name is taken, or a client has too few rows.
+        If ``run`` is not a finished run of method fedrouter, a name is taken, or a client has too few rows.
     """
     config = _finished(run)
     out = out or run.with_name("-".join([run.name, *sources, *moved]))
     if both := sources.keys() & moved.keys():
-        raise ConfigError(f"client {min(both)}: given with --client and with --moved")
+        raise ConfigError(f"client {min(both)}: given with both --client and --moved; choose one")
     joiners = Joiners(*({n: _absolute(s) for n, s in sorted(given.items())} for given in (sources, moved)))
     joins = [*_joins(run), joiners.entry(run)]
-    begun = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
-    if begun and (not (out / "joined.json").exists() or _joins(out) != joins):
-        raise TrainingError(f"{out} holds something else already; choose another --out")
+    in_use = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
+    if in_use and (not (out / "joined.json").exists() or _joins(out) != joins):
+        raise TrainingError(f"{out} is not empty and holds no such join; choose another --out")
     if (out / "bundle").exists():
         names = ", ".join(joiners.sources)
         console.print(f"{names}: joined already in {out}", highlight=False, soft_wrap=True)
@@ -129,7 +129,7 @@ def join(
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
     check_machine(config.base, config.train.report_to)
-    if bundle.chat_template:  # the adapters' own, whatever the base's has become
+    if bundle.chat_template:  # the adapters were trained with it; the base's may have changed since
         base_settings = config.base.model_copy(update={"chat_template": str(bundle.chat_template)})
         config = config.model_copy(update={"base": base_settings})
     session = Session(config, out, console, processes)
@@ -152,7 +152,7 @@ def join(
 def _grown(
     session: Session, federation: Federation, bundle: Bundle, found: Placed, joiners: Joiners
 ) -> Bundle:
-    """Train the new task clusters, if any, and write the bundle that knows the joiners."""
+    """Train the new task clusters, if any, and write the bundle with the joining clients."""
     config, first = session.config, len(bundle.clusters)
     clusters = [_with_members(c, found.members.get(k, ()), joiners) for k, c in enumerate(bundle.clusters)]
     added = describe(found.assignments, found.space.num_clusters, config.routing, standing=bundle.clusters)
@@ -196,24 +196,24 @@ def _grown(
 
 
 def placed(bundle: Bundle, federation: Federation, quantile: float) -> Placed:
-    """Place the clients' rows among a bundle's task clusters and, where these do not reach, in new ones.
+    """Assign the clients' rows to a bundle's task clusters, and rows beyond their radii to new ones.
 
     Raises
     ------
     TrainingError
-        If most rows of a client have a place in none of them.
+        If most rows of a client belong to no task cluster.
     """
     first = len(bundle.clusters)
-    found = {c.client: c for c in federation.compare(bundle.space, [k.radius for k in bundle.clusters])}
-    num_outside = sum(one.num_beyond for one in found.values())
-    num = num_outside + sum(sum(one.within.values()) for one in found.values())
+    comparisons = {c.client: c for c in federation.compare(bundle.space, [k.radius for k in bundle.clusters])}
+    num_outside = sum(c.num_beyond for c in comparisons.values())
+    num = num_outside + sum(sum(c.within.values()) for c in comparisons.values())
     chance = num * (1 - quantile) + CHANCE * math.sqrt(num * quantile * (1 - quantile))
     least = max(MIN_TASK_ROWS, math.floor(chance) + 1)
     space = bundle.space
     assignments = list(federation.assign(space))
     settings = ClusterSettings()
-    # Of few rows discovery makes too many tasks: join until all are large enough.
-    while num_outside >= least and any(one.may_summarise for one in found.values()):
+    # With few rows discovery finds too many tasks: reduce their number until each has enough rows.
+    while num_outside >= least and any(c.may_summarise for c in comparisons.values()):
         tasks = find_tasks(Beyond(federation), settings, explained_by_a_task(bundle.space))
         space = widened(bundle.space, tasks.centroids.astype(np.float32))
         assignments = list(federation.assign(space))
@@ -223,36 +223,38 @@ def placed(bundle: Bundle, federation: Federation, quantile: float) -> Placed:
             break
         settings = ClusterSettings.model_validate({"global": num_new - 1})
     kept = [k for k, size in _rows(assignments).items() if k >= first and size >= least]
-    if len(kept) < space.num_clusters - first:  # the others' rows go to the nearest that is left
+    if len(kept) < space.num_clusters - first:  # rows of dropped task clusters go to the nearest one kept
         space = narrowed(space, [*range(first), *sorted(kept)])
         assignments = list(federation.assign(space))
     members: dict[int, list[str]] = {}
     for assignment in assignments:
-        one = found[assignment.client]
-        new = sum(s.num_examples for s in assignment.subsets if s.cluster >= first)
-        nowhere = one.num_beyond - new
-        own = [s.cluster for s in assignment.subsets if s.cluster >= first or one.within.get(s.cluster)]
-        if not own or 2 * nowhere > one.num_beyond + sum(one.within.values()):
+        comparison = comparisons[assignment.client]
+        num_in_new = sum(s.num_examples for s in assignment.subsets if s.cluster >= first)
+        num_unplaced = comparison.num_beyond - num_in_new
+        own = [
+            s.cluster for s in assignment.subsets if s.cluster >= first or comparison.within.get(s.cluster)
+        ]
+        if not own or 2 * num_unplaced > comparison.num_beyond + sum(comparison.within.values()):
             raise TrainingError(
-                f"client {assignment.client}: {nowhere} rows lie beyond every task cluster, too few for "
-                f"one of their own; give more rows, it takes {least} over all clients that join"
+                f"client {assignment.client}: {num_unplaced} rows lie beyond every task cluster, too few for "
+                f"a new one, which needs {least} rows over all joining clients; give more rows"
             )
         for k in own:
             members.setdefault(k, []).append(assignment.client)
     return Placed(space, assignments, members)
 
 
-def _with_members(cluster: TaskCluster, here: Sequence[str], joiners: Joiners) -> TaskCluster:
-    stay = tuple(name for name in cluster.clients if name not in joiners.moved)
-    return replace(cluster, clients=(*stay, *here))
+def _with_members(cluster: TaskCluster, joined: Sequence[str], joiners: Joiners) -> TaskCluster:
+    staying = tuple(name for name in cluster.clients if name not in joiners.moved)
+    return replace(cluster, clients=(*staying, *joined))
 
 
 def _say_changes(session: Session, before: TaskCluster, now: TaskCluster, joiners: Joiners) -> None:
-    come = [name for name in now.clients if name in joiners.sources and name not in before.clients]
-    gone = [name for name in before.clients if name not in now.clients]
-    for what, who in (("also", come), ("no longer", gone)):
-        if who:
-            session.say(f"task cluster {before.name}: {what} {', '.join(who)}")
+    added = [name for name in now.clients if name in joiners.sources and name not in before.clients]
+    removed = [name for name in before.clients if name not in now.clients]
+    for change, names in (("also", added), ("no longer", removed)):
+        if names:
+            session.say(f"task cluster {before.name}: {change} {', '.join(names)}")
 
 
 def _check_names(config: Config, run: Path, bundle: Bundle, joiners: Joiners) -> None:
@@ -260,28 +262,32 @@ def _check_names(config: Config, run: Path, bundle: Bundle, joiners: Joiners) ->
     for name in joiners.late:
         if name in known:
             raise TrainingError(
-                f"client {name}: {run} has a client of that name; choose another, or give it with --moved "
-                "if its data has changed"
+                f"client {name}: {run} has a client of that name; choose another name, or give it "
+                "with --moved if its data has changed"
             )
     for name in joiners.moved:
         if name not in known:
-            raise TrainingError(f"client {name}: {run} has none of that name that could move; use --client")
+            raise TrainingError(f"client {name}: {run} has no client of that name to move; use --client")
 
 
 def _finished(run: Path) -> Config:
-    """Return the configuration of a finished run of method fedrouter."""
+    """Return the configuration of ``run``; refuse an unfinished run, another method, or noise."""
     config = read_resolved(run / "config.json")
     if not (run / "bundle").exists():
-        raise TrainingError(f"{run} is not finished: it has no bundle; give its command again first")
+        raise TrainingError(f"{run} is not finished: it has no bundle; resume it first with its own command")
     if config.method != "fedrouter":
-        raise ConfigError(f"{run} is of method {config.method}; clients join runs of method fedrouter")
+        raise ConfigError(
+            f"{run} uses method {config.method}; clients can join only runs of method fedrouter"
+        )
     if config.privacy.noisy:
-        raise ConfigError(f"{run} was trained with noise, and joining has none: train anew with all clients")
+        raise ConfigError(
+            f"{run} was trained with noise, and a join would add none: train a new run with all clients"
+        )
     return config
 
 
 def _names(config: Config, run: Path) -> set[str]:
-    return {*config.data.clients, *(name for one in _joins(run) for name in one["clients"])}
+    return {*config.data.clients, *(name for entry in _joins(run) for name in entry["clients"])}
 
 
 def _joins(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Federation on one machine: clients share the base models in memory, adapters are swapped in."""
+"""Federation on one machine: the clients share the base models in memory."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from queue import SimpleQueue
@@ -27,22 +27,22 @@ from fedrouter.types import (
 
 Request = TypeVar("Request", TrainRequest, ValidationRequest)
 Reply = TypeVar("Reply")
-Told = TypeVar("Told")
+Result = TypeVar("Result")
 
 
-def each(clients: Iterable[str], what: Callable[[str], Told]) -> Iterator[Told]:
-    """Yield what each client tells.
+def each(clients: Iterable[str], ask: Callable[[str], Result]) -> Iterator[Result]:
+    """Yield the result of ``ask`` for each client.
 
     Raises
     ------
     ClientError
-        At the end, if some could not. What settings or data files are to blame for is raised as it is, and so
-        is running out of memory.
+        At the end, if clients failed. Errors in settings or data files and out-of-memory errors are raised
+        at once, unchanged.
     """
     failed = {}
     for client in clients:
         try:
-            told = what(client)
+            result = ask(client)
         except FedRouterError:
             raise
         except Exception as error:
@@ -50,20 +50,20 @@ def each(clients: Iterable[str], what: Callable[[str], Told]) -> Iterator[Told]:
                 raise
             failed[client] = reason_of(client, error)
         else:
-            yield told
+            yield result
     if failed:
         raise ClientError(failed)
 
 
 class LocalFederation:
-    """Clients in this process. ``workers`` train beside ``trainer``, each a request at a time."""
+    """Clients in this process. ``trainer`` and each of ``workers`` handle one request at a time."""
 
     def __init__(self, clients: Sequence[Client], trainer: Trainer, workers: Sequence[Trainer] = ()):
         self.clients = {client.name: client for client in clients}
         self._trainer, self._workers = trainer, workers
 
     def members(self) -> list[Member]:
-        """Ask who is there."""
+        """Have every client identify itself."""
         return list(each(self.clients, lambda name: self.clients[name].member()))
 
     def reread(self) -> list[Reread]:
@@ -74,7 +74,7 @@ class LocalFederation:
         try:
             for _ in each([name], lambda name: self.clients[name].reread()):
                 pass
-        except FedRouterError as error:  # its file is being written, say
+        except FedRouterError as error:  # for example, another program is writing the file
             return Reread(name, str(error))
         return Reread(name, None)
 
@@ -82,77 +82,77 @@ class LocalFederation:
         """Have every client cluster its own rows."""
         return each(self.clients, lambda name: self.clients[name].summarise(num))
 
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
-        """Have every client give its rows to the nearest centroid, or where it is told."""
-        return each(self.clients, lambda name: self.clients[name].regroup(space, told))
+    def regroup(self, space: RoutingSpace, membership: Membership | None = None) -> Iterator[LocalClusters]:
+        """Have every client group its rows by nearest centroid, or by ``membership``."""
+        return each(self.clients, lambda name: self.clients[name].regroup(space, membership))
 
-    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
-        """Tell every client the task clusters."""
-        return list(each(self.clients, lambda name: self.clients[name].assign(space, told)))
+    def assign(self, space: RoutingSpace, membership: Membership | None = None) -> list[Assignment]:
+        """Have every client assign its rows to the nearest task clusters, or by ``membership``."""
+        return list(each(self.clients, lambda name: self.clients[name].assign(space, membership)))
 
     def compare(self, space: RoutingSpace, radii: Sequence[float]) -> list[Comparison]:
         """Have every client compare its rows with task clusters that already exist."""
         return list(each(self.clients, lambda name: self.clients[name].compare(space, radii)))
 
     def summarise_beyond(self, num: Count) -> Iterator[LocalClusters]:
-        """Have clients cluster their rows beyond every radius, where these are enough."""
+        """Have clients with enough rows beyond every radius cluster these rows."""
         beyond = {name: c.beyond for name, c in self.clients.items() if c.beyond and c.beyond.may_summarise}
         return each(beyond, lambda name: beyond[name].summarise(num))
 
     def leave(self, names: Collection[str]) -> None:
-        """Go on without these clients."""
+        """Drop these clients from the federation."""
         for name in names:
             del self.clients[name]
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        """Train what is requested; a client's failure is an answer, running out of memory is not."""
-        return self._answers(requests, lambda r, trainer: self.clients[r.client].train(r, trainer))
+        """Have the named clients train; yield a client's failure, but raise out-of-memory errors."""
+        return self._replies(requests, lambda r, trainer: self.clients[r.client].train(r, trainer))
 
     def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
-        """Have each request's client judge an adapter."""
-        return self._answers(requests, lambda r, trainer: self.clients[r.client].validate(r, trainer))
+        """Have the named clients compute validation losses."""
+        return self._replies(requests, lambda r, trainer: self.clients[r.client].validate(r, trainer))
 
-    def _answers(
+    def _replies(
         self, requests: Sequence[Request], ask: Callable[[Request, Trainer], Reply]
     ) -> Iterator[Reply | TrainFailure]:
-        """Yield answers as they come; who is free takes the next request."""
-        left = iter(requests)
-        elsewhere: SimpleQueue[Reply | TrainFailure | Exception] = SimpleQueue()
+        """Yield replies as they arrive; each free trainer takes the next request."""
+        pending = iter(requests)
+        worker_replies: SimpleQueue[Reply | TrainFailure | Exception] = SimpleQueue()
 
         def work(worker: Trainer) -> None:
             try:
-                for request in left:
-                    elsewhere.put(tried(request, worker, ask))
-            except Exception as error:  # raised again below
-                elsewhere.put(error)
+                for request in pending:
+                    worker_replies.put(tried(request, worker, ask))
+            except Exception as error:  # next_worker_reply raises it in the main thread
+                worker_replies.put(error)
 
-        def taken() -> Reply | TrainFailure:
-            answer = elsewhere.get()
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+        def next_worker_reply() -> Reply | TrainFailure:
+            reply = worker_replies.get()
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
 
         for worker in self._workers:
             Thread(target=work, args=(worker,), daemon=True).start()
         waiting = len(requests)
         try:
-            for request in left:
+            for request in pending:
                 yield tried(request, self._trainer, ask)
                 waiting -= 1
-                while not elsewhere.empty():
-                    yield taken()
+                while not worker_replies.empty():
+                    yield next_worker_reply()
                     waiting -= 1
             for _ in range(waiting):
-                yield taken()
+                yield next_worker_reply()
         finally:
-            for _ in left:  # after an error nothing more is begun
+            for _ in pending:  # after an error, leave the workers no further request
                 pass
 
 
 def tried(
     request: Request, trainer: Trainer, ask: Callable[[Request, Trainer], Reply]
 ) -> Reply | TrainFailure:
-    """Return a client's reply, or that it failed; running out of memory is no client's failure."""
+    """Return a client's reply or its failure; raise out-of-memory and worker errors."""
     try:
         return ask(request, trainer)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Arithmetic on adapters, for both sides. Pure arrays.
+"""Arithmetic on adapters, for server and clients, on plain arrays.
 
-Clients may train a lower rank than the task cluster has: the first *slices* of its adapter, a slice being one
-row of A with its column of B. Each slice is then averaged over the clients that have it.
+A client may train a lower rank than its task cluster has: the first *slices* of the adapter. A slice is one
+row of A with the matching column of B. Each slice is averaged over the clients that have it.
 """
 
 import math
@@ -13,9 +13,9 @@ from fedrouter.types import AdapterState, Float64s
 
 
 def average(adapters: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
-    """Return the weighted mean of A and of B (paper section 3, as FedAvg), each slice over those who have it.
+    """Return the weighted mean of A and of B (FedAvg, paper section 3), slice by slice.
 
-    Not the mean of the products BA: see ``exact`` and docs/internals/decisions.
+    This is not the mean of the products BA: see ``exact`` and docs/internals/decisions.
     """
     shares = shares_of(adapters, weights)
     return {
@@ -33,12 +33,12 @@ def rank_of(adapter: AdapterState) -> int:
 
 
 def cut(adapter: AdapterState, rank: int) -> AdapterState:
-    """Return the first ``rank`` slices: what a client of that rank is sent."""
+    """Return the first ``rank`` slices, as sent to a client of that rank."""
     return {name: array[:rank] if ".lora_A." in name else array[:, :rank] for name, array in adapter.items()}
 
 
 def completed(adapter: AdapterState, whole: AdapterState) -> AdapterState:
-    """Return an adapter of fewer slices with the others of ``whole``."""
+    """Fill up an adapter of lower rank with the remaining slices of ``whole``."""
     rank = rank_of(adapter)
     return {
         name: np.concatenate([array, whole[name][rank:]])
@@ -49,7 +49,7 @@ def completed(adapter: AdapterState, whole: AdapterState) -> AdapterState:
 
 
 def clip(sent: AdapterState, adapter: AdapterState, norm: float) -> AdapterState:
-    """Shorten an update that is longer than ``norm`` (L2, all weights together)."""
+    """Scale the update from ``sent`` to ``adapter`` down to L2 norm ``norm`` (over all weights) if longer."""
     length = distance(sent, adapter)
     if length <= norm:
         return adapter
@@ -58,17 +58,17 @@ def clip(sent: AdapterState, adapter: AdapterState, norm: float) -> AdapterState
 
 
 def distance(old: AdapterState, new: AdapterState) -> float:
-    """Return the L2 norm of the difference, all weights together."""
+    """Return the L2 norm of the difference over all weights."""
     return math.sqrt(sum(float(((new[n].astype(np.float64) - old[n]) ** 2).sum()) for n in old))
 
 
 def update_of(sent: AdapterState, trained: AdapterState, names: Sequence[str]) -> Float64s:
-    """Return how the tensors ``names`` have changed, as one vector."""
+    """Return the change of the tensors ``names`` as one vector."""
     return np.concatenate([(trained[n].astype(np.float64) - sent[n]).ravel() for n in names])
 
 
 def updated(sent: AdapterState, update: Float64s, names: Sequence[str]) -> AdapterState:
-    """Return the tensors ``names`` with an update given as one vector."""
+    """Add an update, given as one vector, to the tensors ``names``."""
     parts = np.split(update, np.cumsum([sent[n].size for n in names])[:-1])
     return {
         n: (sent[n] + part.reshape(sent[n].shape)).astype(np.float32)
@@ -87,9 +87,10 @@ def stack(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
 
 
 def shares_of(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Float64s:
-    """(k, r): each adapter's share in each slice, 0 where it has none; slices sum to 1.
+    """Return each adapter's share in the mean of each slice: (k, r); columns sum to 1.
 
-    A weight of 0 counts only in slices that nobody else has.
+    The share is 0 where the adapter lacks the slice. An adapter of weight 0 counts only in slices that no
+    other adapter has.
     """
     ranks = np.array([rank_of(adapter) for adapter in adapters])
     has = np.arange(ranks.max()) < ranks[:, None]
@@ -99,12 +100,12 @@ def shares_of(adapters: Sequence[AdapterState], weights: Sequence[float]) -> Flo
 
 
 def stacked(adapters: Sequence[AdapterState], name: str) -> Float64s:
-    """Return all adapters' factors, the smaller ones filled up with zeros: (k, r, n) or (k, m, r)."""
+    """Return one factor of all adapters, zero-padded to the highest rank: (k, r, n) or (k, m, r)."""
     axis = 0 if ".lora_A." in name else 1
     rank = max(state[name].shape[axis] for state in adapters)
-    filled = []
+    padded = []
     for array in (state[name] for state in adapters):
         missing = [(0, 0), (0, 0)]
         missing[axis] = (0, rank - array.shape[axis])
-        filled.append(np.pad(array, missing))
-    return np.stack(filled).astype(np.float64)
+        padded.append(np.pad(array, missing))
+    return np.stack(padded).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Running out of memory, said in one line."""
+"""Report out-of-memory errors in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from fedrouter.errors import TrainingError
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out; torch's CPU allocator has no type for it."""
+    """Return whether memory ran out; torch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
@@ -17,12 +17,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_out_of_memory() -> Iterator[None]:
-    """Turn running out of memory into one line that says which settings to lower.
-
-    Raises
-    ------
-    TrainingError
-    """
+    """Turn an out-of-memory error into a TrainingError that names the settings to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -32,5 +27,5 @@ def explained_out_of_memory() -> Iterator[None]:
         raise TrainingError(
             f"out of {where}: lower train.batch_size, train.max_length or lora.rank (before the rounds: "
             "embedder.max_tokens), set train.gradient_checkpointing to true, or base.dtype to bfloat16, or "
-            "base.quantization to nf4; then train into another --out, for these settings are part of a run"
+            "base.quantization to nf4; then train into another --out, because a run's settings are fixed"
         ) from error

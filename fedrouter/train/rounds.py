@@ -1,4 +1,4 @@
-"""The rounds of a run, and what they leave on disk: checkpoints, metrics."""
+"""Run the rounds and write a checkpoint and metrics after each."""
 
 import time
 from dataclasses import replace
@@ -11,16 +11,18 @@ from fedrouter.train.server.loop import plan, run_rounds
 from fedrouter.train.session import Session
 from fedrouter.train.show.progress import TrainProgress
 from fedrouter.train.show.trackers import Trackers
-from fedrouter.train.start import Anew
+from fedrouter.train.start import Reclusterer
 from fedrouter.train.state import RunState, Start, exhausted
 
 
-def train_rounds(session: Session, federation: Federation, begun: Start, anew: Anew | None = None) -> Start:
-    """Run the rounds that are left, with a checkpoint and metrics after each; return where they end.
+def train_rounds(
+    session: Session, federation: Federation, start: Start, reclusterer: Reclusterer | None = None
+) -> Start:
+    """Run the remaining rounds; return the clustering and the state after the last one.
 
     Parameters
     ----------
-    anew : clusters anew, every ``cluster.every`` rounds.
+    reclusterer : clusters the clients again every ``cluster.every`` rounds.
 
     Raises
     ------
@@ -31,40 +33,51 @@ def train_rounds(session: Session, federation: Federation, begun: Start, anew: A
     every, last = config.cluster.every, config.train.rounds
     with Trackers(config, out, session.console) as trackers:
         while True:
-            number = begun.state.number
-            if anew and every and 0 < number < last and number % every == 0:
-                begun = anew(begun.clustering, begun.state)
-            until = min(last, (begun.state.number // every + 1) * every) if anew and every else last
-            state = _stretch(session, federation, begun, until, trackers)
-            begun = replace(begun, state=state)
+            number = start.state.number
+            if reclusterer and every and 0 < number < last and number % every == 0:
+                start = reclusterer(start.clustering, start.state)
+            until = last
+            if reclusterer and every:
+                until = min(last, (start.state.number // every + 1) * every)
+            state = _stretch(session, federation, start, until, trackers)
+            start = replace(start, state=state)
             if state.number >= last or exhausted(state, config.train.patience):
                 break
     if exhausted(state, config.train.patience):
-        session.say(f"stopped after round {state.number}: no validation loss fell any more")
+        session.say(
+            f"stopped after round {state.number}: no validation loss fell in the last "
+            f"{config.train.patience} rounds"
+        )
     metrics = out / "metrics.jsonl"
     if not any(loss is not None for loss in state.losses) and not any_taken(metrics):
         raise TrainingError(
-            f"no client's update could be used in any round; {metrics} says why, under refused"
+            f"no client's update could be used in any round; the field refused in {metrics} gives the reasons"
         )
-    return begun
+    return start
 
 
 def _stretch(
-    session: Session, federation: Federation, begun: Start, until: int, trackers: Trackers
+    session: Session, federation: Federation, start: Start, until: int, trackers: Trackers
 ) -> RunState:
-    """Run the rounds up to ``until`` with the same task clusters."""
-    config, clustering, state = session.config, begun.clustering, begun.state
+    """Run the rounds before ``until`` with the same task clusters."""
+    config, clustering, state = session.config, start.clustering, start.state
     train, out = config.train, session.out
-    names = [*(c.name for c in clustering.clusters), "global"]  # the last: FedDPA's
+    names = [*(c.name for c in clustering.clusters), "global"]  # "global": FedDPA's shared adapter
     metrics = Metrics(out / "metrics.jsonl", state.number)
-    kept = clustering if config.cluster.every else None
-    ahead = range(state.number, until)
-    steps = sum(one.steps for r in ahead for one in plan(clustering.assignments, train, config.seed, r))
+    stored_clustering = clustering if config.cluster.every else None
+    remaining_rounds = range(state.number, until)
+    steps = sum(
+        planned.steps
+        for number in remaining_rounds
+        for planned in plan(clustering.assignments, train, config.seed, number)
+    )
     began = time.perf_counter()
     with TrainProgress(session.console, names, train.rounds, steps, state.number) as progress:
         for result in run_rounds(federation, clustering.assignments, state, config, progress.on_reply):
             state = result.state
-            save_checkpoint(out / "checkpoints", state, begun.digest, train.keep_checkpoints, kept)
+            save_checkpoint(
+                out / "checkpoints", state, start.digest, train.keep_checkpoints, stored_clustering
+            )
             metrics.write(result, names, time.perf_counter() - began)
             trackers.write(result, names)
             progress.on_round(result)

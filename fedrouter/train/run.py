@@ -1,4 +1,4 @@
-"""Configuration → clients → task clusters → rounds → bundle; an interrupted run goes on where it stopped."""
+"""Configuration → clients → task clusters → rounds → bundle; an interrupted run resumes where it stopped."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,15 +32,15 @@ from fedrouter.types import Record, TaskCluster
 
 @explained_out_of_memory()
 def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bundle:
-    """Train a federation into ``out`` and return its bundle; go on with a run that was interrupted there.
+    """Train a federation into ``out`` and return its bundle; resume a run that was interrupted there.
 
     The directory holds ``config.json`` (resolved), ``metrics.jsonl``, ``embeddings/``, ``checkpoints/`` and
-    ``bundle/``; without noise ``tsne.json``, with noise ``privacy.json`` and the secret ``noise.key``;
-    ``left_out.json`` where clients failed before the rounds.
+    ``bundle/``; without noise also ``tsne.json``; with noise also ``privacy.json`` and the secret
+    ``noise.key``; if clients failed before the rounds also ``left_out.json``.
 
     Parameters
     ----------
-    processes : train so many adapters at a time (workers.py).
+    processes : number of adapters trained at a time (workers.py).
 
     Raises
     ------
@@ -66,14 +66,14 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
 
 
 def federation_of(session: Session, clients: Sequence[Client]) -> LocalFederation:
-    """Return the clients in this process: trained one after another, or side by side."""
+    """Return a federation of clients in this process; with ``train.stacked`` they train in one batch."""
     if isinstance(session.trainer, StackedTrainer):
         return StackedFederation(clients, session.trainer)
     return LocalFederation(clients, session.trainer, session.workers)
 
 
 def finished(out: Path, console: Console) -> Bundle | None:
-    """Return the bundle of a run that is finished already, and say so."""
+    """Return the bundle if the run in ``out`` is finished, after a note to the user; else None."""
     if not (out / "bundle").exists():
         return None
     console.print(f"{out} is finished already; remove it or choose another --out to train again")
@@ -83,7 +83,7 @@ def finished(out: Path, console: Console) -> Bundle | None:
 def admitted(
     session: Session, records: Mapping[str, Sequence[Record]], left_out: LeftOut, secret: bytes
 ) -> list[Client]:
-    """Return the clients, without those that fail as they embed."""
+    """Create the clients; leave out those whose embedding fails."""
 
     def admit(name: str) -> Client:
         return session.client(name, records[name], secret, partial(session.read_again, name))
@@ -97,13 +97,13 @@ def admitted(
 
 
 def run(session: Session, federation: Federation, left_out: LeftOut, secret: bytes) -> Bundle:
-    """Go from clients that are there to the bundle, wherever they are."""
+    """Find the task clusters, train the rounds and write the bundle."""
     config, out = session.config, session.out
-    anew = cluster_anew(session, federation, left_out)
-    begun = left_out.without(federation, lambda: start(session, federation, anew))
+    reclusterer = cluster_anew(session, federation, left_out)
+    starting = left_out.without(federation, lambda: start(session, federation, reclusterer))
     left_out.resuming = False
     session.claim()
-    clustering = begun.clustering
+    clustering = starting.clustering
     for c in clustering.clusters:
         session.say(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients")
     doubtful = doubt(config, [member.num_rows for member in federation.members()], len(clustering.clusters))
@@ -115,45 +115,45 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
     for guarantee in promised:
         session.say(f"privacy: {guarantee}")
     if any((out / "checkpoints").glob("round-*")):
-        number = begun.state.number
-        there = f"going on after round {number}"
-        session.say(there if number else "the checkpoints there are of other rows; starting over")
-    ended = train_rounds(session, federation, begun, anew)
+        number = starting.state.number
+        resumed = f"going on after round {number}"
+        session.say(resumed if number else "the checkpoints belong to other rows; starting over")
+    ended = train_rounds(session, federation, starting, reclusterer)
     clusters = ended.clustering.clusters
-    made = finish(config, ended.state, clusters, session.trainer.adapter_config)
+    finished_run = finish(config, ended.state, clusters, session.trainer.adapter_config)
     if isinstance(federation, LocalFederation) and not (
         config.privacy.centroid_noise or config.privacy.update_noise
-    ):  # elsewhere the vectors are not here
+    ):  # the server has no vectors of remote clients
         picture.draw(list(federation.clients.values()), [c.name for c in clusters], out, config.seed)
     return write_bundle(
         out / "bundle",
         base=session.base,
         embedder=session.embedder.spec,
         clusters=[with_loss(c, loss) for c, loss in zip(clusters, ended.state.losses, strict=False)],
-        adapters=made.adapters,
-        adapter_config={**made.adapter_config, "base_model_name_or_path": config.base.model},
+        adapters=finished_run.adapters,
+        adapter_config={**finished_run.adapter_config, "base_model_name_or_path": config.base.model},
         space=ended.clustering.space,
         probe_vectors=session.embedder.probe,
         fallback=config.routing.fallback,
         versions=versions(),
         chat_template=session.chat_template,
-        generalist=made.generalist,
+        generalist=finished_run.generalist,
         guarantees=promised,
         probes=session.probes,
     )
 
 
 def refuse_another_run(config: Config, out: Path) -> None:
-    """Check that ``out`` holds nothing, or a run with this configuration.
+    """Check that ``out`` holds no run, or one with this configuration.
 
     Raises
     ------
     TrainingError
-        If it holds something else.
+        If it holds a run with another configuration, or an unfinished ``fedrouter join``.
     """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
-            f"{out} holds an unfinished fedrouter join; give that command again, or another --out"
+            f"{out} holds an unfinished fedrouter join; run that command again, or choose another --out"
         )
     file = out / "config.json"
     if not file.exists():
@@ -164,12 +164,12 @@ def refuse_another_run(config: Config, out: Path) -> None:
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
-            "choose another --out, or give the same configuration to go on"
+            "choose another --out, or resume the run with the same configuration"
         )
 
 
 def with_loss(c: TaskCluster, loss: float | None) -> TaskCluster:
-    """Return a task cluster with the loss of the last round in which it trained."""
+    """Record the loss of the last round in which the task cluster was trained."""
     return c if loss is None else replace(c, training={"loss": round(loss, 5)})
 
 

@@ -1,4 +1,4 @@
-"""One run of training: its settings, where it is written, and what is loaded for it, each once."""
+"""One training run: its settings, its output directory, and the models loaded for it, each once."""
 
 import gc
 import importlib.metadata
@@ -35,18 +35,19 @@ RECORDED = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn",
 
 
 class Session:
-    """What a run works with. ``load`` comes first, then clients are made, then ``load_trainer``.
+    """The resources of a run. Call ``load``, then ``client`` for each client, then ``load_trainer``.
 
-    Clients embed with the base as it is; the trainer puts adapters into it, or another base in its place.
+    The order matters: clients embed with the unmodified base model, and the trainer then adds adapters to it
+    or replaces it with a quantised base.
 
     Parameters
     ----------
-    processes : train so many adapters at a time (workers.py); they share the machine.
+    processes : number of adapters trained at a time (workers.py); the processes share the machine.
 
     Attributes
     ----------
-    base, embedder : after ``load``.
-    trainer, workers : after ``load_trainer``.
+    base, embedder : set by ``load``.
+    trainer, workers : set by ``load_trainer``.
     """
 
     base: BaseSpec
@@ -58,16 +59,16 @@ class Session:
         self.config, self.out, self.console, self.processes = config, out, console, processes
 
     def say(self, line: str) -> None:
-        """Print one line as it is."""
+        """Print one line without markup, highlighting or wrapping."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def load(self, rendered: Rendered, recorded: EmbedderSpec | None = None) -> None:
-        """Load base and embedder: the one that a bundle recorded, or the one that the settings choose.
+        """Load the base model and the embedder: ``recorded`` by a bundle, or else chosen by the settings.
 
         Raises
         ------
         ConfigError, TrainingError, ModelError
-            If there is no such device or package, the model does not load, or has no such modules.
+            If a device, package or target module is missing, or the model does not load.
         """
         settings, routing = self.config.base, self.config.routing
         self.probes = None if routing.probes is None else read_probes(Path(routing.probes))
@@ -82,7 +83,7 @@ class Session:
         spec = recorded or self._chosen_embedder(dtype)
         url = self.config.embedder.url if spec.kind == "endpoint" else None
         found: Embedder
-        if spec.kind == "base":  # before adapters are put into it
+        if spec.kind == "base":  # the base model has no adapters yet
             found = HiddenStateEmbedder(self._model.base_model, rendered.tokenizer, spec)
         else:
             found = load_embedder(spec, self.base, url=url)
@@ -102,7 +103,7 @@ class Session:
         secret: bytes = b"",
         read: Callable[[], Sequence[Record]] | None = None,
     ) -> Client:
-        """Make one client: it embeds its rows."""
+        """Create one client, which embeds its rows at once."""
         return Client(name, records, self.embedder, self.config.seed, self.config.privacy, secret, read)
 
     def records(self, name: str, strip: bool = False) -> list[Record]:
@@ -110,21 +111,21 @@ class Session:
 
         Parameters
         ----------
-        strip : take their task labels off.
+        strip : remove their task labels.
         """
         settings = self.config.data
         rows = load_sources({name: settings.clients[name]}, self.config, settings.max_per_client)[name]
         return [replace(row, task=None) for row in rows] if strip else rows
 
     def read_again(self, name: str, strip: bool = False) -> list[Record]:
-        """Read a client's rows once more, ready to be embedded and trained on."""
+        """Read a client's rows again; prepare the base for embedding them and tokenise them for training."""
         self.trainer.take_out()
         rows = self.records(name, strip)
         load_rows(self._rendered.tokeniser, {name: rows})
         return rows
 
     def load_trainer(self, rows: Sequence[Record]) -> None:
-        """Make what trains adapters, and its workers; rehearse on the longest of ``rows``, if any."""
+        """Create the trainer and its workers; rehearse a training step on the longest of ``rows``, if any."""
         config, rendered = self.config, self._rendered
         model = self._quantised()
         kind = StackedTrainer if config.train.stacked else AdapterTrainer
@@ -136,42 +137,44 @@ class Session:
         self.workers = start_workers(self.trainer, config, rendered.path, self.processes)
 
     def _quantised(self) -> Any:
-        """Return the model to train on: with ``base.quantization`` another one, in place of the first.
+        """Return the model to train on: with ``base.quantization``, a quantised one that replaces the first.
 
-        What serves reads the base unquantised, so the embedder must too: it has done its work by now.
+        The embedder needs the unquantised base, as serving does, but has embedded all rows by now.
         """
         settings = self.config.base
         if settings.quantization == "none":
             return self._model
         device, dtype = device_and_dtype(settings)
-        self._model.to("meta")  # frees the weights, whoever still holds the model
+        self._model.to("meta")  # frees the weights even if the model is still referenced
         gc.collect()
         torch.cuda.empty_cache()
         return load_base(self._rendered.path, dtype, device, settings.quantization)
 
     @property
     def chat_template(self) -> str | None:
-        """What the bundle records: the template that rows were rendered with."""
+        """The chat template that rows were rendered with, for the bundle."""
         template: str | None = self._rendered.tokenizer.chat_template
         return template
 
     @contextmanager
     def unclaimed(self) -> Iterator[None]:
-        """Remove a new directory again where input is refused before it has become a run."""
+        """Remove the output directory after an error if it is new and not yet claimed."""
         new = not self.out.exists()
         try:
             yield
         except FedRouterError:
             if new and not (self.out / "config.json").exists():
-                shutil.rmtree(self.out, ignore_errors=True)  # embeddings
+                shutil.rmtree(self.out, ignore_errors=True)  # holds at most embeddings
             raise
 
     def claim(self, files: Mapping[str, str] | None = None) -> None:
-        """Write the resolved configuration beside the run; not before all that can be refused was.
+        """Write the resolved configuration into the output directory, which marks it as this run's.
+
+        Call it only after every check on the input: ``unclaimed`` no longer removes the directory.
 
         Parameters
         ----------
-        files : written instead, by name.
+        files : name → text, written instead.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         resolved = json.dumps(self.config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
@@ -180,5 +183,5 @@ class Session:
 
 
 def versions() -> dict[str, str]:
-    """Return what a bundle records of the libraries that wrote it."""
+    """Return the versions of the libraries that a bundle records."""
     return {"fedrouter": __version__, **{name: importlib.metadata.version(name) for name in RECORDED}}

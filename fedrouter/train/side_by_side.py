@@ -1,7 +1,7 @@
-"""All adapters of a round trained in one batch: for a small base on a large GPU.
+"""Train all adapters of a round in one batch: for a small base model on a large GPU.
 
-What each adapter learns is what TRL's trainer (sft.py) teaches it alone: mean loss over its batch's answer
-tokens, AdamW, gradients cut to length 1. The order of rows differs, and so does rounding.
+Each adapter learns what TRL's trainer (sft.py) would teach it alone: mean loss over the answer tokens of its
+batch, AdamW, gradients clipped to norm 1. Only the order of rows and the rounding differ.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +38,9 @@ from fedrouter.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS = 32_768  # padded tokens in one forward pass, at most; fewer for a larger base
-LARGE = 40_000_000  # parameters of a base that gets fewer
-LONGEST = 1.0  # L2 norm that a gradient is cut to, as the Trainer's default
+TOKENS = 32_768  # maximum number of padded tokens in one forward pass
+LARGE = 40_000_000  # base model parameters beyond which the maximum shrinks in proportion
+MAX_NORM = 1.0  # of a gradient (L2), the Trainer's default
 
 Request = TypeVar("Request", TrainRequest, ValidationRequest)
 Row = tuple[list[int], list[int]]  # token ids and labels
@@ -48,7 +48,7 @@ Row = tuple[list[int], list[int]]  # token ids and labels
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to train (``steps`` above 0) or to judge."""
+    """One adapter to train (``steps`` above 0) or to validate."""
 
     adapter: AdapterState
     data: Dataset
@@ -58,7 +58,7 @@ class Job:
 
 
 class StackedTrainer(AdapterTrainer):
-    """Trains and judges many adapters at once on the resident base; parameters as ``AdapterTrainer``."""
+    """Trains and validates many adapters at once on one base; parameters as of ``AdapterTrainer``."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class StackedTrainer(AdapterTrainer):
         parameters = sum(p.numel() for p in self._base.parameters())
         self._tokens = int(TOKENS * min(1.0, LARGE / parameters))
         self._decoder, self._head = self._base.get_decoder(), self._base.get_output_embeddings()
-        self._plain = self._head_is_all()
+        self._logits_from_head = self._logits_are_head_of_states()
 
     def train(
         self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int
@@ -88,14 +88,14 @@ class StackedTrainer(AdapterTrainer):
         return self.losses([Job(adapter, data)])[0]
 
     def train_all(self, jobs: Sequence[Job]) -> list[Trained]:
-        """Train every job's adapter for its steps; results in the jobs' order."""
+        """Train every job's adapter for its number of steps; return results in the jobs' order."""
         began = perf_counter()
-        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)  # who is done first lies last
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)  # so that active adapters come first
         settings = self.settings
         batches = [_batches(jobs[i], settings.step_size) for i in order]
         sent = self._stack.matrix([jobs[i].adapter for i in order], self._base.device)
         weights = torch.nn.Parameter(sent.clone())
-        # Of the adapters of a round all have one learning rate.
+        # All adapters of a round share one learning rate.
         optimizer = torch.optim.AdamW(
             [weights],
             lr=jobs[0].learning_rate,
@@ -104,45 +104,45 @@ class StackedTrainer(AdapterTrainer):
         )
         losses = torch.zeros(len(jobs), device=weights.device)
         done = torch.zeros_like(sent)
-        torch.manual_seed(jobs[0].seed)  # of dropout
+        torch.manual_seed(jobs[0].seed)  # for dropout
         self._stack.training = True
-        with self._in_place():
+        with self._attached():
             for step in range(jobs[order[0]].steps):
                 active = sum(jobs[i].steps > step for i in order)
                 losses[:active] += self._step(weights, [next(batches[i]) for i in range(active)])
                 if settings.proximal:
                     assert weights.grad is not None
                     weights.grad[:active] += settings.proximal * (weights.detach() - sent)[:active]
-                _cut(weights)
+                _clip_gradients(weights)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 ending = [n for n in range(active) if jobs[order[n]].steps == step + 1]
-                if ending:  # its moments go on moving what lies still
+                if ending:  # copy now: AdamW's momentum keeps changing weights that get no gradient
                     done[ending] = weights.detach()[ending]
         states = self._stack.states(done)
         mean = (losses.cpu() / torch.tensor([max(jobs[i].steps, 1) for i in order])).tolist()
         seconds = (perf_counter() - began) / len(jobs)
-        found = {
+        results = {
             i: Trained(states[n], self._examples(len(jobs[i].data), jobs[i].steps), mean[n], seconds)
             for n, i in enumerate(order)
         }
-        return [found[i] for i in range(len(jobs))]
+        return [results[i] for i in range(len(jobs))]
 
     @torch.no_grad()
     def losses(self, jobs: Sequence[Job]) -> list[tuple[float, int]]:
-        """Return each job's mean loss on its rows, nats a completion token, and how many tokens."""
+        """Return each job's mean loss on its rows, nats per completion token, and the number of tokens."""
         weights = self._stack.matrix([job.adapter for job in jobs], self._base.device)
         rows = [_rows(job) for job in jobs]
         totals = torch.zeros(len(jobs), device=weights.device)
-        counts = [sum(sum(t != IGNORED for t in labels[1:]) for _, labels in own) for own in rows]
+        counts = [sum(sum(t != IGNORED for t in labels[1:]) for _, labels in job_rows) for job_rows in rows]
         size = self.settings.step_size
         self._stack.training = False
-        with self._in_place():
+        with self._attached():
             for start in range(0, max(map(len, rows)), size):
-                some = [i for i, own in enumerate(rows) if len(own) > start]
-                batches = [rows[i][start : start + size] for i in some]
+                unfinished = [i for i, job_rows in enumerate(rows) if len(job_rows) > start]
+                batches = [rows[i][start : start + size] for i in unfinished]
                 for part in self._chunks(batches):
-                    picked = torch.tensor([some[i] for i in part], device=weights.device)
+                    picked = torch.tensor([unfinished[i] for i in part], device=weights.device)
                     totals[picked] += self._loss(weights[picked], [batches[i] for i in part], mean=False)
         return [(t / max(n, 1), n) for t, n in zip(totals.tolist(), counts, strict=True)]
 
@@ -157,7 +157,7 @@ class StackedTrainer(AdapterTrainer):
         return losses
 
     def _chunks(self, batches: Sequence[list[Row]]) -> Iterator[list[int]]:
-        """Yield the batches in parts of bounded size, those of like length together."""
+        """Yield indices of batches in chunks of bounded size, batches of similar length together."""
         longest = [max(len(ids) for ids, _ in batch) for batch in batches]
         part: list[int] = []
         for i in sorted(range(len(batches)), key=lambda i: (longest[i], i)):
@@ -169,44 +169,46 @@ class StackedTrainer(AdapterTrainer):
         yield part
 
     def _loss(self, weights: Tensor, batches: Sequence[list[Row]], mean: bool = True) -> Tensor:
-        """Return each adapter's loss on its batch, (n,): the mean over answer tokens, or the sum."""
+        """Return each adapter's loss on its batch: (n,), the mean over answer tokens or the sum."""
         rows = max(map(len, batches))
         blank: tuple[list[int], list[int]] = [0], [IGNORED]
         filled = [row for batch in batches for row in [*batch, *([blank] * (rows - len(batch)))]]
         ids = pad_sequence([torch.tensor(row) for row, _ in filled], True)  # (n · rows, T)
         labels = pad_sequence([torch.tensor(row) for _, row in filled], True, IGNORED)[:, 1:]
-        learned = (labels != IGNORED).flatten().nonzero().squeeze(1)  # where answer tokens stand
-        owner = learned // (rows * labels.shape[1])  # whose each is
-        wanted = labels.flatten()[learned]
+        learned = (labels != IGNORED).flatten().nonzero().squeeze(1)  # positions of answer tokens
+        owner = learned // (rows * labels.shape[1])  # index of each token's adapter
+        targets = labels.flatten()[learned]
         device = weights.device
-        ids, learned, owner, wanted = (t.to(device, non_blocking=True) for t in (ids, learned, owner, wanted))
+        ids, learned, owner, targets = (
+            t.to(device, non_blocking=True) for t in (ids, learned, owner, targets)
+        )
         self._stack.use(weights, self._base.dtype)
-        # No mask: what pads lies behind each row, where a causal model does not look.
-        if self._plain:
+        # No mask is needed: padding follows each row, and a causal model does not look ahead.
+        if self._logits_from_head:
             states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
             logits = self._head(states[:, :-1].flatten(0, 1)[learned])
         else:
             logits = self._base(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)[learned]
-        each = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         total = torch.zeros(len(batches), device=device).index_add(0, owner, each)
         if not mean:
             return total
         return total / torch.bincount(owner, minlength=len(batches)).clamp(min=1)
 
     @torch.no_grad()
-    def _head_is_all(self) -> bool:
-        """Tell whether logits are the output embeddings of the last states, without scale or cap."""
+    def _logits_are_head_of_states(self) -> bool:
+        """Return whether the logits are the output layer of the last hidden states, not scaled or capped."""
         ids = torch.arange(8, device=self._base.device)[None]
-        with self._in_place():
+        with self._attached():
             whole = self._base(input_ids=ids, use_cache=False).logits
-            ours = self._head(self._decoder(input_ids=ids, use_cache=False).last_hidden_state)
-        return bool(torch.equal(whole, ours))
+            from_states = self._head(self._decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        return bool(torch.equal(whole, from_states))
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Have our adapters in the base instead of PEFT's."""
+    def _attached(self) -> Iterator[None]:
+        """Attach the stacked adapters to the base model in place of PEFT's."""
         self.model.disable_adapter_layers()
-        self.model.eval()  # nothing but dropout asks for it, and adapters have their own
+        self.model.eval()  # only affects dropout in the base; the stack has its own switch
         try:
             with self._stack.attached():
                 yield
@@ -215,87 +217,89 @@ class StackedTrainer(AdapterTrainer):
 
 
 class StackedFederation(LocalFederation):
-    """Clients in this process whose adapters are trained side by side."""
+    """Clients in this process whose adapters are trained in one batch."""
 
     def __init__(self, clients: Sequence[Client], trainer: StackedTrainer):
         super().__init__(clients, trainer)
         self._stacked = trainer
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        """Train what is requested, all at once."""
-        return self._together(requests, lambda r, trainer: self.clients[r.client].train(r, trainer))
+        """Have the named clients train, all in one batch."""
+        return self._in_one_batch(requests, lambda r, trainer: self.clients[r.client].train(r, trainer))
 
     def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
-        """Have each request's client judge an adapter, all at once."""
-        return self._together(requests, lambda r, trainer: self.clients[r.client].validate(r, trainer))
+        """Have the named clients compute validation losses, all in one batch."""
+        return self._in_one_batch(requests, lambda r, trainer: self.clients[r.client].validate(r, trainer))
 
-    def _together(self, requests: Sequence[Request], ask: Callable[[Request, Trainer], Any]) -> Iterator[Any]:
-        """Let every client come to where it waits for the model, then do all that wait in one go."""
-        table = _Table()
-        seat = _Seat(self._stacked, table)
+    def _in_one_batch(
+        self, requests: Sequence[Request], ask: Callable[[Request, Trainer], Any]
+    ) -> Iterator[Any]:
+        """Run each client in a thread until it needs the model; then run all their jobs in one batch."""
+        queue = _JobQueue()
+        trainer = _QueuingTrainer(self._stacked, queue)
         with ThreadPoolExecutor(max(len(requests), 1)) as pool:
-            answers = [pool.submit(tried, request, seat, ask) for request in requests]
-            for answer in answers:
-                answer.add_done_callback(lambda _: table.knock())
-            table.wait(lambda: len(table.jobs) + sum(a.done() for a in answers) >= len(answers))
+            replies = [pool.submit(tried, request, trainer, ask) for request in requests]
+            for reply in replies:
+                reply.add_done_callback(lambda _: queue.notify())
+            queue.wait(lambda: len(queue.jobs) + sum(r.done() for r in replies) >= len(replies))
             try:
-                jobs = [job for job, _ in table.jobs]
+                jobs = [job for job, _ in queue.jobs]
                 if jobs:
-                    what = self._stacked.train_all if jobs[0].steps else self._stacked.losses
-                    for (_, promise), result in zip(table.jobs, what(jobs), strict=True):
-                        promise.set_result(result)
+                    run_jobs = self._stacked.train_all if jobs[0].steps else self._stacked.losses
+                    for (_, future), result in zip(queue.jobs, run_jobs(jobs), strict=True):
+                        future.set_result(result)
             except BaseException as error:
-                for _, promise in table.jobs:
-                    if not promise.done():
-                        promise.set_exception(error)
+                for _, future in queue.jobs:
+                    if not future.done():
+                        future.set_exception(error)
                 raise
-            for answer in answers:
-                yield answer.result()
+            for reply in replies:
+                yield reply.result()
 
 
-class _Table:
-    """Where clients' jobs lie until all are there."""
+class _JobQueue:
+    """Collects the clients' jobs until all clients have queued one or failed."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[Job, Future[Any]]] = []
         self._changed = Condition()
 
-    def knock(self) -> None:
+    def notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
     def put(self, job: Job) -> "Future[Any]":
-        promise: Future[Any] = Future()
+        future: Future[Any] = Future()
         with self._changed:
-            self.jobs.append((job, promise))
+            self.jobs.append((job, future))
             self._changed.notify_all()
-        return promise
+        return future
 
-    def wait(self, enough: Callable[[], bool]) -> None:
+    def wait(self, complete: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(enough)
+            self._changed.wait_for(complete)
 
 
-class _Seat(StandIn):
-    """A trainer as clients see it: what they ask for waits for the others."""
+class _QueuingTrainer(StandIn):
+    """The trainer that clients are given: it queues their jobs and waits for the results."""
 
-    def __init__(self, stacked: StackedTrainer, table: _Table):
+    def __init__(self, stacked: StackedTrainer, queue: _JobQueue):
         super().__init__(stacked)
-        self._table = table
+        self._queue = queue
 
     def train(
         self, adapter: AdapterState, data: Dataset, steps: int, learning_rate: float, seed: int
     ) -> Trained:
-        trained: Trained = self._table.put(Job(adapter, data, steps, learning_rate, seed)).result()
+        trained: Trained = self._queue.put(Job(adapter, data, steps, learning_rate, seed)).result()
         return trained
 
     def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
-        loss, num_tokens = self._table.put(Job(adapter, data)).result()
+        loss, num_tokens = self._queue.put(Job(adapter, data)).result()
         return loss, num_tokens
 
 
 def _batches(job: Job, size: int) -> Iterator[list[Row]]:
-    """Yield batches of (ids, labels), epoch after epoch, each in an order of its own."""
+    """Yield batches of (ids, labels) without end, shuffled anew in each epoch."""
     rows = _rows(job)
     draw = np.random.default_rng(job.seed)
     while True:
@@ -309,8 +313,8 @@ def _rows(job: Job) -> list[Row]:
     return list(zip(columns["input_ids"], columns["labels"], strict=True))
 
 
-def _cut(weights: torch.nn.Parameter) -> None:
-    """Cut each adapter's gradient to length 1, as the Trainer cuts one."""
+def _clip_gradients(weights: torch.nn.Parameter) -> None:
+    """Clip each adapter's gradient to ``MAX_NORM``."""
     assert weights.grad is not None
     lengths = torch.linalg.vector_norm(weights.grad, dim=1, keepdim=True)
-    weights.grad *= (LONGEST / (lengths + 1e-6)).clamp(max=1.0)
+    weights.grad *= (MAX_NORM / (lengths + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Arithmetic in the routing space, for both sides: the nearest centroid, and spaces made of other spaces."""
+"""Arithmetic in the routing space, for server and clients: nearest centroids, and derived spaces."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -12,28 +12,28 @@ Labels = NDArray[np.int64]
 
 
 def nearest(x: Array, space: RoutingSpace) -> tuple[Labels, Float64s]:
-    """Return each row's nearest centroid and the distance to it."""
+    """Return the index of each row's nearest centroid and the distance to it: (n,), (n,)."""
     squared = _squared(x, space)
-    found = squared.argmin(1)
-    return found, np.sqrt(np.maximum(squared[np.arange(len(x)), found], 0))
+    index = squared.argmin(1)
+    return index, np.sqrt(np.maximum(squared[np.arange(len(x)), index], 0))
 
 
 def only(space: RoutingSpace, wanted: Collection[int]) -> RoutingSpace:
-    """Return the space with the centroids of some task clusters; all of them where these have none."""
-    own = [i for i, k in enumerate(space.cluster_of) if k in wanted]
-    cluster_of = tuple(space.cluster_of[i] for i in own)
-    return replace(space, centroids=space.centroids[own], cluster_of=cluster_of) if own else space
+    """Return the space with only the centroids of the task clusters ``wanted``, or with all if none match."""
+    kept = [i for i, k in enumerate(space.cluster_of) if k in wanted]
+    cluster_of = tuple(space.cluster_of[i] for i in kept)
+    return replace(space, centroids=space.centroids[kept], cluster_of=cluster_of) if kept else space
 
 
 def _squared(x: Array, space: RoutingSpace) -> Float64s:
-    """(n, m) squared distances between rows and centroids."""
+    """Return the squared distances between rows and centroids: (n, m)."""
     z = space.project(x.astype(np.float64))
     centroids = space.centroids.astype(np.float64)
     return np.asarray((z**2).sum(1)[:, None] + (centroids**2).sum(1) - 2 * z @ centroids.T)
 
 
 def widened(space: RoutingSpace, centroids: Array) -> RoutingSpace:
-    """Return the space with new task clusters, a centroid each: (n, m)."""
+    """Append one task cluster for each of ``centroids``, (n, m)."""
     first = max(space.cluster_of) + 1
     return replace(
         space,
@@ -43,7 +43,7 @@ def widened(space: RoutingSpace, centroids: Array) -> RoutingSpace:
 
 
 def narrowed(space: RoutingSpace, kept: Sequence[int]) -> RoutingSpace:
-    """Return the space with the task clusters ``kept`` alone, numbered anew in that order."""
+    """Return the space with only the task clusters ``kept``, renumbered in that order."""
     rows = [i for i, k in enumerate(space.cluster_of) if k in kept]
     number = {k: i for i, k in enumerate(kept)}
     return replace(
@@ -54,6 +54,6 @@ def narrowed(space: RoutingSpace, kept: Sequence[int]) -> RoutingSpace:
 
 
 def renumbered(space: RoutingSpace, order: Sequence[int]) -> RoutingSpace:
-    """Return the space with task cluster ``order[k]`` as number k."""
+    """Return the space with task cluster ``order[k]`` renumbered to k."""
     number = {old: new for new, old in enumerate(order)}
     return replace(space, cluster_of=tuple(number[k] for k in space.cluster_of))

@@ -1,4 +1,4 @@
-"""What the rounds start from: task clusters that are found, found anew, or that a checkpoint holds."""
+"""The state that the rounds start from: newly found task clusters, or those of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,14 +12,15 @@ from fedrouter.train.server.recluster import changes, recluster
 from fedrouter.train.session import Session
 from fedrouter.train.state import Clustering, RunState, Start
 
-Anew = Callable[[Clustering, RunState], Start]
+Reclusterer = Callable[[Clustering, RunState], Start]
 
 
-def start(session: Session, federation: Federation, anew: Anew) -> Start:
-    """Return what the rounds start from.
+def start(session: Session, federation: Federation, reclusterer: Reclusterer) -> Start:
+    """Return the task clusters and the run state that the rounds start from.
 
-    A checkpoint counts if it is of the same rows. With ``cluster.every`` its task clusters cannot be found
-    again from the first ones: they are taken from it, and found anew if the rows are other ones by now.
+    A checkpoint is used only if it belongs to the same rows. With ``cluster.every``, discovery would not find
+    a checkpoint's task clusters again, so they are read from it; if the rows have changed since, the clients
+    are clustered again.
     """
     config, checkpoints = session.config, session.out / "checkpoints"
     members = federation.members()
@@ -29,7 +30,7 @@ def start(session: Session, federation: Federation, anew: Anew) -> Start:
         digest = clustering_digest(space, clustering.assignments, members)
         if digest == stored.digest:
             return replace(stored, clustering=clustering)
-        return anew(clustering, stored.state)
+        return reclusterer(clustering, stored.state)
     grouping = group(federation, config, session.trainer.state(), session.embedder.spec.dim)
     num = grouping.space.num_clusters
     whitened = config.cluster.method == "tree"
@@ -39,15 +40,15 @@ def start(session: Session, federation: Federation, anew: Anew) -> Start:
     return Start(clustering, latest_checkpoint(checkpoints, digest) or grouping.state, digest)
 
 
-def cluster_anew(session: Session, federation: Federation, left_out: LeftOut) -> Anew:
-    """Return what has clients read their rows again, and clusters them anew."""
+def cluster_anew(session: Session, federation: Federation, left_out: LeftOut) -> Reclusterer:
+    """Return a function that has the clients read their rows again and then clusters them again."""
 
-    def anew(old: Clustering, state: RunState) -> Start:
-        for answer in federation.reread():
-            if answer.problem:
-                session.say(f"client {answer.client} goes on with the rows that it had: {answer.problem}")
+    def reclusterer(old: Clustering, state: RunState) -> Start:
+        for reply in federation.reread():
+            if reply.problem:
+                session.say(f"client {reply.client} keeps the rows that it had: {reply.problem}")
         new, state = left_out.without(federation, lambda: recluster(federation, session.config, old, state))
         session.say(f"clustered anew before round {state.number + 1}: {changes(old, new)}")
         return Start(new, state, clustering_digest(new.space, new.assignments, federation.members()))
 
-    return anew
+    return reclusterer

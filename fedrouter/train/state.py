@@ -1,4 +1,4 @@
-"""The state of a run: what one round hands to the next, and what a checkpoint holds."""
+"""The state of a run: what each round passes to the next, and what a checkpoint holds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from fedrouter.types import AdapterState, Assignment, RoutingSpace, TaskCluster
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """Who trains what, until clients are clustered anew."""
+    """The task clusters and their clients, until the clients are clustered again."""
 
     space: RoutingSpace
     assignments: Sequence[Assignment]
     clusters: Sequence[TaskCluster]
-    ended: tuple[str, ...] = ()  # names of task clusters that are no more; not given again
+    ended: tuple[str, ...] = ()  # names of former task clusters, never reused
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The round in which a task cluster's adapter did best on validation rows."""
+    """The round in which a task cluster's adapter had its lowest validation loss."""
 
     round: int  # from 0
     loss: float
@@ -27,17 +27,17 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What one round hands to the next, and all that a checkpoint holds. Sequences run over task clusters."""
+    """What each round passes to the next, and what a checkpoint holds; tuples have one entry per adapter."""
 
     number: int  # rounds done
     adapters: tuple[AdapterState, ...]
-    moments: tuple[AdapterState, ...]  # of the server optimizer; empty without one
-    losses: tuple[float | None, ...]  # of the last round in which each trained
-    best: tuple[Best | None, ...]  # None: not validated
+    moments: tuple[AdapterState, ...]  # of the server optimizer; empty mappings without one
+    losses: tuple[float | None, ...]  # of the last round in which the adapter was trained
+    best: tuple[Best | None, ...]  # None: never validated
 
     @property
     def best_adapters(self) -> tuple[AdapterState, ...]:
-        """What goes into the bundle: each task cluster's best adapter, or its last one."""
+        """The adapters for the bundle: of each, the best one by validation loss, or else the last."""
         return tuple(
             best.adapter if best else last for best, last in zip(self.best, self.adapters, strict=True)
         )
@@ -45,35 +45,35 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What the rounds start from, or go on from."""
+    """What the rounds start from or resume from."""
 
     clustering: Clustering
     state: RunState
-    digest: str  # of the clustering and of all clients' rows; checkpoints belong to it
+    digest: str  # of the clustering and all clients' rows; a checkpoint is used only if its digest is equal
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRound:
-    """One task cluster's part in one round."""
+    """One task cluster's results in one round."""
 
     cluster: int
-    loss: float | None  # mean over clients, weighted by examples, nats a token; None: nobody told one
+    loss: float | None  # mean over clients, weighted by examples, nats per token; None: not reported
     num_examples: int
     num_clients: int
     drift: float  # relative L2 distance of the new adapter from the old one
-    norm: float  # L2, of the longest update that was taken
-    residual: float | None  # of the exact mean: what the rank leaves out
-    refused: Mapping[str, str]  # client → why its update was not taken, or why it could not train
-    num_bytes: int = 0  # of adapters that went to clients and came back
-    validation: float | None = None  # mean loss of the new adapter on rows held back, nats a token
+    norm: float  # L2, of the longest accepted update
+    residual: float | None  # of the exact mean: relative error from reducing it to the rank; else None
+    refused: Mapping[str, str]  # client → why its update was refused, or why it could not train
+    num_bytes: int = 0  # of adapters sent to clients and received from them
+    validation: float | None = None  # mean loss of the new adapter on validation rows, nats per token
 
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What a round leaves behind."""
+    """The state after one round, and the results of each task cluster."""
 
     state: RunState
-    clusters: tuple[ClusterRound, ...]  # those that were asked to train
+    clusters: tuple[ClusterRound, ...]  # only task clusters trained in this round
 
     @property
     def number(self) -> int:
@@ -88,6 +88,6 @@ def fresh_state(adapters: Sequence[AdapterState]) -> RunState:
 
 
 def exhausted(state: RunState, patience: int | None) -> bool:
-    """Tell whether no task cluster's validation loss fell in the last ``patience`` rounds."""
+    """Return whether no task cluster's validation loss fell in the last ``patience`` rounds."""
     rounds = [best.round for best in state.best if best]
     return patience is not None and bool(rounds) and state.number - 1 - max(rounds) >= patience

@@ -91,7 +91,7 @@ def test_a_client_whose_data_has_changed_moves(run: Path, tmp_path: Path) -> Non
     assert not (out / "checkpoints").exists()
     assert "client-0 (moved)" in fedrouter("inspect", str(out)).stdout
     for arguments, why in (
-        (("--moved", f"nobody={source}"), "none of that name that could move"),
+        (("--moved", f"nobody={source}"), "no client of that name to move"),
         (("--client", f"client-0={source}"), "or give it with --moved"),
         ((), "nobody to join"),
     ):

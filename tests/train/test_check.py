@@ -1,4 +1,4 @@
-"""`fedrouter check`: what it shows, and that it fails where training would refuse."""
+"""`fedrouter check`: its report, and that it fails where training would refuse."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_report_says_what_is_in_the_files(config: Path) -> None:
+def test_the_report_describes_the_files(config: Path) -> None:
     clients = {"a": str(config / "a.jsonl")}
     report = check(Config(data=DataSettings(clients=clients), train=TrainSettings(epochs=2, batch_size=4)))
     (file,) = report.files
@@ -50,7 +50,7 @@ def test_the_report_says_what_is_in_the_files(config: Path) -> None:
     assert any("fields that nobody reads: source" in note for note in report.notes)
 
 
-def test_what_is_said_of_the_adapter_is_its_size(config: Path) -> None:
+def test_the_reported_adapter_size_is_right(config: Path) -> None:
     from fedrouter.models import load_base, load_tokenizer, resolve_base
     from fedrouter.train.client.sft import AdapterTrainer
 
@@ -72,10 +72,10 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_the_command_shows_rows_with_marks_and_names_what_is_cut(config: Path) -> None:
+def test_the_command_marks_rows_and_reports_cut_ones(config: Path) -> None:
     code, out = run(str(config / "ab.toml"), "--set", "train.max_length=512")
     assert code == 0
-    assert "lamp]\n\n### Response:\n⟦0 lamps</s>⟧" in out, "text from outside is printed as it is"
+    assert "lamp]\n\n### Response:\n⟦0 lamps</s>⟧" in out, "markup in rows is not interpreted"
     code, out = run(str(config / "ab.toml"))
     assert "14 of 14 rows are longer than train.max_length = 16 tokens" in out
     assert "1 rows equal another row" in out and "data.ignore" in out

@@ -1,4 +1,4 @@
-"""A run over the wire, without a network: the bundle is the one that a run in one process makes."""
+"""A remote run without a network gives the same bundle as a run in one process."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def content(bundle: Path) -> dict[str, bytes]:
     return {str(p.relative_to(bundle)): p.read_bytes() for p in sorted(bundle.rglob("*")) if p.is_file()}
 
 
-def test_the_bundle_over_the_wire_is_the_one_of_a_single_process(data: Path, tmp_path: Path) -> None:
+def test_a_remote_run_gives_the_bundle_of_a_local_run(data: Path, tmp_path: Path) -> None:
     sites = {name: site(tmp_path / "sites", name, data / f"{name}.jsonl") for name in NAMES}
     transport = Loopback({f"node-{name}": resident(made).answer for name, (made, _) in sites.items()})
     roster = {name: key for name, (_, key) in sites.items()}

@@ -1,4 +1,4 @@
-"""Who trains what, when several trainers take requests at a time."""
+"""Distribution of requests over several trainers."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ REQUESTS = [TrainRequest(f"client-{n}", n % 3, 0, {}, 1, 1e-3) for n in range(12
 
 
 class Asked:
-    """A client that says who trained for it."""
+    """A client that trains through the trainer's ``work``."""
 
     def __init__(self, name: str):
         self.name = name
@@ -24,7 +24,7 @@ class Asked:
 
 
 class Busy:
-    """A trainer that takes its time; ``error`` is raised on its second request."""
+    """A slow trainer that records its requests; ``error`` is raised on its second request."""
 
     def __init__(self, name: str, error: Exception | None = None):
         self.name, self.error, self.requests = name, error, list[TrainRequest]()
@@ -45,16 +45,16 @@ def answers(here: Busy, workers: Sequence[Busy]) -> list[TrainReply | TrainFailu
     return list(federation.train(REQUESTS))
 
 
-def test_every_request_is_answered_once_whoever_trains() -> None:
+def test_every_request_is_answered_exactly_once() -> None:
     here, workers = Busy("here"), [Busy("one"), Busy("two")]
     found = answers(here, workers)
     assert sorted(a.client for a in found) == sorted(r.client for r in REQUESTS)
     assert sum(len(t.requests) for t in (here, *workers)) == len(REQUESTS)
     assert all(len(t.requests) >= 2 and len(t.threads) == 1 for t in (here, *workers))
-    assert here.threads == {threading.get_ident()}, "so that Ctrl-C stops it"
+    assert here.threads == {threading.get_ident()}, "the main thread trains, so that Ctrl-C stops it"
 
 
-def test_a_failure_at_a_worker_costs_one_request() -> None:
+def test_a_failure_in_a_worker_fails_one_request() -> None:
     found = answers(Busy("here"), [Busy("one", ValueError("shapes"))])
     failed = [a for a in found if isinstance(a, TrainFailure)]
     assert len(found) == len(REQUESTS)
@@ -63,7 +63,7 @@ def test_a_failure_at_a_worker_costs_one_request() -> None:
 
 @pytest.mark.parametrize("error", [WorkerError("it is gone"), MemoryError()])
 @pytest.mark.parametrize("at_worker", [True, False])
-def test_after_what_cannot_be_mended_nothing_more_is_begun(error: Exception, at_worker: bool) -> None:
+def test_no_request_starts_after_a_fatal_error(error: Exception, at_worker: bool) -> None:
     failing, other = Busy("failing", error), Busy("other")
     with pytest.raises(type(error)):
         answers(*((other, [failing]) if at_worker else (failing, [other])))

@@ -15,30 +15,30 @@ def config(**base: str) -> BaseSettings:
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_machine(config())
     monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate launch and torchrun set it
-    with pytest.raises(TrainingError, match=r"2 processes were started from outside: .* --processes 2"):
+    with pytest.raises(TrainingError, match=r"a launcher started 2 processes: .* --processes 2"):
         check_machine(config())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_what_needs_a_gpu_says_so() -> None:
+def test_settings_that_need_a_gpu_are_refused() -> None:
     with pytest.raises(TrainingError, match=r'base\.device = "cuda": this machine has no usable GPU'):
         check_machine(config(device="cuda"))
     with pytest.raises(
-        TrainingError, match=r'base\.device = "spread" takes two GPUs or more, and there are 0'
+        TrainingError, match=r'base\.device = "spread" needs at least two GPUs, but there are 0'
     ):
         check_machine(config(device="spread"))
     assert device_and_dtype(config()) == ("cpu", "float32")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_four_bits_without_bitsandbytes() -> None:
+def test_quantization_needs_bitsandbytes() -> None:
     with pytest.raises(
         ConfigError, match=r'base\.quantization = "nf4" needs bitsandbytes: pip install "fedrouter\[qlora'
     ):
         check_machine(config(quantization="nf4"))
 
 
-def test_what_dtype_is_taken() -> None:
+def test_device_and_dtype() -> None:
     assert device_and_dtype(config(device="cpu", dtype="bfloat16")) == ("cpu", "bfloat16")
     assert device_and_dtype(config(device="cuda")) == ("cuda", "bfloat16")
     assert device_and_dtype(config(device="spread", dtype="float16")) == ("spread", "float16")
@@ -50,16 +50,16 @@ def test_each_process_gets_its_share_of_the_threads(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "set_num_threads", left.append)
     for processes in (1, 2, 3, 9):
         share_out(config(device="cpu"), processes)
-    assert left == [3, 2, 1], "a single process keeps them all"
+    assert left == [3, 2, 1], "a single process keeps all threads"
     assert side_by_side(config(device="cpu")) == 4
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     share_out(config(device="cuda"), 2)
     assert side_by_side(config(device="cuda")) == 2
-    with pytest.raises(TrainingError, match=r"--processes 3: each takes a GPU of its own, and there are 2"):
+    with pytest.raises(TrainingError, match=r"--processes 3: each needs its own GPU, but there are 2"):
         share_out(config(device="cuda"), 3)
-    with pytest.raises(TrainingError, match=r'--processes: base\.device = "spread" takes all GPUs'):
+    with pytest.raises(TrainingError, match=r'--processes: base\.device = "spread" uses all GPUs'):
         share_out(config(device="spread"), 2)

@@ -12,15 +12,15 @@ TORCH_ON_CPU = RuntimeError(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), TORCH_ON_CPU])
-def test_running_out_of_memory_names_the_knobs_in_one_line(error: Exception) -> None:
-    knobs = r"lower train\.batch_size, train\.max_length"
-    with pytest.raises(TrainingError, match=knobs) as caught, explained_out_of_memory():
+def test_out_of_memory_error_names_the_settings_in_one_line(error: Exception) -> None:
+    settings = r"lower train\.batch_size, train\.max_length"
+    with pytest.raises(TrainingError, match=settings) as caught, explained_out_of_memory():
         raise error
     assert "\n" not in str(caught.value)
     assert ("GPU" in str(caught.value)) == isinstance(error, torch.OutOfMemoryError)
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory():
         raise RuntimeError("shapes do not fit")
 
@@ -35,7 +35,7 @@ class Broken:
         raise self.error
 
 
-def test_a_clients_failure_is_an_answer_and_running_out_of_memory_is_not() -> None:
+def test_a_client_failure_is_a_reply_but_out_of_memory_is_raised() -> None:
     request = TrainRequest("north", 2, 0, {}, 1, 1e-3)
     failing = LocalFederation([Broken(OSError("disk full\nin line 3"))], None)  # type: ignore[list-item, arg-type]
     (answer,) = failing.train([request])

@@ -1,4 +1,4 @@
-"""The picture of the clients' embeddings, made where they are."""
+"""The picture of the clients' embeddings."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def drawn(out: Path, *clients: Any) -> Any:
     return json.loads((out / picture.FILE).read_text())
 
 
-def test_rows_of_a_task_lie_together_and_carry_no_text(tmp_path: Path) -> None:
+def test_rows_of_a_task_are_close_and_have_no_text(tmp_path: Path) -> None:
     found = drawn(tmp_path, Rows("x", 40), Rows("y", 40))
     assert sorted(found) == ["clients", "clusters", "points", "tasks"]
     assert len(found["points"]) == 80
@@ -41,10 +41,12 @@ def test_rows_of_a_task_lie_together_and_carry_no_text(tmp_path: Path) -> None:
     middle = {task: points[tasks == task].mean(0) for task in "ab"}
     spread = max(np.linalg.norm(points[tasks == task] - middle[task], axis=1).mean() for task in "ab")
     assert np.linalg.norm(middle["a"] - middle["b"]) > 2 * spread
-    assert found == drawn(tmp_path, Rows("x", 40), Rows("y", 40)), "the same again"
+    assert found == drawn(tmp_path, Rows("x", 40), Rows("y", 40)), "the picture is reproducible"
 
 
-def test_many_rows_are_drawn_alike_from_each_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equally_many_rows_are_drawn_from_large_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(picture, "MAX_POINTS", 60)
     found = drawn(tmp_path, Rows("many", 200), Rows("some", 100), Rows("few", 5))
     counts = {name: found["clients"].count(name) for name in ("many", "some", "few")}
@@ -52,5 +54,5 @@ def test_many_rows_are_drawn_alike_from_each_client(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("num", [2, 3, 5])
-def test_a_handful_of_rows_is_drawn_too(tmp_path: Path, num: int) -> None:
+def test_a_few_rows_are_drawn_too(tmp_path: Path, num: int) -> None:
     assert len(drawn(tmp_path, Rows("x", num))["points"]) == num

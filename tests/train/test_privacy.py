@@ -1,4 +1,4 @@
-"""What leaves a client: every message of whole runs, held against docs/privacy.md."""
+"""Data that leaves a client: every message of whole runs is checked against docs/privacy.md."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ from fedrouter.train.state import fresh_state
 from fedrouter.types import Array, Record, RoutingSpace
 
 
-def test_nothing_leaves_but_what_the_documentation_lists() -> None:
+def test_only_documented_data_leaves_a_client() -> None:
     members = clients()
     for i in range(40):
         members[0]._records[i] = Record(members[0]._records[i].turns, "poison", "colours")
@@ -48,7 +48,7 @@ def test_nothing_leaves_but_what_the_documentation_lists() -> None:
     assert inspect(federation, members) == listed()
 
 
-def test_the_inspection_sees_a_row_that_leaves() -> None:
+def test_the_inspection_detects_a_revealed_row() -> None:
     members = clients(num=30, privacy=PrivacySettings(min_cluster_size=1))
     federation = Watched(members)
     discover(federation, ClusterSettings(), 0)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def test_the_inspection_sees_a_row_that_leaves() -> None:
         inspect(federation, members, least=1)
 
 
-def test_many_small_clients_tell_their_tasks_apart_and_none_tells_of_few_rows() -> None:
+def test_many_small_clients_show_their_tasks_without_revealing_few_rows() -> None:
     words = ("colours", "numbers", "gulls")
     members = [
         Client(f"c{i}", rows(i, 9, (words[i % 3], words[(i + 1) % 3])), TaskEmbedder(), 0) for i in range(24)
@@ -105,14 +105,14 @@ def test_each_exchange_happens_once_and_rounds_carry_adapters_only() -> None:
     assert set(names[len(before) :]) == {"train", "validate"}
 
 
-def test_a_resumed_run_says_the_same_again() -> None:
+def test_a_resumed_run_sends_the_same_messages() -> None:
     first, again = Watched(clients()), Watched(clients())
     whole_run(first)
     whole_run(again)
     assert same(first, again)
 
 
-def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(tmp_path: Path) -> None:
+def test_joining_reveals_only_documented_messages(tmp_path: Path) -> None:
     members = clients()
     space = discover(LocalFederation(members, Trainer()), ClusterSettings(), 0)  # type: ignore[arg-type]
     bundle = write(tmp_path / "bundle", space, [9.0] * space.num_clusters)
@@ -123,22 +123,22 @@ def test_joining_reveals_the_same_messages_of_the_rows_beyond_and_counts(tmp_pat
     assert late.beyond is not None
     asked = federation.names()
     assert asked[0] == "compare"
-    assert "summarise_beyond" in asked, "a new task was looked for"
+    assert "summarise_beyond" in asked, "the rows beyond were searched for a new task"
     own = [one for one in federation.seen if one[0] != "summarise_beyond"]
     assert inspect(federation, [late], seen=own) <= listed()
     beyond = [one for one in federation.seen if one[0] == "summarise_beyond"]
     assert inspect(federation, [late.beyond], seen=beyond) <= listed()
 
 
-def test_a_few_rows_beyond_are_not_told_of() -> None:
+def test_few_rows_beyond_are_not_revealed() -> None:
     late = Client("oslo", [*rows(7, 3, ("gulls",)), *rows(7, 60, ("numbers",))], TaskEmbedder(), 0)
     place = np.array([late._vectors[3:].mean(0)])
     space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), place, (0,))
-    told = late.compare(space, [14.0])
-    assert (told.within, told.num_beyond, told.may_summarise) == ({0: 60}, 0, False)
+    comparison = late.compare(space, [14.0])
+    assert (comparison.within, comparison.num_beyond, comparison.may_summarise) == ({0: 60}, 0, False)
 
 
-def test_a_client_of_a_handful_of_rows_is_refused_and_one_of_16_works() -> None:
+def test_a_client_with_four_rows_is_refused_and_one_with_16_works() -> None:
     with pytest.raises(DataError, match=r"4 rows; .* at least 5"):
         Client("few", rows(0, 2), TaskEmbedder(), 0)
     members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
@@ -154,12 +154,14 @@ def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
     federation = Watched(members)
     found = group(federation, CONFIG, adapter(0), DIM)  # type: ignore[arg-type]
     own = next(a for a in found.assignments if a.client == "few")
-    assert [s.num_examples for s in own.subsets] == [64], "the four go with the others"
+    assert [s.num_examples for s in own.subsets] == [64], "the four rows join the others"
     assert [len(r) for r in members[0]._rows.values()] == [64]
-    assert own.subsets[0].task_counts == {"colours": 60, "few rows": 4}, "the label of four is not told"
+    assert own.subsets[0].task_counts == {"colours": 60, "few rows": 4}, (
+        "the label of four rows is not revealed"
+    )
 
 
-def test_failures_name_the_error_and_its_place_but_quote_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_name_error_and_place_but_quote_no_row(caplog: pytest.LogCaptureFixture) -> None:
     poisoned = [Record(r.turns, f"poison {r.completion}", r.task) for r in rows(0, 20, ("colours",))]
     federation = Watched([Client("ulm", poisoned, TaskEmbedder(), 0)])
     space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), np.zeros((1, DIM)), (0,))

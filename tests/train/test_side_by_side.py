@@ -1,4 +1,4 @@
-"""Adapters trained in one batch learn what TRL teaches each alone."""
+"""Adapters trained in one batch learn what TRL would teach each alone."""
 
 import numpy as np
 import pytest
@@ -38,13 +38,13 @@ def shifted(adapter, by):
     return {k: (a + 0.05 * draw.normal(size=a.shape)).astype(np.float32) for k, a in adapter.items()}
 
 
-@pytest.mark.parametrize("tokens", [1, 10_000])  # an adapter at a time, and all of them
+@pytest.mark.parametrize("tokens", [1, 10_000])  # one adapter per forward pass, or all
 @pytest.mark.parametrize("proximal", [0.0, 0.5])
-def test_each_adapter_learns_what_it_would_alone(tokens, proximal):
+def test_each_adapter_learns_the_same_as_alone(tokens, proximal):
     settings = SETTINGS.model_copy(update={"proximal": proximal})
     alone, stacked = trainer(settings=settings), trainer(StackedTrainer, settings)
     stacked._tokens = tokens
-    # Whole batches of four: then the order of rows, which differs, does not matter.
+    # With full batches of four, the different order of rows does not matter.
     jobs = [
         Job(shifted(alone.state(), i), alone.tokenise(RECORDS[4 * i : 4 * i + 4]), steps, 1e-2, i)
         for i, steps in enumerate((2, 5, 3))
@@ -56,12 +56,12 @@ def test_each_adapter_learns_what_it_would_alone(tokens, proximal):
         assert found.loss == pytest.approx(want.loss, rel=1e-3)
         moved = {k: want.adapter[k] - job.adapter[k] for k in job.adapter}
         for name, change in moved.items():
-            # Where a gradient is next to nothing AdamW's first steps are of either sign.
+            # Where a gradient is almost zero, the first steps of AdamW may have either sign.
             apart = np.abs(found.adapter[name] - want.adapter[name])
             assert (apart > 0.05 * np.abs(change).max()).mean() < 0.02, name
 
 
-def test_losses_are_those_of_one_at_a_time():
+def test_losses_equal_those_of_single_adapters():
     alone, stacked = trainer(), trainer(StackedTrainer)
     jobs = [Job(shifted(alone.state(), i), alone.tokenise(RECORDS[i : 5 + 4 * i])) for i in range(3)]
     for job, (loss, num) in zip(jobs, stacked.losses(jobs), strict=True):
@@ -69,7 +69,7 @@ def test_losses_are_those_of_one_at_a_time():
         assert (loss, num) == (pytest.approx(want, rel=1e-5), num_wanted)
 
 
-def test_the_base_is_as_before_afterwards():
+def test_training_leaves_the_base_unchanged():
     stacked = trainer(StackedTrainer)
     ids = torch.arange(6)[None]
     before = stacked.model.get_base_model()(input_ids=ids).logits
@@ -84,7 +84,7 @@ class Zeros:
         return np.zeros((len(texts), 2), dtype=np.float32)
 
 
-def test_a_round_of_clients_goes_in_one_batch_and_a_failure_is_an_answer():
+def test_a_round_is_trained_in_one_batch_and_a_failure_is_a_reply():
     names = ["a", "b", "c"]
     clients = [Client(n, RECORDS[12 * i : 12 * i + 12], Zeros(), 0) for i, n in enumerate(names)]
     stacked = trainer(StackedTrainer)
@@ -106,7 +106,7 @@ def test_a_round_of_clients_goes_in_one_batch_and_a_failure_is_an_answer():
         np.testing.assert_allclose(array, plain.adapter[name], atol=1e-4)
 
 
-def test_an_error_of_the_trainer_reaches_every_client():
+def test_a_trainer_error_is_raised():
     clients = [Client("a", RECORDS[:12], Zeros(), 0), Client("b", RECORDS[12:24], Zeros(), 0)]
     stacked = trainer(StackedTrainer)
     federation = StackedFederation(clients, stacked)
@@ -132,7 +132,7 @@ def test_an_error_of_the_trainer_reaches_every_client():
         ("lora", {"ranks": {"a": 2}}),
     ],
 )
-def test_what_only_trl_trains_is_refused(section, values):
+def test_settings_that_need_trl_are_refused(section, values):
     sections = {"train": {"stacked": True}}
     sections[section] = {**sections.get(section, {}), **values}
     with pytest.raises(ValueError, match=r"train\.stacked"):

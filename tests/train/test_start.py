@@ -1,4 +1,4 @@
-"""Clients' files read again: each client becomes the one that a run started now would make of it."""
+"""Rereading clients' files: each client becomes what a run started now would create."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def write(file: Path, num_rows: int) -> None:
 
 
 def made_by(config: Config) -> LocalFederation:
-    """Clients as a run makes them."""
+    """Create clients as a run does."""
 
     def read(name: str) -> Callable[[], Sequence[Record]]:
         return lambda: load_sources({name: config.data.clients[name]}, config)[name]
@@ -37,7 +37,7 @@ def made_by(config: Config) -> LocalFederation:
     )
 
 
-def test_the_client_whose_file_has_changed_becomes_one_that_starts_now(tmp_path: Path) -> None:
+def test_a_client_with_a_changed_file_equals_a_new_one(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.jsonl" for name in NAMES}
     for file in files.values():
         write(file, 120)
@@ -46,7 +46,7 @@ def test_the_client_whose_file_has_changed_becomes_one_that_starts_now(tmp_path:
     before = federation.members()
     vectors = federation.clients[NAMES[0]]._vectors
     write(files[NAMES[1]], 99)
-    files[NAMES[2]].write_text("{")  # somebody is writing it
+    files[NAMES[2]].write_text("{")  # as if it were just being written
     answers = federation.reread()
     assert [bool(answer.problem) for answer in answers] == [False, False, True]
     write(files[NAMES[2]], 120)
@@ -59,6 +59,6 @@ def test_the_client_whose_file_has_changed_becomes_one_that_starts_now(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["a\nb", "", "x" * 201, "\x1b[31mred"])
-def test_a_name_that_no_bundle_can_hold_is_refused_before_anything_is_read(name: str) -> None:
+def test_an_invalid_name_is_refused_before_anything_is_read(name: str) -> None:
     with pytest.raises(DataError, match="expected a printable name"):
         load_sources({name: "missing.jsonl"}, Config())

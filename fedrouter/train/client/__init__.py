@@ -1,1 +1,1 @@
-"""What a client does with its rows; never imports the server's side."""
+"""The client's side of training; never imports ``fedrouter.train.server``."""

@@ -1,4 +1,4 @@
-"""What a site has sent and received: one line a message, and how much that is today."""
+"""The audit file of a site: one line per message sent or received, and the totals of the day."""
 
 import hashlib
 import json
@@ -8,30 +8,32 @@ from pathlib import Path
 
 
 class Audit:
-    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and what asked, appended before anything is sent.
+    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message.
+
+    A line is written before its message is sent.
 
     Parameters
     ----------
-    file : lines are only ever added; the counts of the day go on after a restart.
+    file : append-only; after a restart the day's totals are read from it.
     """
 
     def __init__(self, file: Path):
         self._file = file
         self._day, self.num_requests, self.num_bytes = "", 0, 0
-        self._roll()
+        self._start_new_day()
         if file.exists():
             for line in file.read_text(encoding="utf-8").splitlines():
                 self._count(json.loads(line))
 
     def write(self, way: str, kinds: list[str], body: bytes, asked: str) -> None:
-        """Write down one message.
+        """Append one message.
 
         Parameters
         ----------
         way : "in" or "out".
         asked : run and number of the exchange.
         """
-        self._roll()
+        self._start_new_day()
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "way": way,
@@ -46,7 +48,7 @@ class Audit:
             os.fsync(file.fileno())
         self._count(entry)
 
-    def _roll(self) -> None:
+    def _start_new_day(self) -> None:
         day = time.strftime("%Y-%m-%d", time.gmtime())
         if day != self._day:
             self._day, self.num_requests, self.num_bytes = day, 0, 0

@@ -1,6 +1,6 @@
-"""What a client computes of its own rows, and all that it reveals before the first round: never a row.
+"""What a client computes from its rows and reveals before the first round; it never reveals a row.
 
-The server's half is discover.py; its docstring tells the exchanges in order.
+The server's side is discover.py, whose docstring lists the exchanges in order.
 """
 
 from collections import Counter
@@ -19,35 +19,37 @@ from fedrouter.train.federation import FEW, QUANTILES
 from fedrouter.train.space import Labels, nearest, only
 from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingSpace, Subset
 
-MAX_LOCAL = 128  # local clusters of "auto": 200 KB of float32 at d = 384
-LOCAL_ROWS = 2  # rows in a local cluster of "auto" on average, before small ones are united
-TRIM = 0.25  # share of the rows that the scatter leaves out: those farthest from their centroid
+MAX_LOCAL = 128  # maximum number of local clusters with "auto": 200 KB of float32 at d = 384
+LOCAL_ROWS = 2  # mean number of rows per local cluster with "auto", before small ones are united
+TRIM = 0.25  # share of the rows, those farthest from their centroid, that the scatter leaves out
 
 
 def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
-    """Cut a client's rows into local clusters by k-means.
+    """Group a client's rows into local clusters by k-means.
 
-    A row in the wrong local cluster stretches the scatter just where two tasks differ; so the farthest rows
-    are left out of it.
+    A row in the wrong local cluster inflates the scatter in the very directions in which two tasks differ, so
+    the farthest rows are left out of the scatter.
 
     Parameters
     ----------
     x : (n, d) float32, embedded prompts.
-    num : local clusters, cut by plain Euclid (the paper's way); "auto" cuts much finer than tasks, every
-        dimension in units of its own standard deviation, and the server joins what belongs together.
-    least : rows; smaller local clusters are united, with each other or with larger ones.
+    num : number of local clusters, found with Euclidean distances (the paper's method); "auto" gives clusters
+        much finer than tasks, with dimensions scaled to unit variance, which the server joins.
+    least : minimum number of rows; smaller local clusters are united with each other or with larger ones.
 
     Raises
     ------
     TrainingError
-        If more clusters are asked for than there are rows.
+        If ``num`` exceeds the number of rows.
     """
-    given = int(np.clip(len(x) // LOCAL_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
-    if given > len(x):
-        raise TrainingError(f"{given} local clusters but only {len(x)} rows to cluster; lower cluster.local")
+    num_clusters = int(np.clip(len(x) // LOCAL_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
+    if num_clusters > len(x):
+        raise TrainingError(
+            f"{num_clusters} local clusters but only {len(x)} rows to cluster; lower cluster.local"
+        )
     rows = x.astype(np.float64)
     z, attempts = (rows / np.maximum(rows.std(0), 1e-12), 1) if num == "auto" else (rows, 10)
-    labels = _united(z, KMeans(given, n_init=attempts, random_state=seed).fit_predict(z), least)
+    labels = _united(z, KMeans(num_clusters, n_init=attempts, random_state=seed).fit_predict(z), least)
     found = gather(rows, labels, labels.max() + 1)
     far = (((rows - found.centroids[labels]) / np.maximum(rows.std(0), 1e-12)) ** 2).sum(1)
     near = far <= np.quantile(far, 1 - TRIM)
@@ -57,24 +59,24 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:
-    """Give each row to the nearest centroid; reveal what came together, ``least`` rows or more."""
+    """Group rows by nearest centroid; leave out groups of fewer than ``least`` rows."""
     labels = nearest(x, space)[0]
     counts = np.bincount(labels, minlength=len(space.centroids))
-    told = counts[labels] >= min(least, counts.max())
-    return gather(x.astype(np.float64)[told], labels[told], len(space.centroids))
+    revealed = counts[labels] >= min(least, counts.max())
+    return gather(x.astype(np.float64)[revealed], labels[revealed], len(space.centroids))
 
 
-def told_rows(client: str, tasks: Sequence[str | None], told: Membership) -> dict[int, Labels]:
-    """Return row numbers by task cluster, as the client or its labels are told."""
-    found = {k: np.arange(len(tasks)) for k in told.clients.get(client, ())}
-    if told.tasks:
-        labels = np.array([-1 if task is None else told.tasks.get(task, -1) for task in tasks])
+def rows_by_membership(client: str, tasks: Sequence[str | None], membership: Membership) -> dict[int, Labels]:
+    """Return row numbers by task cluster, as ``membership`` assigns the client or its task labels."""
+    found = {k: np.arange(len(tasks)) for k in membership.clients.get(client, ())}
+    if membership.tasks:
+        labels = np.array([-1 if task is None else membership.tasks.get(task, -1) for task in tasks])
         found |= {int(k): np.flatnonzero(labels == k) for k in np.unique(labels) if k >= 0}
     return found
 
 
-def gather_told(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
-    """Reveal what the first ``num`` task clusters' rows come to, where they are ``least`` or more."""
+def gather_members(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) -> LocalClusters:
+    """Group rows of the first ``num`` task clusters; leave out groups of fewer than ``least`` rows."""
     labels = np.full(len(x), -1)
     for k, own in rows.items():
         if k < num and len(own) >= least:
@@ -83,7 +85,7 @@ def gather_told(x: Array, rows: Mapping[int, Labels], num: int, least: int = 1) 
 
 
 def gather(x: Float64s, labels: Labels, num: int) -> LocalClusters:
-    """Return counts, centroids and scatter of rows in ``num`` groups."""
+    """Return counts, centroids and pooled scatter of rows in ``num`` groups."""
     counts = np.bincount(labels, minlength=num).astype(np.float64)
     sums = np.zeros((num, x.shape[1]))
     np.add.at(sums, labels, x)
@@ -95,25 +97,30 @@ def assign(
     x: Array,
     space: RoutingSpace,
     tasks: Sequence[str | None],
-    told: Mapping[int, Labels] | None = None,
+    members: Mapping[int, Labels] | None = None,
     least: int = 1,
 ) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
-    """Give each row to its nearest centroid's task cluster, or where it is told.
+    """Assign each row to the task cluster of its nearest centroid, or by ``members``.
+
+    Rows of a task cluster with fewer than ``least`` rows of this client go to the nearest one with enough;
+    with ``members`` they are left out instead.
+
+    Parameters
+    ----------
+    members : row numbers by task cluster, in a baseline.
 
     Returns
     -------
-    rows : row numbers by task cluster; stays with the client.
-    subsets : what the client reveals: counts, and quantiles of the distances. Rows of a task cluster that
-        has fewer than ``least`` of them go to the nearest one that has enough; where rows are told their task
-        cluster, fewer take no part.
+    rows : row numbers by task cluster, for the client only.
+    subsets : counts and distance quantiles, which the client reveals.
     """
-    if told is None:
+    if members is None:
         counts = np.bincount(np.asarray(space.cluster_of)[nearest(x, space)[0]])
         enough = only(space, np.flatnonzero(counts >= min(least, counts.max())))
         labels = np.asarray(enough.cluster_of)[nearest(x, enough)[0]]
         found = {int(k): np.flatnonzero(labels == k) for k in np.unique(labels)}
     else:
-        found = {k: rows for k, rows in told.items() if len(rows) >= least}
+        found = {k: rows for k, rows in members.items() if len(rows) >= least}
     subsets = []
     for k, rows in sorted(found.items()):
         distance = nearest(x[rows], only(space, [k]))[1]
@@ -122,10 +129,11 @@ def assign(
 
 
 def quantiles(distances: Float64s, least: int) -> Array:
-    """Return (101,) float32 quantiles, each of them made of ``least`` rows or more.
+    """Return (101,) float32 quantiles, each computed from at least ``least`` rows.
 
-    The sorted distances are cut into blocks; a line through the blocks' means, over what a normal
-    distribution has there, is carried on to both ends. A single block is taken for normally distributed.
+    The sorted distances are cut into blocks. The blocks' means are interpolated linearly over the block means
+    of a normal distribution, and extrapolated at both ends. A single block is treated as normally
+    distributed.
     """
     if least == 1:
         return np.quantile(distances, QUANTILES, method="hazen").astype(np.float32)
@@ -136,13 +144,13 @@ def quantiles(distances: Float64s, least: int) -> Array:
         found = means[0] + distances.std(ddof=min(1, len(distances) - 1)) * wanted
     else:
         ends = np.cumsum([0, *map(len, blocks)]) / len(distances)
-        normal = -np.diff(norm.pdf(norm.ppf(ends))) / np.diff(ends)  # means of its blocks
+        normal = -np.diff(norm.pdf(norm.ppf(ends))) / np.diff(ends)  # block means of the normal distribution
         found = make_interp_spline(normal, means, k=1)(wanted)
     return np.asarray(np.maximum(found, 0), dtype=np.float32)
 
 
 def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labels, Labels]:
-    """Return the task cluster of each row within its radius, and the numbers of the rows beyond."""
+    """Return the task clusters of the rows within a radius, and the row numbers of the others."""
     centroid, distance = nearest(x, space)
     labels = np.asarray(space.cluster_of)[centroid]
     inside = distance <= np.asarray(radii)[labels]
@@ -150,17 +158,17 @@ def compare(x: Array, space: RoutingSpace, radii: Sequence[float]) -> tuple[Labe
 
 
 def count_tasks(tasks: Sequence[str | None], rows: Labels, least: int = 1) -> Mapping[str, int]:
-    """Count the task labels among ``rows``; those that fewer than ``least`` carry are ``FEW``."""
+    """Count the task labels of ``rows``; labels of fewer than ``least`` rows are counted as ``FEW``."""
     counts = Counter(task for row in rows if (task := tasks[row]) is not None)
-    told = {task: count for task, count in sorted(counts.items()) if count >= least}
-    few = counts.total() - sum(told.values())
-    return {**told, FEW: few} if few else told
+    revealed = {task: count for task, count in sorted(counts.items()) if count >= least}
+    few = counts.total() - sum(revealed.values())
+    return {**revealed, FEW: few} if few else revealed
 
 
 def _united(z: Float64s, labels: Labels, least: int) -> Labels:
-    """Unite groups smaller than ``least`` until none is left, always where it adds least scatter (Ward 1963).
+    """Unite groups smaller than ``least`` with others, always where it adds least scatter (Ward 1963).
 
-    Two small groups of one kind make a large one; given to the nearest large group, they would spoil it.
+    Small groups may unite with each other: two of one task should not end up in a large group of another.
     """
     found, labels = np.unique(labels, return_inverse=True)
     counts = np.bincount(labels)

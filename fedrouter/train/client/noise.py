@@ -1,10 +1,9 @@
-"""What a client adds and cuts away before anything leaves it, so that (ε, δ) can be promised.
+"""Clipping and noise on the client, for (ε, δ)-differential privacy.
 
-Everything with noise is a Gaussian release: a sum over rows, or an update, in which replacing one row (or
-all of a client's) moves the result by at most ``sensitivity``; the noise's standard deviation is the
-multiplier times that. Which rows come together is decided by what was released before, never by the rows
-alone (Blum et al. 2005): k-means as scikit-learn runs it could promise nothing. How many rows a client has is
-no secret.
+Every noisy value is a Gaussian release: a sum over rows, or an update. Replacing one row (or all rows of a
+client) changes it by at most ``sensitivity``, and the noise's standard deviation is the multiplier times
+``sensitivity``. Rows are grouped only by earlier releases (Blum et al. 2005); scikit-learn's k-means groups
+by the rows themselves and would give no guarantee. The number of a client's rows is not protected.
 """
 
 import hmac
@@ -20,19 +19,18 @@ from fedrouter.train.lora import clip, update_of, updated
 from fedrouter.train.space import Labels, nearest, only
 from fedrouter.types import AdapterState, Array, Float64s, LocalClusters, RoutingSpace, Subset
 
-NUM_BINS = 40  # of distances, up to the largest between two clipped rows
+NUM_BINS = 40  # for distances, up to the largest possible one between two clipped rows
 
 
 class Noise:
-    """One client's noise: the same for the same release, fresh for any other.
+    """One client's noise: the same for the same release, and independent for any other.
 
-    A run that is resumed answers the same question with the same bytes, so asking again averages nothing out.
-    The generator is seeded by an HMAC of what is released: who has the key can take the noise away, nobody
-    else.
+    A resumed run repeats its releases byte for byte, so noise cannot be averaged out by asking again. The
+    generator is seeded by an HMAC of the released value, so only a holder of the key can remove the noise.
 
     Parameters
     ----------
-    key : the client's secret; it never leaves it.
+    key : the client's secret, which never leaves it.
     """
 
     def __init__(self, key: bytes, client: str):
@@ -43,7 +41,7 @@ class Noise:
 
         Parameters
         ----------
-        asked : what tells this release from others of the same client.
+        asked : values that distinguish this release from the client's other releases.
         """
         text = "/".join(map(str, (self._client, *asked, value.shape))).encode()
         digest = hmac.digest(self._key, text + b"\0" + value.tobytes(), "sha256")
@@ -54,13 +52,13 @@ class Noise:
 def summarise(
     x: Array, centre: Float64s, num: int, seed: int, privacy: PrivacySettings, noise: Noise
 ) -> LocalClusters:
-    """Cut a client's rows into local clusters by k-means whose every step is a Gaussian release.
+    """Group a client's rows into local clusters by k-means in which every step is a Gaussian release.
 
     Parameters
     ----------
     x : (n, d) float32, embedded prompts.
-    centre : (d,) what rows are clipped around; the same for all clients, made of no row.
-    seed : of the directions in which the mean is first split; not secret.
+    centre : (d,) rows are clipped around it; equal for all clients and not computed from rows.
+    seed : for the directions in which the mean is first split; not secret.
     """
     assert privacy.clip_embeddings is not None, "the configuration refuses this"
     z = (x.astype(np.float64) - centre) / privacy.clip_embeddings
@@ -70,7 +68,7 @@ def summarise(
     def step(labels: Labels, count: int, *asked: object) -> tuple[Float64s, Float64s]:
         sums = np.zeros((count, weighted.shape[1]))
         np.add.at(sums, labels, weighted)
-        # A row adds (1, z) to one sum: put another in its place and the sums move by 2 at most.
+        # A row adds (1, z) to one sum, so replacing it changes the sums by at most 2.
         sums = noise.release(sums, 2, privacy.centroid_noise, "summarise", num, *asked)
         means = sums[:, 1:] / np.maximum(sums[:, :1], 1)
         return sums[:, 0], means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1)
@@ -92,12 +90,12 @@ def summarise(
 def assign(
     x: Array, space: RoutingSpace, privacy: PrivacySettings, noise: Noise
 ) -> tuple[dict[int, Labels], tuple[Subset, ...]]:
-    """Give each row to the nearest task cluster that it may be revealed for, by counts with noise.
+    """Assign each row to the nearest task cluster whose noisy count is large enough to be revealed.
 
     Returns
     -------
-    rows : row numbers by task cluster; stays with the client.
-    subsets : what the client reveals; no task labels.
+    rows : row numbers by task cluster, for the client only.
+    subsets : noisy counts and distance quantiles without task labels, which the client reveals.
     """
     assert privacy.clip_embeddings is not None, "the configuration refuses this"
     centroid, distance = nearest(x, space)
@@ -106,7 +104,7 @@ def assign(
     bins = np.clip(np.searchsorted(edges, distance, side="right") - 1, 0, NUM_BINS - 1)
     counts = np.zeros((num, NUM_BINS))
     np.add.at(counts, (labels, bins), 1)
-    # A row adds 1 in one place: put another in its place and two places change by 1.
+    # A row adds 1 to one bin, so replacing it changes two bins by 1.
     counts = noise.release(counts, np.sqrt(2), privacy.centroid_noise, "assign", space.centroids.tobytes())
     sizes = counts.sum(1)
     large = np.flatnonzero(sizes >= min(privacy.min_cluster_size, sizes.max()))
@@ -129,17 +127,17 @@ def update(
     noise: Noise,
     *asked: object,
 ) -> AdapterState:
-    """Return the trained adapter, its update clipped and, with ``privacy.update_noise``, noisy.
+    """Return the trained adapter with its update clipped and, with ``privacy.update_noise``, noise added.
 
     Parameters
     ----------
-    names : of the tensors that are trained; a frozen A gets no noise.
+    names : names of the trained tensors; a frozen A gets no noise.
     """
     assert privacy.clip_updates is not None, "the configuration refuses this"
     clipped = clip(sent, trained, privacy.clip_updates)
     if not privacy.update_noise:
         return clipped
     flat = update_of(sent, clipped, names)
-    # Two updates of this length lie twice that apart at most, whatever the client holds.
+    # Any two clipped updates differ by at most twice the clipping norm.
     flat = noise.release(flat, 2 * privacy.clip_updates, privacy.update_noise, "update", *asked)
     return {**clipped, **updated(sent, flat, names)}

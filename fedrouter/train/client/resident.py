@@ -1,4 +1,4 @@
-"""A client on its own machine: the base stays loaded, requests come in as bytes, signed replies go out."""
+"""A client on its own machine, which answers requests in bytes with signed replies; models stay loaded."""
 
 import hashlib
 import json
@@ -46,10 +46,10 @@ from fedrouter.train.wire.messages import (
 )
 from fedrouter.types import TrainFailure, TrainReply, TrainRequest, ValidationRequest
 
-PROBE_TOLERANCE = 0.02  # relative, between this site's embedder and the server's
+PROBE_TOLERANCE = 0.02  # maximum relative difference between this site's probe vectors and the server's
 
 Opened = Callable[[Config, bytes], tuple[Federation, str, Any]]
-"""From a plan and the site's secret to the client, alone in a federation; base's fingerprint; probe."""
+"""(plan, site's secret) → (federation with this client only, base's fingerprint, probe vectors)."""
 
 
 class Resident:
@@ -57,42 +57,44 @@ class Resident:
 
     Parameters
     ----------
-    opened : loads what a plan asks for: the base, the embedder, the rows.
+    opened : loads the base model, the embedder and the rows for a plan.
     """
 
     def __init__(self, site: Site, opened: Opened, console: Console):
-        self._site, self._opened, self._console = site, opened, console
+        self._site, self._open_client, self._console = site, opened, console
         self._name, self._policy = site.settings.name, site.settings.policy
         self._key = load_private(site.key)
         self._secret = _secret(site)
         self._audit = Audit(site.audit)
-        self._seen_file = site.directory / "exchanges.json"
-        self._seen: dict[str, int] = (
-            json.loads(self._seen_file.read_text(encoding="utf-8")) if self._seen_file.exists() else {}
+        self._last_exchanges_file = site.directory / "exchanges.json"
+        self._last_exchanges: dict[str, int] = (
+            json.loads(self._last_exchanges_file.read_text(encoding="utf-8"))
+            if self._last_exchanges_file.exists()
+            else {}
         )
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         self._hello: Hello | None = None
         self._federation: Federation | None = None
         self._summing: Summing | None = None
         self._assigned, self._run = False, ""
 
     def answer(self, body: bytes) -> bytes:
-        """Return the signed reply to a request; whatever happens is a reply."""
-        with self._one_at_a_time:
+        """Return the signed reply to a request; errors are replies too."""
+        with self._lock:
             digest = hashlib.sha256(body).hexdigest()
             try:
                 envelope = unseal(body, REQUESTS, MAX_BYTES)
             except WireError as error:
                 self._audit.write("in", ["unreadable"], body, "")
-                return self._sealed(Envelope("", self._name, 0, (Refused(str(error)),), digest))
+                return self._seal(Envelope("", self._name, 0, (Refused(str(error)),), digest))
             asked = f"{envelope.run}/{envelope.exchange}"
             kinds = [type(message).__name__ for message in envelope.messages]
             self._audit.write("in", kinds, body, asked)
             refused = self._refusal(envelope)
             replies = [Refused(refused)] if refused else list(self._replies(envelope))
-            return self._sealed(replace(envelope, client=self._name, messages=tuple(replies), asked=digest))
+            return self._seal(replace(envelope, client=self._name, messages=tuple(replies), asked=digest))
 
-    def _sealed(self, envelope: Envelope) -> bytes:
+    def _seal(self, envelope: Envelope) -> bytes:
         half = self._hello is not None and self._hello.half
         signed = sign(self._key, self._name, seal(envelope, half))
         kinds = [type(message).__name__ for message in envelope.messages]
@@ -100,21 +102,21 @@ class Resident:
         return signed
 
     def _refusal(self, envelope: Envelope) -> str | None:
-        """Return why nothing in an envelope is done; None: go on, and never take its number again."""
+        """Return why a whole envelope is refused, or None after recording its number as used."""
         if envelope.client not in ("", self._name):
             return f"this is client {self._name}, not {envelope.client[:80]}"
-        if envelope.exchange <= self._seen.get(envelope.run, 0):
+        if envelope.exchange <= self._last_exchanges.get(envelope.run, 0):
             return f"exchange {envelope.exchange} is not newer than the last one: a replay"
         if self._audit.num_requests > self._policy.max_requests_per_day:
             return f"its policy refuses more than {self._policy.max_requests_per_day} requests a day"
         if self._audit.num_bytes > self._policy.max_mib_per_day * 2**20:
             return f"its policy refuses to send more than {self._policy.max_mib_per_day} MiB a day"
-        self._seen[envelope.run] = envelope.exchange
-        write_atomically(self._seen_file, json.dumps(self._seen))
+        self._last_exchanges[envelope.run] = envelope.exchange
+        write_atomically(self._last_exchanges_file, json.dumps(self._last_exchanges))
         return None
 
     def _replies(self, envelope: Envelope) -> Iterator[Any]:
-        """Yield one reply a message; after one that failed, none."""
+        """Yield one reply per message, up to the first one that fails."""
         for message in envelope.messages:
             reason = against_request(self._policy, message)
             if reason:
@@ -127,16 +129,16 @@ class Resident:
                 yield Behind()
                 return
             if isinstance(message, TrainRequest) and self._summing is not None:
-                yield Refused("the plan was to sum updates, and this asks for one alone")
+                yield Refused("the plan is to sum updates, but this requests a single one")
                 return
             try:
-                yield from self._done(message, envelope.run)
+                yield from self._handle(message, envelope.run)
             except WireError as error:
                 yield Refused(str(error))
             except ClientError as error:
                 yield Failed(error.reasons.get(self._name, "it failed; its own log says more"))
                 return
-            except DataError as error:  # it may quote rows
+            except DataError as error:  # its text may quote rows, so it stays on the site
                 self._say(f"error: {error}")
                 yield Failed(reason_of(self._name, error))
                 return
@@ -147,7 +149,7 @@ class Resident:
                 yield Failed(reason_of(self._name, error))
                 return
 
-    def _done(self, message: Any, run: str) -> Iterator[Any]:
+    def _handle(self, message: Any, run: str) -> Iterator[Any]:
         match message:
             case Hello():
                 yield self._begin(message, run)
@@ -157,43 +159,43 @@ class Resident:
                 yield Done()
                 return
         federation = self._federation
-        assert federation is not None, "the caller has seen to it"
+        assert federation is not None, "the caller checks this"
         match message:
             case Summarise(num=num, beyond=beyond):
                 ask = federation.summarise_beyond if beyond else federation.summarise
                 yield from ask("auto" if num is None else num)
-            case Regroup(space=space, told=told):
-                yield from federation.regroup(space, told)
-            case Assign(space=space, told=told):
-                (assignment,) = federation.assign(space, told)
+            case Regroup(space=space, told=membership):
+                yield from federation.regroup(space, membership)
+            case Assign(space=space, told=membership):
+                (assignment,) = federation.assign(space, membership)
                 self._assigned = True
-                if not self._policy.labels:  # rows have none by now; this is the last door
+                if not self._policy.labels:  # rows should have no labels by now; this is a second safeguard
                     unlabelled = tuple(replace(s, task_counts={}) for s in assignment.subsets)
                     assignment = replace(assignment, subsets=unlabelled)
                 yield assignment
             case Compare(space=space, radii=radii):
                 yield from federation.compare(space, radii)
             case ReadAgain():
-                (answer,) = federation.reread()
-                if answer.problem:
-                    self._say(f"goes on with the rows that it had: {answer.problem}")
-                    answer = replace(answer, problem="its rows could not be read; its own log says more")
-                yield answer
+                (reread,) = federation.reread()
+                if reread.problem:
+                    self._say(f"keeps the rows that it had: {reread.problem}")
+                    reread = replace(reread, problem="its rows could not be read; its own log says more")
+                yield reread
                 yield from federation.members()
             case TrainRequest():
                 self._say(
                     f"round {message.round + 1}: trains task cluster {message.cluster}, {message.steps} steps"
                 )
-                yield from map(_finite, federation.train([message]))
+                yield from map(_with_finite_loss, federation.train([message]))
             case ValidationRequest():
                 yield from federation.validate([message])
             case SumKeys() | SumShares() | SumTrain() | SumOpen():
                 yield self._summed(message, federation)
 
     def _summed(self, message: Any, federation: Federation) -> Any:
-        """Do this site's part of a secure sum."""
+        """Handle a message of the secure sum."""
         if self._summing is None:
-            return Refused("the plan was not to sum updates")
+            return Refused("the plan does not include secure sums")
         match message:
             case SumKeys():
                 return self._summing.keys(message)
@@ -203,13 +205,13 @@ class Resident:
                 return self._summing.opened(message)
         request = message.request
         self._summing.take(request, message.shares)
-        self._say(f"round {request.round + 1}: trains task cluster {request.cluster}, to be summed")
-        (answer,) = map(_finite, federation.train([request]))
-        return self._summing.masked(request, answer) if isinstance(answer, TrainReply) else answer
+        self._say(f"round {request.round + 1}: trains task cluster {request.cluster} for a secure sum")
+        (reply,) = map(_with_finite_loss, federation.train([request]))
+        return self._summing.masked(request, reply) if isinstance(reply, TrainReply) else reply
 
     def _begin(self, hello: Hello, run: str) -> Any:
-        """Take a plan on, if the policy allows it; load what it needs, unless it is loaded."""
-        if self._federation is not None and self._run == run and _same(self._hello, hello):
+        """Accept a plan if the policy allows it, and load its models and rows unless already loaded."""
+        if self._federation is not None and self._run == run and _equal(self._hello, hello):
             (member,) = self._federation.members()
             return member
         self._federation, self._assigned, self._run = None, False, run
@@ -217,14 +219,17 @@ class Resident:
         if reason := against_plan(self._policy, config, hello.secure):
             return Refused(reason)
         resolve_base(config.base.model, config.base.revision)
-        federation, fingerprint, probe = self._opened(config, self._secret)
+        federation, fingerprint, probe = self._open_client(config, self._secret)
         if fingerprint != hello.base:
-            return Failed("its base is another one than the server's: config or tokenizer differ")
+            return Failed("its base does not match the server's: config or tokenizer differ")
         if probe.shape != hello.probe.shape:
-            return Failed(f"its embedder gives {probe.shape[1]} numbers, the server's {hello.probe.shape[1]}")
+            return Failed(
+                f"its embedder gives vectors of {probe.shape[1]} dimensions, the server's "
+                f"{hello.probe.shape[1]}"
+            )
         error = float(np.linalg.norm(probe - hello.probe) / np.linalg.norm(hello.probe))
         if not error <= PROBE_TOLERANCE:
-            return Failed(f"its embedder is another one than the server's: vectors differ by {error:.1%}")
+            return Failed(f"its embedder does not match the server's: vectors differ by {error:.1%}")
         self._hello, self._federation = hello, federation
         pins = self._site.directory / "peers.json"
         least = self._policy.min_sum
@@ -239,21 +244,19 @@ class Resident:
         self._console.print(f"client {self._name}: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _finite(answer: Any) -> Any:
-    """Return an answer that the wire takes: no number on it is infinite or none."""
-    if isinstance(answer, TrainReply) and answer.loss is not None and not math.isfinite(answer.loss):
-        return TrainFailure(
-            answer.client, answer.cluster, "its loss is not finite; lower train.learning_rate"
-        )
-    return answer
+def _with_finite_loss(reply: Any) -> Any:
+    """Replace a reply whose loss is not finite by a failure, because messages hold only finite numbers."""
+    if isinstance(reply, TrainReply) and reply.loss is not None and not math.isfinite(reply.loss):
+        return TrainFailure(reply.client, reply.cluster, "its loss is not finite; lower train.learning_rate")
+    return reply
 
 
-def _same(one: Hello | None, other: Hello) -> bool:
+def _equal(one: Hello | None, other: Hello) -> bool:
     return one is not None and seal(Envelope("", "", 0, (one,))) == seal(Envelope("", "", 0, (other,)))
 
 
 def _secret(site: Site) -> bytes:
-    """Return the site's secret; draw it the first time."""
+    """Return the site's secret; create it on first use."""
     if not site.secret.exists():
         write_atomically(site.secret, secrets.token_hex(32), mode=0o600)
     return bytes.fromhex(site.secret.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""One LoRA adapter trained with TRL on one subset; the base stays in memory, adapters are swapped in."""
+"""Train one LoRA adapter on one subset with TRL; the base model stays in memory, adapters are swapped in."""
 
 import atexit
 import gc
@@ -30,11 +30,11 @@ from fedrouter.types import AdapterState, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # label of tokens without loss, as in PyTorch
+IGNORED = -100  # label of tokens without loss, PyTorch's default
 
 
 def tokenise(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Dataset:
-    """Turn records into token ids and labels: the loss counts answers only (rows.py)."""
+    """Turn records into token ids and labels, with loss only on answers (rows.py)."""
     return _dataset(Tokeniser(tokenizer, max_length).rows(records))
 
 
@@ -45,7 +45,7 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
 
 
 class _StepsByLength(Sampler[int]):
-    """The rows of each optimizer step by length: less padding in its batches, the same gradient."""
+    """Sorts the rows of each optimizer step by length: less padding in its batches, same gradient."""
 
     def __init__(self, rows: Sampler[int], lengths: Sequence[int], size: int):
         self._rows, self._lengths, self._size = rows, lengths, size
@@ -73,9 +73,9 @@ class AdapterTrainer:
 
     Parameters
     ----------
-    model : the frozen base model; LoRA layers are put into it.
-    seed : of the initial A matrices; B starts at zero, so a fresh adapter changes nothing.
-    tokeniser : what has tokenised the rows already.
+    model : the frozen base model, to which LoRA layers are added.
+    seed : for the initial A matrices; B starts at zero, so a fresh adapter changes nothing.
+    tokeniser : a tokeniser that has cached the rows already.
     """
 
     def __init__(
@@ -110,22 +110,23 @@ class AdapterTrainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
         if getattr(model, "is_loaded_in_4bit", False):
-            # TRL trains adapters of a quantised base in bfloat16; casting them later would part their memory.
+            # TRL trains adapters of a quantised base in bfloat16. Cast now: a later cast would allocate new
+            # tensors, and ``_tensors`` below would no longer share memory with them.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
         # These tensors share memory with the model's parameters: writing into them swaps the adapter.
         self._tensors: Mapping[str, torch.Tensor] = get_peft_model_state_dict(self.model)
-        # Every trainer ends with a full garbage collection; what outlives them all need not be visited.
+        # Every TRL trainer ends with a full garbage collection; spare it the long-lived objects.
         gc.collect()
         gc.freeze()
-        atexit.register(gc.unfreeze)  # what is left frozen at exit is reported as leaked
-        self._tokenising = threading.Lock()  # a tokenizer serves one thread at a time
+        atexit.register(gc.unfreeze)  # objects still frozen at exit are reported as leaks
+        self._tokenising = threading.Lock()  # a tokenizer is not thread-safe
         self._scratch = tempfile.TemporaryDirectory(prefix="fedrouter-")
 
     @property
     def adapter_config(self) -> dict[str, Any]:
-        """What ``adapter_config.json`` holds, in a stable order."""
+        """Content of ``adapter_config.json``, in a stable order."""
         config = self.model.peft_config["default"].to_dict()
         config["inference_mode"] = True
         return {
@@ -134,12 +135,12 @@ class AdapterTrainer:
 
     @property
     def validation(self) -> float:
-        """Share of a subset's rows that is not trained on."""
+        """Share of a subset's rows that is held out for validation."""
         return self.settings.validation
 
     @property
     def batch_size(self) -> int:
-        """Rows an optimizer step."""
+        """Rows per optimizer step."""
         return self.settings.step_size
 
     @property
@@ -153,14 +154,14 @@ class AdapterTrainer:
             return _dataset(self.tokeniser.rows(records))
 
     def rehearse(self, records: Sequence[Record], learning_rate: float) -> None:
-        """Take one step on the longest rows and average what it gives, so that neither fails after hours.
+        """Try one training step on the longest rows and one average, so that neither fails after hours.
 
-        The model is left as it was.
+        The model is restored afterwards.
 
         Raises
         ------
         ModelError
-            If the step or the average fails, or gives numbers that are not finite.
+            If the step or the average fails or gives numbers that are not finite.
         """
         rows = sorted(self.tokeniser.rows(records), key=lambda row: len(row.ids))[-self.batch_size :]
         fresh = self.state()
@@ -175,7 +176,7 @@ class AdapterTrainer:
                 f"{first_line(error)}; this base cannot be trained with these settings"
             ) from error
         finally:
-            self._put_in(fresh)
+            self._load_adapter(fresh)
         if not (np.isfinite(trained.loss) and all(np.isfinite(array).all() for array in merged.values())):
             raise ModelError(
                 "one training step on the longest rows gave numbers that are not finite: "
@@ -183,14 +184,14 @@ class AdapterTrainer:
             )
 
     def take_out(self) -> None:
-        """Leave the base model as it is without an adapter, for embedding: a B of zero adds nothing."""
+        """Set all adapter weights to zero, so that the model embeds as the base model does."""
         with torch.no_grad():
             for tensor in self._tensors.values():
                 tensor.zero_()
         self.model.eval()
 
     def state(self) -> AdapterState:
-        """Copy the adapter that is in the model now."""
+        """Return a copy of the adapter in the model."""
         return {
             name: tensor.detach().float().cpu().numpy().copy()
             for name, tensor in sorted(self._tensors.items())
@@ -201,11 +202,11 @@ class AdapterTrainer:
     ) -> Trained:
         """Train ``adapter`` on ``data`` for ``steps`` optimizer steps with a fresh AdamW (paper section 4).
 
-        An adapter of a lower rank than this trainer's comes back at that rank, trained at this one's scale.
-        Call it with the same arguments and the same number of threads, and it gives the same bytes.
+        An adapter of lower rank keeps its rank but is trained with this trainer's scale (alpha / rank). Equal
+        arguments and an equal number of threads give equal bytes.
         """
         began = time.perf_counter()
-        self._put_in(adapter)
+        self._load_adapter(adapter)
         base, device = self.model.get_base_model(), self.model.device.type
         arguments = SFTConfig(
             output_dir=self._scratch.name,
@@ -219,7 +220,7 @@ class AdapterTrainer:
             seed=seed,
             use_cpu=device == "cpu",
             bf16=device == "cuda" and base.dtype == torch.bfloat16,
-            gradient_checkpointing=False,  # below: the trainers would leave a hook each on the embeddings
+            gradient_checkpointing=False,  # enabled below: every TRL trainer would leave an embedding hook
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=device == "cuda",
@@ -228,7 +229,7 @@ class AdapterTrainer:
             report_to=[],
             disable_tqdm=True,
         )
-        # Of several GPUs the Trainer would use all, for batches so many times as large.
+        # With several GPUs the Trainer would use all of them and multiply the batch size.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = _Trainer(
             model=self.model, args=arguments, train_dataset=data, processing_class=self._tokenizer
@@ -236,13 +237,13 @@ class AdapterTrainer:
         trainer.remove_callback(PrinterCallback)
         if self.settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        hooks = self._pull_back(self.settings.proximal) if self.settings.proximal else []
+        hooks = self._add_proximal_gradients(self.settings.proximal) if self.settings.proximal else []
         try:
             loss = trainer.train().training_loss
         finally:
             for hook in hooks:
                 hook.remove()
-            # TRL wraps the base model's forward in every trainer; without this the wrappers pile up.
+            # Every TRL trainer wraps the base model's forward; remove the wrapper, or they accumulate.
             vars(base).pop("forward", None)
             if self.settings.gradient_checkpointing:
                 base.gradient_checkpointing_disable()
@@ -250,13 +251,13 @@ class AdapterTrainer:
         trained = cut(self.state(), rank_of(adapter))
         if device == "cuda":
             del trainer
-            torch.cuda.empty_cache()  # the next client's batches have other shapes
+            torch.cuda.empty_cache()  # batches of the next client have other shapes
         return Trained(trained, self._examples(len(data), steps), float(loss), time.perf_counter() - began)
 
     @torch.no_grad()
     def loss(self, adapter: AdapterState, data: Dataset) -> tuple[float, int]:
-        """Return an adapter's mean loss on ``data``, nats a completion token, and how many tokens."""
-        self._put_in(adapter)
+        """Return an adapter's mean loss on ``data``, nats per completion token, and the number of tokens."""
+        self._load_adapter(adapter)
         self.model.eval()
         total = num_tokens = 0.0
         order = np.argsort([len(ids) for ids in data["input_ids"]], kind="stable")  # less padding
@@ -268,28 +269,30 @@ class AdapterTrainer:
             inputs = pad_sequence(ids, True).to(self.model.device)
             logits = self.model(input_ids=inputs, attention_mask=mask.to(self.model.device)).logits
             flat = logits[:, :-1].float().flatten(0, 1)
-            wanted = labels[:, 1:].flatten().to(flat.device)
+            targets = labels[:, 1:].flatten().to(flat.device)
             total += float(
-                torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
+                torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
             )
-            num_tokens += int((wanted != IGNORED).sum())
+            num_tokens += int((targets != IGNORED).sum())
         return total / max(num_tokens, 1), int(num_tokens)
 
-    def _put_in(self, adapter: AdapterState) -> None:
-        """Write the adapter into the model; slices that it has not are zero and get zero gradients."""
+    def _load_adapter(self, adapter: AdapterState) -> None:
+        """Write the adapter into the model; missing slices are set to zero and get zero gradients."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 array = torch.from_numpy(adapter[name])
                 tensor.zero_()[: array.shape[0], : array.shape[1]].copy_(array)
 
-    def _pull_back(self, mu: float) -> list[Any]:
-        """Add to every gradient that of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020); losses omit it."""
+    def _add_proximal_gradients(self, mu: float) -> list[Any]:
+        """Add the gradient of FedProx's μ/2 ‖w - w₀‖² (Li et al. 2020) to every gradient; losses omit it."""
 
-        def towards(parameter: torch.Tensor, start: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def proximal_hook(
+            parameter: torch.Tensor, start: torch.Tensor
+        ) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda gradient: gradient + mu * (parameter.detach() - start)
 
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        return [p.register_hook(towards(p, p.detach().clone())) for p in trained]
+        return [p.register_hook(proximal_hook(p, p.detach().clone())) for p in trained]
 
     def _examples(self, num_rows: int, steps: int) -> int:
         batch = self.batch_size

@@ -1,4 +1,4 @@
-"""What the operator of a site has decided: where its rows and its base are, and what it takes part in."""
+"""A site's settings, made by its operator: where its rows and base model are, and its policy."""
 
 import json
 from collections.abc import Mapping
@@ -23,48 +23,48 @@ class _Section(BaseModel):
 
 
 class Policy(_Section):
-    """What this site does for a federation, and no more. What lies beyond is refused here, on the site."""
+    """Limits on what this site does for a federation; the site refuses anything beyond them."""
 
     methods: list[str] = Field(default=["fedrouter"])
-    """Methods that it takes part in."""
+    """Methods that the site takes part in."""
     max_rank: int = Field(64, ge=1)
-    """Largest rank of an adapter that it trains."""
+    """Maximum rank of an adapter to train."""
     max_steps: int = Field(200, ge=1)
-    """Most optimizer steps of one request."""
+    """Maximum number of optimizer steps per request."""
     min_cluster_size: int = Field(5, ge=1)
-    """Fewest rows together that anything is told of; plans with a smaller number are refused."""
+    """Minimum number of rows in any revealed group; plans with a smaller number are refused."""
     centroid_noise: float = Field(0.0, ge=0)
-    """Least noise multiplier on what is sent before the rounds."""
+    """Minimum noise multiplier for messages before the rounds."""
     update_noise: float = Field(0.0, ge=0)
-    """Least noise multiplier on updates."""
+    """Minimum noise multiplier for updates."""
     labels: bool = True
-    """Whether task labels may be told; without, they are taken off the rows as these are read."""
+    """Whether task labels may be revealed; if not, they are removed when rows are read."""
     secure_sum: bool = False
-    """Take part only where the server sees sums of updates, never one site's."""
+    """Whether to take part only if the server sees sums of updates, never one site's."""
     min_sum: int = Field(3, ge=2)
-    """Fewest sites that it is summed with; itself counts."""
+    """Minimum number of sites in a secure sum, including this one."""
     max_requests_per_day: int = Field(10_000, ge=1)
-    """Most messages that are answered in a day (UTC)."""
+    """Maximum number of requests per day (UTC)."""
     max_mib_per_day: float = Field(10_000.0, gt=0)
-    """Most that is sent in a day (UTC)."""
+    """Maximum MiB sent per day (UTC)."""
 
 
 class SiteSettings(_Section):
     """``site.toml``."""
 
     name: str
-    """As the federation's roster has it."""
+    """The client's name in the federation's roster."""
     data: str
     """File or directory with the rows."""
     base: str | None = None
-    """Where the base model is on this machine, if the server's name for it is not to be looked up."""
+    """Path of the base model on this machine; by default the server's name for it is used."""
     server: str = "127.0.0.1:9092"
     """HOST:PORT of the federation's superlink."""
     ca: str = "ca.crt"
     """The federation's CA certificate."""
     split: str = "train"
     fields: dict[str, str] = Field(default_factory=dict)
-    """Other names of fields, as in ``data.fields`` of a run."""
+    """Field names of the data, as in ``data.fields`` of a run."""
     ignore: list[str] = Field(default_factory=list)
     device: str = "auto"
     policy: Policy = Field(default_factory=Policy)
@@ -72,7 +72,7 @@ class SiteSettings(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One site's directory: settings, key, secret, audit."""
+    """One site's directory: settings, key, secret and audit file."""
 
     directory: Path
     settings: SiteSettings
@@ -84,18 +84,18 @@ class Site:
 
     @property
     def secret(self) -> Path:
-        """What noise and digests are made with; never leaves the site either."""
+        """The secret for noise and digests, which never leaves the site."""
         return self.directory / "noise.key"
 
     @property
     def audit(self) -> Path:
-        """One line a message."""
+        """The audit file; see ``Audit``."""
         return self.directory / "audit.jsonl"
 
     def place(self, path: str) -> str:
-        """Return a path of ``site.toml`` as seen from its directory; other names stay as they are."""
-        here = self.directory / Path(path).expanduser()
-        return str(here.resolve()) if here.exists() else path
+        """Resolve a path relative to the site's directory; return names of no such path unchanged."""
+        file = self.directory / Path(path).expanduser()
+        return str(file.resolve()) if file.exists() else path
 
 
 def load_site(directory: Path) -> Site:
@@ -104,20 +104,20 @@ def load_site(directory: Path) -> Site:
     Raises
     ------
     ConfigError
-        If it is missing or does not fit.
+        If it is missing or invalid.
     """
     file = directory / "site.toml"
-    missing = f"{file}: no such file; fedrouter client init {directory.name} makes it"
+    missing = f"{file}: no such file; fedrouter client init {directory.name} creates it"
     return Site(directory, fitted(read_toml(file, missing=missing), SiteSettings, str(file)))
 
 
 def plan_of(hello: Hello, site: Site) -> Config:
-    """Return the server's settings as they are run here: with this site's rows, base and device.
+    """Return the server's settings with this site's rows, base model and device.
 
     Raises
     ------
     ConfigError
-        If they are none.
+        If the settings are invalid.
     """
     own = site.settings
     try:
@@ -134,17 +134,19 @@ def plan_of(hello: Hello, site: Site) -> Config:
         }
         embedder = {**values.get("embedder", {}), "cache": None}
         train = {**values.get("train", {}), "report_to": []}
-        routing = {**values.get("routing", {}), "probes": None}  # a file of the server's
-        own_here = {"base": base, "data": data, "embedder": embedder, "train": train, "routing": routing}
-        return validated({**values, **own_here})
+        routing = {**values.get("routing", {}), "probes": None}  # this file is on the server
+        local = {"base": base, "data": data, "embedder": embedder, "train": train, "routing": routing}
+        return validated({**values, **local})
     except (TypeError, ValueError) as error:
-        raise ConfigError("the server's plan is none that this version knows") from error
+        raise ConfigError(
+            "the server's plan is not valid in this version; install the server's version of fedrouter"
+        ) from error
 
 
 def against_plan(policy: Policy, config: Config, secure: bool) -> str | None:
-    """Return why a plan is refused; None: it is not."""
+    """Return why the policy refuses a plan, or None."""
     privacy = config.privacy
-    unmet: Mapping[str, bool] = {
+    violations: Mapping[str, bool] = {
         f"method {config.method}": config.method not in policy.methods,
         f"rank {config.lora.rank}": config.lora.rank > policy.max_rank,
         f"privacy.min_cluster_size {privacy.min_cluster_size}": privacy.min_cluster_size
@@ -153,15 +155,15 @@ def against_plan(policy: Policy, config: Config, secure: bool) -> str | None:
         f"privacy.update_noise {privacy.update_noise}": privacy.update_noise < policy.update_noise,
         "method oracle, which asks for labels": config.method == "oracle" and not policy.labels,
         "updates that are not summed": policy.secure_sum and not secure,
-        # Prompts would leave the site for it.
+        # An endpoint would receive the site's prompts.
         "an embeddings endpoint": config.embedder.kind == "endpoint",
     }
-    reasons = [what for what, broken in unmet.items() if broken]
+    reasons = [setting for setting, violated in violations.items() if violated]
     return f"its policy refuses {', '.join(reasons)}" if reasons else None
 
 
 def against_request(policy: Policy, message: object) -> str | None:
-    """Return why one request is refused; None: it is not."""
+    """Return why the policy refuses one request, or None."""
     if isinstance(message, SumTrain):
         return against_request(policy, message.request)
     if isinstance(message, TrainRequest):
@@ -170,5 +172,5 @@ def against_request(policy: Policy, message: object) -> str | None:
         if rank_of(message.adapter) > policy.max_rank:
             return f"its policy refuses rank {rank_of(message.adapter)}; at most {policy.max_rank}"
     if isinstance(message, Assign | Regroup) and message.told and message.told.tasks and not policy.labels:
-        return "its policy refuses to tell labels"
+        return "its policy refuses to use task labels"
     return None

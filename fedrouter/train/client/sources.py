@@ -1,4 +1,4 @@
-"""The clients' records, from where the configuration says."""
+"""Read the clients' records from the configured sources."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ from fedrouter.types import Record
 
 
 def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, list[Record]]:
-    """Return each client's records, as the configuration deals them out; see ``read_clients``."""
+    """Return each client's records; see ``read_clients``."""
     return read_clients(config, say)[0]
 
 
 def read_clients(
     config: Config, say: data.Say = data.LOG.warning
 ) -> tuple[dict[str, list[Record]], list[data.Read]]:
-    """Return each client's records, as the configuration deals them out, and what each file gave.
+    """Read or partition the data as configured; return each client's records, and the files as read.
 
     Parameters
     ----------
-    say : gets a line on what is not read.
+    say : called with a line on everything that is not read.
     """
     settings = config.data
     if settings.clients:
@@ -48,19 +48,19 @@ def read_clients(
         max_per_client=settings.max_per_client,
     )
     if (unused := len(records) - sum(map(len, clients.values()))) > 0:
-        say(f"{unused} of {len(records)} rows are used by nobody: data.max_per_client")
+        say(f"{unused} of {len(records)} rows are not used by any client: data.max_per_client limits them")
     return clients, reads
 
 
 def load_sources(
     sources: Mapping[str, str], config: Config, limit: int | None = None, say: data.Say = data.LOG.warning
 ) -> dict[str, list[Record]]:
-    """Return the records of clients that have a source each, sorted by name.
+    """Return the records of clients with one source each, sorted by name.
 
     Raises
     ------
     DataError
-        If a client has too few for ``privacy.min_cluster_size``, or a name that no bundle can hold.
+        If a client has too few rows for ``privacy.min_cluster_size``, or an invalid name.
     """
     for name in sources:
         if not data.is_label(name):
@@ -74,15 +74,15 @@ def _read_sources(
     sources: Mapping[str, str], config: Config, limit: int | None, say: data.Say
 ) -> tuple[dict[str, list[Record]], list[data.Read]]:
     settings, least = config.data, config.privacy.min_cluster_size
-    of = {
+    by_client = {
         name: data.read_source(source, settings.split, limit, settings.fields, settings.ignore, say)
         for name, source in sorted(sources.items())
     }
-    records = {name: [r for read in reads for r in read.records] for name, reads in of.items()}
+    records = {name: [r for read in reads for r in read.records] for name, reads in by_client.items()}
     for name, rows in records.items():
         if len(rows) < max(2, least):
             raise DataError(
                 f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
                 f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
             )
-    return records, [read for reads in of.values() for read in reads]
+    return records, [read for reads in by_client.values() for read in reads]

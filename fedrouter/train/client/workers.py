@@ -1,4 +1,4 @@
-"""Other processes that train beside this one, each with its own base model on its own GPU or threads."""
+"""Worker processes for training, each with its own base model on its own GPU or share of threads."""
 
 import multiprocessing
 import os
@@ -28,95 +28,96 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What went wrong in a worker; an exception itself may not survive the way."""
+    """An error in a worker, sent as text because not every exception can be pickled."""
 
     text: str
-    memory: type[Exception] | None  # which one, if memory ran out
+    memory: type[Exception] | None  # the exception type, if memory ran out
 
 
 class StandIn:
-    """Prepares rows as the trainer ``here`` does; who inherits from it trains elsewhere or otherwise."""
+    """Base of trainers that use ``main`` for tokenising but train elsewhere."""
 
-    def __init__(self, here: AdapterTrainer):
-        self._here = here
+    def __init__(self, main: AdapterTrainer):
+        self._main = main
 
     @property
     def validation(self) -> float:
-        """Share of a subset's rows that is not trained on."""
-        return self._here.validation
+        """Share of a subset's rows that is held out for validation."""
+        return self._main.validation
 
     @property
     def batch_size(self) -> int:
-        """Rows an optimizer step."""
-        return self._here.batch_size
+        """Rows per optimizer step."""
+        return self._main.batch_size
 
     @property
     def trained(self) -> list[str]:
         """Names of the tensors that training changes."""
-        return self._here.trained
+        return self._main.trained
 
     def tokenise(self, records: Sequence[Record]) -> "Dataset":
         """Tokenise records for the base model."""
-        return self._here.tokenise(records)
+        return self._main.tokenise(records)
 
 
 class Worker(StandIn):
     """A trainer in another process, used like the one in this process.
 
-    It ends with the connection to it, and with this process, however that ends.
+    The process ends when its connection closes or this process ends, for whatever reason.
 
     Parameters
     ----------
-    here : this process's trainer; it tokenises for all.
-    path : of the base model.
-    number : of the process, from 1; which GPU is its own.
+    main : the trainer in this process, which tokenises for all.
+    path : path of the base model.
+    number : number of the process, from 1; also of its GPU.
     """
 
-    def __init__(self, here: AdapterTrainer, config: Config, path: Path, number: int):
-        super().__init__(here)
-        spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
-        self._connection, there = spawning.Pipe()
-        arguments = there, config, path, *device_and_dtype(config.base), torch.get_num_threads()
+    def __init__(self, main: AdapterTrainer, config: Config, path: Path, number: int):
+        super().__init__(main)
+        spawning = multiprocessing.get_context("spawn")  # a fork would share CUDA and OpenMP state
+        self._connection, child_end = spawning.Pipe()
+        arguments = child_end, config, path, *device_and_dtype(config.base), torch.get_num_threads()
         self._process = spawning.Process(target=_work, args=arguments, daemon=True)
         with _only_gpu(number):
             self._process.start()
-        there.close()
+        child_end.close()
 
     def train(
         self, adapter: AdapterState, data: "Dataset", steps: int, learning_rate: float, seed: int
     ) -> Trained:
-        """Train ``adapter`` on ``data`` there; see ``AdapterTrainer.train``."""
-        trained: Trained = self._ask("train", adapter, data, steps, learning_rate, seed)
+        """Train ``adapter`` on ``data`` in the worker; see ``AdapterTrainer.train``."""
+        trained: Trained = self._call("train", adapter, data, steps, learning_rate, seed)
         return trained
 
     def loss(self, adapter: AdapterState, data: "Dataset") -> tuple[float, int]:
         """Return an adapter's mean loss on ``data``; see ``AdapterTrainer.loss``."""
-        loss, num_tokens = self._ask("loss", adapter, data)
+        loss, num_tokens = self._call("loss", adapter, data)
         return loss, num_tokens
 
-    def _ask(self, what: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            self._connection.send((what, arguments))
-            answer = self._connection.recv()
+            self._connection.send((method, arguments))
+            result = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)
             raise WorkerError(
-                f"a training process ended with code {self._process.exitcode}: out of memory, or see above; "
-                "the same command goes on from the last finished round, with fewer --processes if need be"
+                f"a training process ended with code {self._process.exitcode}: out of memory, or see the "
+                "error above; run the same command to resume after the last finished round, if necessary "
+                "with fewer --processes"
             ) from error
-        if isinstance(answer, Failed):
-            raise (answer.memory or TrainingError)(answer.text)
-        return answer
+        if isinstance(result, Failed):
+            raise (result.memory or TrainingError)(result.text)
+        return result
 
 
-def start_workers(here: AdapterTrainer, config: Config, path: Path, processes: int) -> list[Worker]:
-    """Start what is missing to ``processes``, this one counted."""
-    return [Worker(here, config, path, number) for number in range(1, processes)]
+def start_workers(main: AdapterTrainer, config: Config, path: Path, processes: int) -> list[Worker]:
+    """Start workers so that ``processes`` processes train, including this one."""
+    return [Worker(main, config, path, number) for number in range(1, processes)]
 
 
 @contextmanager
 def _only_gpu(number: int) -> Iterator[None]:
-    """Let a process that starts meanwhile see one GPU alone: the Trainer takes the first that it sees."""
+    """Make only one GPU visible to a process started in this context: the Trainer uses the first it sees."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = before.split(",") if before else []
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
@@ -130,8 +131,8 @@ def _only_gpu(number: int) -> Iterator[None]:
 
 
 def _work(connection: Connection, config: Config, path: Path, device: str, dtype: str, threads: int) -> None:
-    """Answer until the connection ends; what a started process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+    """Run in the worker process: execute calls until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     model = load_base(path, dtype, device, config.base.quantization)
@@ -139,15 +140,15 @@ def _work(connection: Connection, config: Config, path: Path, device: str, dtype
     trainer = AdapterTrainer(model, tokenizer, config.lora, config.train, config.seed)
     try:
         while True:
-            what, arguments = connection.recv()
-            connection.send(_answer(trainer, what, arguments))
+            method, arguments = connection.recv()
+            connection.send(_execute(trainer, method, arguments))
     except (EOFError, OSError):
         return
 
 
-def _answer(trainer: AdapterTrainer, what: str, arguments: Sequence[Any]) -> Any:
+def _execute(trainer: AdapterTrainer, method: str, arguments: Sequence[Any]) -> Any:
     try:
-        return getattr(trainer, what)(*arguments)
+        return getattr(trainer, method)(*arguments)
     except Exception as error:
         gpu = isinstance(error, torch.OutOfMemoryError)
         memory = (torch.OutOfMemoryError if gpu else MemoryError) if out_of_memory(error) else None

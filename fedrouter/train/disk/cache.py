@@ -1,4 +1,4 @@
-"""Embeddings on disk: what was embedded once is read the next time, byte for byte."""
+"""A cache of embeddings on disk, exact to the byte."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from fedrouter.types import Array
 
 
 class CachedEmbedder:
-    """An embedder that keeps what it computed under ``directory``: one file for each list of texts.
+    """An embedder that caches its vectors under ``directory``, one file for each list of texts.
 
-    A whole list, because a vector's last bits depend on the texts it was batched with: so a run ends in the
-    same bytes with a filled cache and with an empty one. A file's name is a hash of what the embedder is, of
-    what it computes of the probe texts (other weights, other vectors) and of the texts. A damaged file is
-    computed again.
+    A file holds a whole list because a vector's last bits depend on the other texts of its batch: so a run
+    gives the same bytes with a filled and with an empty cache. The file name is a hash of the embedder's
+    specification, of its probe vectors (other weights give other vectors) and of the texts. A damaged file
+    is recomputed.
     """
 
     def __init__(self, embedder: Embedder, directory: Path):
@@ -32,7 +32,7 @@ class CachedEmbedder:
         self._identity = hashlib.sha256(description + self.probe.tobytes()).digest()
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text: (n, d) float32."""
+        """Return one vector per text: (n, d) float32."""
         key = hashlib.sha256(self._identity)
         for text in texts:
             key.update(hashlib.sha256(text.encode()).digest())
@@ -45,7 +45,7 @@ class CachedEmbedder:
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Array | None:
-    """Return a file's vectors, or None if it is missing or not what was written."""
+    """Return a file's vectors, or None if the file is missing or damaged."""
     try:
         found = load_file(file)
         vectors, digest = found["vectors"], found["sha256"]

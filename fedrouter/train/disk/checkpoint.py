@@ -1,4 +1,4 @@
-"""What an interrupted run resumes from: one directory a round, written atomically, the last few kept."""
+"""Checkpoints of a run: one directory per round, written atomically; only the last few are kept."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from fedrouter.types import AdapterState, Assignment, Member, RoutingSpace, Task
 def save_checkpoint(
     directory: Path, state: RunState, digest: str, keep: int, clustering: Clustering | None = None
 ) -> None:
-    """Write a run's state under a temporary name, rename, and keep only the last ``keep`` rounds.
+    """Write a checkpoint and delete all but the last ``keep``.
 
     Parameters
     ----------
-    clustering : kept too, where it cannot be made again from the first one.
+    clustering : stored too; needed with ``cluster.every``, where discovery would not find it again.
     """
     final = directory / f"round-{state.number - 1:05d}"
     partial = partial_directory(final)
@@ -54,10 +54,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(directory: Path, digest: str) -> RunState | None:
-    """Return the state of the newest usable checkpoint, if any.
-
-    One of another clustering, or one that does not read, is passed over.
-    """
+    """Return the state of the newest readable checkpoint with this clustering digest, if any."""
     for path in sorted(directory.glob("round-*"), reverse=True):
         try:
             saved = _record(path)
@@ -69,7 +66,7 @@ def latest_checkpoint(directory: Path, digest: str) -> RunState | None:
 
 
 def latest_clustering(directory: Path) -> Start | None:
-    """Return where the newest checkpoint that holds its task clusters stands, without assignments."""
+    """Return the newest readable checkpoint that holds its task clusters, if any; without assignments."""
     for path in sorted(directory.glob("round-*"), reverse=True):
         try:
             saved, arrays = _record(path), load_file(path / "space.safetensors")
@@ -89,7 +86,7 @@ def clustering_digest(
     assignments: Sequence[Assignment],
     members: Sequence[Member] = (),
 ) -> str:
-    """Return a hash that tells whether a checkpoint belongs to this clustering, and to these rows."""
+    """Return a hash of the clustering and the clients' rows; it ties a checkpoint to them."""
     digest = hashlib.sha256(space.centroids.tobytes() + space.transform.tobytes())
     for assignment in assignments:
         digest.update(
@@ -109,7 +106,7 @@ def _state(path: Path, saved: Mapping[str, Any]) -> RunState:
     return RunState(
         number=int(path.name.split("-")[1]) + 1,
         adapters=tuple(load_file(path / f"cluster-{k}.safetensors") for k in range(len(losses))),
-        moments=tuple(_load_if_there(path / f"moments-{k}.safetensors") for k in range(len(losses))),
+        moments=tuple(_load_if_exists(path / f"moments-{k}.safetensors") for k in range(len(losses))),
         losses=losses,
         best=tuple(
             best and Best(best["round"], best["loss"], load_file(path / f"best-{k}.safetensors"))
@@ -118,5 +115,5 @@ def _state(path: Path, saved: Mapping[str, Any]) -> RunState:
     )
 
 
-def _load_if_there(file: Path) -> AdapterState:
+def _load_if_exists(file: Path) -> AdapterState:
     return load_file(file) if file.exists() else {}

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and ``left_out.json``: what a run tells of its rounds and of clients that are gone."""
+"""``metrics.jsonl`` and ``left_out.json``: metrics of the rounds, and the clients that are left out."""
 
 import json
 import time
@@ -10,15 +10,16 @@ from fedrouter.train.state import RoundResult
 
 
 def read_left_out(run: Path) -> dict[str, str]:
-    """Return who is left out of a run, and why."""
+    """Return the clients left out of a run, and why: client → reason."""
     file = run / "left_out.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 class Metrics:
-    """``metrics.jsonl``: one line a round and task cluster; a resumed run drops what it will write again.
+    """``metrics.jsonl``: one line per round and task cluster.
 
-    Clients that were left out since the last line have one line before the round.
+    A resumed run first drops the lines of the rounds that it repeats. A line before the round lists the
+    clients that were left out since the last such line.
     """
 
     def __init__(self, path: Path, start: int):
@@ -26,15 +27,15 @@ class Metrics:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
-        told = {client for line in kept for client in json.loads(line).get("left_out", ())}
-        left_out = {c: reason for c, reason in read_left_out(path.parent).items() if c not in told}
+        reported = {client for line in kept for client in json.loads(line).get("left_out", ())}
+        left_out = {c: reason for c, reason in read_left_out(path.parent).items() if c not in reported}
         if left_out:
             line = {"round": start, "left_out": left_out, "time": round(time.time(), 3)}
             kept.append(json.dumps(line))
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str], seconds: float) -> None:
-        """Append one round, and how long all of it took."""
+        """Append the lines of one round, which took ``seconds``."""
         with self._path.open("a", encoding="utf-8") as file:
             for c in result.clusters:
                 line = {
@@ -56,5 +57,5 @@ class Metrics:
 
 
 def any_taken(metrics: Path) -> bool:
-    """Tell whether an update was ever taken; with noise on updates losses do not say so."""
+    """Return whether any update was ever used; losses do not show it when updates are noisy."""
     return any(json.loads(line).get("num_clients") for line in metrics.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""The secret that a run's noise is made with, and what the noise promises, beside the run."""
+"""Files for differential privacy: the secret behind a run's noise, and the guarantees it gives."""
 
 import json
 import secrets
@@ -14,10 +14,10 @@ KEY = "noise.key"
 
 
 def noise_key(run: Path, settings: PrivacySettings) -> bytes:
-    """Return the secret of a run's noise: the one that lies there, or one drawn from the operating system.
+    """Return the secret of a run's noise: the stored one, or a new one from the operating system.
 
-    Without it a resumed run would answer the same questions with other noise, and who averages both learns
-    more than was promised. The seed would not do: it is known.
+    A resumed run must draw the same noise again: averaging two noisy answers would reveal more than the
+    guarantee allows. The run's seed cannot replace the secret because it is public.
     """
     if not settings.noisy:
         return b""
@@ -26,7 +26,7 @@ def noise_key(run: Path, settings: PrivacySettings) -> bytes:
 
 
 def keep_promises(run: Path, settings: PrivacySettings, promised: Sequence[Guarantee], key: bytes) -> None:
-    """Write what the noise promises beside the run, and its secret, which only the owner may read."""
+    """Write the guarantees and the secret into the run's directory; only the owner may read the secret."""
     record = {**settings.model_dump(), "guarantees": [asdict(g) for g in promised]}
     write_atomically(run / "privacy.json", json.dumps(record, indent=2) + "\n")
     write_atomically(run / KEY, key.hex(), mode=0o600)

@@ -1,1 +1,1 @@
-"""Flower as the engine that moves bytes: in an environment of its own, beside this one."""
+"""Flower as the transport between server and sites, in a separate Python environment."""

@@ -1,4 +1,4 @@
-"""A trial CA and a server certificate: enough to try a federation, not to run one."""
+"""A trial CA and a server certificate, for trying out a federation but not for production."""
 
 import datetime
 import ipaddress
@@ -16,36 +16,36 @@ DAYS = 90
 
 
 def make_trial(directory: Path, hosts: list[str]) -> None:
-    """Write ``ca.crt``, ``server.crt`` and ``server.key``; the CA's own key is not kept.
+    """Write ``ca.crt``, ``server.crt`` and ``server.key``; the CA's private key is discarded.
 
     Parameters
     ----------
-    hosts : names and addresses that sites reach the server by.
+    hosts : names and addresses at which sites reach the server.
     """
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, MARK)])
-    began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
+    valid_from = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
 
-    def begun(subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def builder(subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(began)
-            .not_valid_after(began + datetime.timedelta(days=DAYS))
+            .not_valid_before(valid_from)
+            .not_valid_after(valid_from + datetime.timedelta(days=DAYS))
         )
 
     ca = (
-        begun(name, authority.public_key())
+        builder(name, authority.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
     )
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{hosts[0]} ({MARK})"[:64])])
     certificate = (
-        begun(subject, server.public_key())
+        builder(subject, server.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(

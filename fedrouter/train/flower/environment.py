@@ -1,4 +1,4 @@
-"""Flower's environment: made once, pinned, apart from this one, whose FastAPI and vLLM it could not share."""
+"""Flower's Python environment: pinned, and separate because its packages conflict with FastAPI and vLLM."""
 
 import ctypes
 import os
@@ -13,14 +13,14 @@ from typing import IO
 from fedrouter.errors import ConfigError
 
 VERSION = "1.38.0"
-HERE = "FEDROUTER_FLOWER"  # environment variable: where the environment is, if not at the usual place
+HERE = "FEDROUTER_FLOWER"  # environment variable with the environment's directory
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 SIDECAR = Path(__file__).with_name("sidecar")
 PR_SET_PDEATHSIG = 1
 
 
 def place() -> Path:
-    """Return the directory of the environment, there or not."""
+    """Return the directory of the environment, which may not exist yet."""
     if os.environ.get(HERE):
         return Path(os.environ[HERE])
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -28,7 +28,7 @@ def place() -> Path:
 
 
 def setup() -> Path:
-    """Make the environment, or leave it where it is complete; return its directory.
+    """Create the environment unless it is complete; return its directory.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def program(name: str) -> str:
     Raises
     ------
     ConfigError
-        If the environment is not there.
+        If the environment is not set up.
     """
     directory = place()
     if not (directory / f".flwr-{VERSION}").exists():
@@ -64,7 +64,7 @@ def program(name: str) -> str:
 
 
 def variables(home: Path) -> dict[str, str]:
-    """Return the environment variables of Flower's processes."""
+    """Return the environment variables for Flower's processes."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {
         **kept,
@@ -79,7 +79,7 @@ def variables(home: Path) -> dict[str, str]:
 
 
 def start(command: Sequence[str], home: Path, log: IO[str]) -> subprocess.Popen[str]:
-    """Start a process of the environment; it ends with this one, however that ends."""
+    """Start a process in the environment; it ends when this process ends, for whatever reason."""
     return subprocess.Popen(
         command,
         env=variables(home),
@@ -93,7 +93,7 @@ def start(command: Sequence[str], home: Path, log: IO[str]) -> subprocess.Popen[
 
 
 def stop(process: subprocess.Popen[str], grace_s: float = 10.0) -> None:
-    """End a process and all that it started."""
+    """End a process and all its child processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -107,7 +107,7 @@ def stop(process: subprocess.Popen[str], grace_s: float = 10.0) -> None:
 
 
 def run(command: Sequence[str], home: Path, text: str = "") -> str:
-    """Run a program of the environment to its end, with ``text`` as its input; return what it printed.
+    """Run a program of the environment with ``text`` as its input; return its output.
 
     Raises
     ------
@@ -116,8 +116,10 @@ def run(command: Sequence[str], home: Path, text: str = "") -> str:
     """
     finished = subprocess.run(command, env=variables(home), input=text, capture_output=True, text=True)
     if finished.returncode:
-        said = [line for line in finished.stderr.splitlines() if line.strip()]
-        raise ConfigError(f"the superlink does not answer: {said[-1][:300] if said else 'it says nothing'}")
+        lines = [line for line in finished.stderr.splitlines() if line.strip()]
+        raise ConfigError(
+            f"the superlink does not answer: {lines[-1][:300] if lines else 'no error message'}"
+        )
     return finished.stdout
 
 

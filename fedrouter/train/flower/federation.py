@@ -1,4 +1,4 @@
-"""The directory of a federation on the server's machine: who takes part, certificates, the superlink."""
+"""A federation's directory on the server's machine: settings, roster, certificates and superlink."""
 
 import json
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from fedrouter.train.flower.environment import SIDECAR, program, run
 from fedrouter.train.server.remote import Waiting
 from fedrouter.train.wire.keys import PublicKey, load_public, public_text
 
-CONNECTION = "fedrouter"  # Flower's name for the superlink of this directory
+CONNECTION = "fedrouter"  # name of the superlink in Flower's configuration
 
 TEMPLATE = """\
-# A federation: who takes part, and how long the server waits.
-host = {host}  # the name or address that sites reach this machine by
-fleet_port = {fleet_port}  # sites connect here
-control_port = {control_port}  # this machine alone
-float16 = false  # adapters travel as float16: half the bytes, weights rounded to 11 bits
-secure_sum = false  # the server sees sums of updates, never one site's (docs/federation.md)
+# A federation: its clients, and how long the server waits for them.
+host = {host}  # name or address at which sites reach this machine
+fleet_port = {fleet_port}  # sites connect to this port
+control_port = {control_port}  # used on this machine only
+float16 = false  # true: send adapters as float16, with half the bytes and weights rounded to 11 bits
+secure_sum = false  # true: the server sees only sums of updates, never one site's (docs/federation.md)
 
 [waiting]
-start_s = 600.0  # for the clients below to come
-least_clients = 2  # that start without the others
-exchange_s = 600.0  # for an answer before the rounds
-round_s = 3600.0  # for a round's updates; who is later is left out of the round
-absent_s = 30.0  # for a client that cannot be reached to come back
-least_replies = 1  # updates of a round, or the run stops
+start_s = 600.0  # for all clients below to connect
+least_clients = 2  # minimum number of clients to start without the others
+exchange_s = 600.0  # for replies before the rounds
+round_s = 3600.0  # for the updates of a round; a later client is left out of the round
+absent_s = 30.0  # for a disconnected client to come back
+least_replies = 1  # minimum number of clients that send updates in a round, or the run stops
 
-[clients]  # name = the line of the site's site.key.pub; take a line out to revoke a key
+[clients]  # name = the line in the site's site.pub; remove a line to revoke a key
 """
 
 
@@ -42,7 +42,7 @@ class _Section(BaseModel):
 
 
 class WaitingSettings(_Section):
-    """How long the server waits, and for how many; the template says what each is."""
+    """The server's timeouts and minimum numbers of clients; ``TEMPLATE`` describes each."""
 
     start_s: float = Field(600.0, gt=0)
     least_clients: int = Field(2, ge=1)
@@ -73,12 +73,12 @@ class Directory:
 
     @property
     def home(self) -> Path:
-        """What Flower keeps."""
+        """The directory of Flower's own files."""
         return self.path / "flower"
 
     @property
     def waiting(self) -> Waiting:
-        """How long the server waits, and for how many."""
+        """The server's timeouts and minimum numbers of clients."""
         return Waiting(**self.settings.waiting.model_dump())
 
     def roster(self) -> dict[str, PublicKey]:
@@ -87,7 +87,7 @@ class Directory:
         Raises
         ------
         ConfigError
-            If there is none, a name cannot be a client's, or a key is none.
+            If there are no clients, or a name or key is invalid.
         """
         if not self.settings.clients:
             raise ConfigError(f"{self.path / 'federation.toml'}: no clients; add each site's public key")
@@ -102,19 +102,19 @@ class Directory:
         return found
 
     def superlink(self) -> list[str]:
-        """Return the command that serves the federation."""
-        here, settings = self.path.resolve(), self.settings
+        """Return the command that starts the superlink."""
+        directory, settings = self.path.resolve(), self.settings
         return [
             program("flower-superlink"),
             "--ssl-ca-certfile",
-            str(here / "ca.crt"),
+            str(directory / "ca.crt"),
             "--ssl-certfile",
-            str(here / "server.crt"),
+            str(directory / "server.crt"),
             "--ssl-keyfile",
-            str(here / "server.key"),
+            str(directory / "server.key"),
             "--enable-supernode-auth",
             "--database",
-            str(here / "flower" / "superlink.db"),
+            str(directory / "flower" / "superlink.db"),
             "--fleet-api-address",
             f"{settings.host}:{settings.fleet_port}",
             "--host",
@@ -126,12 +126,12 @@ class Directory:
 
 
 def make_directory(path: Path, host: str, fleet_port: int, control_port: int) -> Directory:
-    """Make a federation's directory, with a trial CA.
+    """Create a federation's directory, with a trial CA.
 
     Raises
     ------
     ConfigError
-        If it is there already.
+        If it exists already.
     """
     if (path / "federation.toml").exists():
         raise ConfigError(f"{path} holds a federation already")
@@ -148,10 +148,10 @@ def load_directory(path: Path) -> Directory:
     Raises
     ------
     ConfigError
-        If it is none, or its settings do not fit.
+        If it is not a federation's directory, or its settings are invalid.
     """
     file = path / "federation.toml"
-    missing = f"{path} is no federation: run fedrouter federation init {path}"
+    missing = f"{path} is not a federation's directory: run fedrouter federation init {path}"
     settings = fitted(read_toml(file, missing=missing), FederationSettings, str(file))
     directory = Directory(path, settings)
     connection = (
@@ -165,11 +165,11 @@ def load_directory(path: Path) -> Directory:
 
 
 def nodes(directory: Directory, *, change: bool = False) -> dict[str, dict[str, str]]:
-    """Return what the superlink knows of each node, by public key: id, status, times.
+    """Return the superlink's record of each node by public key: id, status, times.
 
     Parameters
     ----------
-    change : make it know the keys of the clients, and no longer those that are taken out.
+    change : first register the keys of the roster with the superlink, and unregister all others.
 
     Raises
     ------

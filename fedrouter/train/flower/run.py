@@ -1,4 +1,4 @@
-"""``fedrouter train --federation``: a run with the clients of a federation's directory."""
+"""``fedrouter train --federation``: train with the clients of a federation's directory."""
 
 import json
 import time
@@ -20,14 +20,14 @@ from fedrouter.train.run import finished
 def train_over_flower(
     config: Path | None, overrides: Sequence[str], out: Path, federation: Path, console: Console
 ) -> Bundle:
-    """Train with the clients of a federation; the superlink is there already.
+    """Train with the clients of a federation; its superlink must be running.
 
     Raises
     ------
     ConfigError
-        If the directory, the roster or the settings do not fit, or the superlink does not answer.
+        If the directory, the roster or the settings are invalid, or the superlink does not answer.
     TrainingError
-        As ``train_remote`` does.
+        As in ``train_remote``.
     """
     directory = load_directory(federation)
     roster, settings = directory.roster(), directory.settings

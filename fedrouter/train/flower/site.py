@@ -1,4 +1,4 @@
-"""A site's processes: the resident client here, Flower's SuperNode and its executor beside it."""
+"""A site's processes: the resident client in this one, Flower's SuperNode and executor in child processes."""
 
 import secrets
 import signal
@@ -18,21 +18,21 @@ from fedrouter.train.client.site import Site
 from fedrouter.train.flower.environment import SIDECAR, program, start, stop
 from fedrouter.train.flower.sidecar import link
 
-LOOK_S = 0.2
-RETRY_S = 3.0  # until Flower's part is started again: the server may not know the key yet
+POLL_S = 0.2  # between checks that Flower's processes still run
+RETRY_S = 3.0  # before Flower is restarted: the server may not know the site's key yet
 
 
 def listen(path: Path, answer: Callable[[bytes], bytes]) -> socket.socket:
-    """Answer on a Unix socket, one request a connection; return the socket."""
-    door = socket.socket(socket.AF_UNIX)
-    door.bind(str(path))
+    """Serve ``answer`` on a Unix socket in a thread, one request per connection; return the socket."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
     path.chmod(0o600)
-    door.listen(8)
+    listener.listen(8)
 
     def serve() -> None:
         while True:
             try:
-                connection, _ = door.accept()
+                connection, _ = listener.accept()
             except OSError:
                 return
             with connection:
@@ -43,11 +43,11 @@ def listen(path: Path, answer: Callable[[bytes], bytes]) -> socket.socket:
                     continue
 
     threading.Thread(target=serve, daemon=True).start()
-    return door
+    return listener
 
 
 def run_site(site: Site, resident: Resident, console: Console) -> None:
-    """Take part in the federation until interrupted; start Flower's part again whenever it ends.
+    """Take part in the federation until interrupted; restart Flower's processes when they end.
 
     Raises
     ------
@@ -62,30 +62,30 @@ def run_site(site: Site, resident: Resident, console: Console) -> None:
         text = f"client {site.settings.name}: {line}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    say(f"takes part through {site.settings.server}; Flower's log is {home / 'site.log'}")
+    say(f"connecting to {site.settings.server}; Flower's log is {home / 'site.log'}")
     with (
-        tempfile.TemporaryDirectory(prefix="fedrouter-") as scratch,  # a socket's path must be short
-        listen(Path(scratch) / "client.sock", resident.answer) as door,
+        tempfile.TemporaryDirectory(prefix="fedrouter-") as scratch,  # the path of a socket must be short
+        listen(Path(scratch) / "client.sock", resident.answer) as listener,
     ):
-        told = False
+        reported = False
         while True:
             began = time.monotonic()
-            _take_part(site, home, str(door.getsockname()))
-            if not told or time.monotonic() - began > 60:
-                say("Flower's part ended: the server may not know this site's key yet; it is started again")
-                told = True
+            _run_flower(site, home, str(listener.getsockname()))
+            if not reported or time.monotonic() - began > 60:
+                say("Flower ended; restarting it (the server may not know this site's key yet)")
+                reported = True
             time.sleep(RETRY_S)
 
 
-def _take_part(site: Site, home: Path, resident: str) -> None:
-    """Run Flower's part until one of its processes ends."""
+def _run_flower(site: Site, home: Path, resident: str) -> None:
+    """Run Flower's processes until one of them ends."""
     secret = home / "executor.secret"
     write_atomically(secret, secrets.token_hex(32), mode=0o600)
     port = str(_free_port())
     node = [program("python"), str(SIDECAR / "supernode.py")]
     node += ["--root-certificates", site.place(site.settings.ca)]
     node += ["--superlink", site.settings.server, "--auth-supernode-private-key", str(site.key.resolve())]
-    node += ["--isolation", "process"]  # node.py in place of an executor: no code of the server's runs here
+    node += ["--isolation", "process"]  # node.py replaces the executor: no code from the server runs here
     node += ["--host", "127.0.0.1", "--port", port, "--superexec-auth-secret-file", str(secret.resolve())]
     executor = [program("python"), str(SIDECAR / "node.py"), f"127.0.0.1:{port}", str(secret.resolve())]
     with (home / "site.log").open("a", encoding="utf-8") as log:
@@ -93,7 +93,7 @@ def _take_part(site: Site, home: Path, resident: str) -> None:
         try:
             processes.append(start([*executor, resident], home, log))
             while all(process.poll() is None for process in processes):
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
         finally:
             for process in processes:
                 stop(process)

@@ -1,4 +1,4 @@
-"""Who is there: what the superlink knows of nodes, and what the last run knew of clients."""
+"""Status of a federation's clients: from the superlink, and from the last run."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from fedrouter.train.flower.federation import load_directory, nodes
 from fedrouter.train.wire.keys import public_text
 
-SEEN = "seen.json"  # in a federation's directory: by client, rows and the last answer
+SEEN = "seen.json"  # in a federation's directory: rows and last reply of each client
 
 
 def status(path: Path) -> list[dict[str, object]]:
-    """Return one entry a client of the roster.
+    """Return one entry for each client of the roster.
 
     Raises
     ------
@@ -18,12 +18,12 @@ def status(path: Path) -> list[dict[str, object]]:
         If the superlink does not answer.
     """
     directory = load_directory(path)
-    there = nodes(directory)
+    by_key = nodes(directory)
     file = path / SEEN
     seen = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     found = []
     for name, key in directory.roster().items():
-        node = there.get(public_text(key), {})
+        node = by_key.get(public_text(key), {})
         state = node.get("status", "unknown to the superlink")
         last = seen.get(name, {})
         found.append(

@@ -1,1 +1,1 @@
-"""What the server does with what clients reveal; never imports the clients' side."""
+"""The server's side of training; never imports ``fedrouter.train.client``."""

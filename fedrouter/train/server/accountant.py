@@ -1,4 +1,4 @@
-"""What noise promises: (ε, δ) by the accountant."""
+"""Privacy accounting: the (ε, δ) guarantees of a run's noise."""
 
 import math
 from collections import defaultdict
@@ -12,19 +12,13 @@ from fedrouter.types import Assignment, Guarantee
 
 
 def check_accountant(settings: PrivacySettings) -> None:
-    """Refuse noise that nobody can account for.
-
-    Raises
-    ------
-    ConfigError
-        Without the accountant.
-    """
+    """Raise ConfigError if noise is set but the accounting package is not installed."""
     if settings.noisy:
         epsilon([1.0], settings.delta)
 
 
 def guarantees(config: Config, assignments: Sequence[Assignment]) -> list[Guarantee]:
-    """Return what a run's noise promises, each for the client that it protects least."""
+    """Return a run's privacy guarantees, each for the client that it protects least."""
     settings = config.privacy
     before = [settings.centroid_noise] * DISCOVERY_RELEASES if settings.centroid_noise else []
     sent, averaged = _updates(config, assignments) if settings.update_noise else ([], [])
@@ -46,21 +40,21 @@ def _updates(config: Config, assignments: Sequence[Assignment]) -> tuple[list[fl
 
     Returns
     -------
-    sent : towards the server.
-    averaged : towards those who see the means alone, where all clients' noise comes together; empty where the
-        server makes something else of updates than a mean.
+    sent : against the server.
+    averaged : against those who see only the means, which contain all clients' noise; empty unless the server
+        takes plain means.
     """
     noise = config.privacy.update_noise
     sent, averaged = defaultdict(list), defaultdict(list)
     for number in range(config.train.rounds):
         planned = plan(assignments, config.train, config.seed, number)
         for client, cluster, steps in planned:
-            # Weights go with steps: replies with noise say no more than what was asked for.
-            everyone = math.hypot(*(n for _, k, n in planned if k == cluster))
+            # Weights are proportional to steps: noisy replies claim exactly the requested examples.
+            total = math.hypot(*(n for _, k, n in planned if k == cluster))
             sent[client].append(noise)
-            averaged[client].append(noise * everyone / steps)
-    how = config.aggregate
-    if (how.method, how.robust, how.clip) != ("average", "none", None):
+            averaged[client].append(noise * total / steps)
+    aggregate = config.aggregate
+    if (aggregate.method, aggregate.robust, aggregate.clip) != ("average", "none", None):
         averaged.clear()
     return tuple(max(m.values(), key=_loss, default=[]) for m in (sent, averaged))  # type: ignore[return-value]
 
@@ -70,18 +64,18 @@ def _loss(multipliers: Sequence[float]) -> float:
 
 
 def epsilon(multipliers: Sequence[float], delta: float) -> float:
-    """Return the ε of Gaussian releases one after another, each with a noise multiplier of its own.
+    """Return the ε of a sequence of Gaussian releases with the given noise multipliers.
 
-    Together they are one Gaussian release whose squared multiplier is the harmonic sum of theirs (Dong et al.
-    2019, corollary 3.3); its ε is exact (Balle and Wang 2018).
+    Together they equal one Gaussian release with multiplier 1/√(Σ 1/mᵢ²) (Dong et al. 2019, corollary 3.3),
+    whose ε is exact (Balle and Wang 2018).
 
     Raises
     ------
     ConfigError
-        Without the accountant.
+        If the accounting package is not installed.
     """
     try:
         from dp_accounting import get_epsilon_gaussian
     except ImportError as error:
-        raise ConfigError('noise needs an accountant: pip install "fedrouter[privacy]"') from error
+        raise ConfigError('noise needs the accounting package: pip install "fedrouter[privacy]"') from error
     return float(get_epsilon_gaussian(1 / math.sqrt(_loss(multipliers)), delta))

@@ -1,4 +1,4 @@
-"""One adapter out of many, within a task cluster: means, exact and robust ones. Pure arrays.
+"""Aggregate the adapters of a task cluster, on plain arrays: plain, exact and robust means.
 
 Clients may train a lower rank than the task cluster has: see lora.py for *slices* and the plain mean.
 """
@@ -12,8 +12,8 @@ from fedrouter.config import AggregateSettings
 from fedrouter.train.lora import average, rank_of, shares_of, stacked
 from fedrouter.types import AdapterState, Float64s
 
-FLOOR = 0.1  # least singular value of the new A's coordinates, relative to the largest
-EMPTY = 1e-10  # a direction of the mean product that carries less, relative to the first, carries nothing
+FLOOR = 0.1  # minimum singular value of the new A's coordinates, relative to the largest
+EMPTY = 1e-10  # singular values of the mean product below this, relative to the first, count as zero
 
 
 def aggregate(
@@ -22,13 +22,13 @@ def aggregate(
     settings: AggregateSettings,
     old: AdapterState | None = None,
 ) -> tuple[AdapterState, float | None]:
-    """Return what ``settings`` make of one round's adapters, and the residual of ``exact``.
+    """Aggregate one round's adapters by ``settings``; also return the residual of ``exact``, else None.
 
     Parameters
     ----------
-    adapters : states with the same names and, but for the rank, shapes; finite, float32.
-    weights : examples really trained, one an adapter, positive; robust means do not use them.
-    old : the adapter of before, of the full rank; slices that nobody has stay as they are there.
+    adapters : states with equal names and, except for the rank, equal shapes; finite, float32.
+    weights : number of examples trained for each adapter, positive; robust means ignore them.
+    old : the previous adapter, of full rank; it provides slices that no other adapter has.
     """
     if old is not None and max(map(rank_of, adapters)) < rank_of(old):
         adapters, weights = [*adapters, old], [*weights, 0.0]
@@ -40,22 +40,22 @@ def aggregate(
 def mean(
     adapters: Sequence[AdapterState], weights: Sequence[float], method: str
 ) -> tuple[AdapterState, float | None]:
-    """Return the weighted mean by ``method``, "average" or "exact", and the residual of the latter."""
+    """Return the weighted mean by ``method``, and the residual of "exact" (None with "average")."""
     return exact(adapters, weights) if method == "exact" else (average(adapters, weights), None)
 
 
 def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[AdapterState, float]:
-    """Return the adapter whose product BA comes closest to the weighted mean of the products.
+    """Return the adapter whose product BA is closest to the weighted mean of the products.
 
-    The mean Σ wᵢ BᵢAᵢ = [w₁B₁ …][A₁; …] (FLoRA, Wang et al. 2024) is cut back to the rank by QR of both
-    stacks and an SVD of the small core; no product is ever formed. The new A stays as close to the mean A as
-    the product allows: training finds factors of the scale in which it left them, and where B is zero no
-    direction of A is lost. Where ranks differ, the mean is that of slices, each over those who have it.
+    The mean Σ wᵢ BᵢAᵢ = [w₁B₁ …][A₁; …] (FLoRA, Wang et al. 2024) is reduced to the rank by QR of both stacks
+    and an SVD of the small core, without forming a product. The new A stays as close to the mean A as the
+    product allows: this keeps the scale of the factors for further training, and loses no direction of A
+    where B is zero. If ranks differ, each slice is averaged over the adapters that have it.
 
     Returns
     -------
     adapter : same names and shapes as the given ones, of the highest rank among them.
-    residual : ‖mean − BA‖ / ‖mean‖, Frobenius, all modules together: what the rank leaves out.
+    residual : ‖mean − BA‖ / ‖mean‖, Frobenius norm over all modules: the error from reducing the rank.
     """
     shares = shares_of(adapters, weights)
     result: dict[str, np.ndarray] = {}
@@ -74,13 +74,13 @@ def exact(adapters: Sequence[AdapterState], weights: Sequence[float]) -> tuple[A
 
 
 def robust_mean(adapters: Sequence[AdapterState], trim: float) -> AdapterState:
-    """Return the coordinate-wise trimmed mean (Yin et al. 2018); a ``trim`` of one half is the median.
+    """Return the coordinate-wise trimmed mean (Yin et al. 2018); a ``trim`` of one half gives the median.
 
-    Every client counts alike: with weights, one that claims many examples would decide.
+    Clients are not weighted: otherwise one that claims many examples would decide the result.
 
     Parameters
     ----------
-    trim : share of the adapters that is cut off at each end, at least one where three or more are given.
+    trim : share of the adapters removed at each end, rounded up; at least one adapter is kept.
     """
     num = len(adapters)
     cut = min(math.ceil(trim * num), (num - 1) // 2)
@@ -98,10 +98,10 @@ def _closest(stack_b: Float64s, stack_a: Float64s, like: Float64s) -> tuple[Floa
     u, values, vt = np.linalg.svd(core_b @ core_a.T, full_matrices=False)
     num = min(rank, int((values > EMPTY * values[0]).sum()))
     used = vt[:num] @ right.T  # (num, n), orthonormal rows
-    # Where the product is of a lower rank, A's other directions stay: B is zero there, and can grow again.
+    # If the product has a lower rank, keep A's remaining directions: B is zero there but can grow again.
     spare = np.linalg.svd(like - like @ used.T @ used, full_matrices=False)[2][: min(rank, width) - num]
     rows = np.concatenate([used, spare])
-    # Any invertible matrix between the factors leaves the product as it is: take the mean A's coordinates.
+    # An invertible matrix between the factors does not change the product: use the mean A's coordinates.
     p, scale, q = np.linalg.svd(like @ rows.T, full_matrices=False)
     scale = np.maximum(scale, FLOOR * scale[0])
     b = (left @ u[:, :num] * values[:num]) @ ((q.T / scale) @ p.T)[:num]

@@ -1,4 +1,4 @@
-"""Task clusters as a bundle records them: names, rows, members, radii; and when to doubt their number."""
+"""Describe task clusters for the bundle (names, rows, clients, radii), and warn if there may be too few."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from fedrouter.train.federation import FEW
 from fedrouter.train.server.discover import radius
 from fedrouter.types import Assignment, Subset, TaskCluster
 
-MIN_RADIUS = 1.0  # rows that are all alike still lie within it, whatever the rounding
-FEW_GROUPS = 8  # groups that may be told of; clients of fewer rows than that say little of several tasks
+MIN_RADIUS = 1.0  # absorbs rounding errors if all rows of a task cluster are equal
+FEW_GROUPS = 8  # a client with rows for fewer groups of the minimum size can hardly show several tasks
 
 
 def describe(
@@ -25,10 +25,14 @@ def describe(
     taken: Sequence[str] = (),
     whitened: bool = True,
 ) -> list[TaskCluster]:
-    """Describe each task cluster by what its clients revealed; those beyond the ``standing`` ones, if any.
+    """Describe the task clusters that follow the ``standing`` ones, from their clients' assignments.
 
-    Without a name in ``names`` it is named after its commonest task label; a name that is ``taken`` gets its
-    number too. ``whitened``: the rows shaped the metric; those beside ``standing`` ones did not.
+    Parameters
+    ----------
+    names : names of task clusters; where None, the most common task label is used.
+    standing : existing task clusters, which come first and are not described again.
+    taken : names that must not be used; the task cluster's number is appended to such a name.
+    whitened : whether the metric was computed from the rows; never assumed with ``standing`` task clusters.
     """
     rows = sum(s.num_examples for a in assignments for s in a.subsets)
     shaped = rows if whitened and not standing else None
@@ -42,8 +46,8 @@ def describe(
         for _, subset in members:
             for task, count in subset.task_counts.items():
                 counts[task] = counts.get(task, 0) + count
-        told = counts.keys() - {FEW}
-        common = max(told, key=lambda t: (counts[t], t)) if told else f"task-{k}"
+        labels = counts.keys() - {FEW}
+        common = max(labels, key=lambda t: (counts[t], t)) if labels else f"task-{k}"
         name = _slug((names[k] if names else None) or common)
         while name in used:
             name = f"{name}-{k}"
@@ -58,8 +62,8 @@ def describe(
                 radius=radius([s for _, s in members], routing.quantile, shaped) if members else 0.0,
             )
         )
-    # A task whose rows are much alike would reject its own prompts as soon as these differ a little from
-    # the rows: how far prompts of one task lie apart, the other tasks tell as well.
+    # A task with very similar rows would reject its own prompts as soon as they differ a little from the
+    # rows. So the median radius is the minimum: other tasks show how far prompts of one task may lie apart.
     usual = float(np.median([c.radius for c in [*standing, *clusters] if c.radius] or [0.0]))
     return [
         replace(c, radius=routing.slack * max(c.radius, usual, MIN_RADIUS)) if c.radius or c.clients else c
@@ -68,19 +72,19 @@ def describe(
 
 
 def doubt(config: Config, rows: Sequence[int], num_clusters: int) -> str | None:
-    """Say that several tasks may have been taken for one, if most clients hold too few rows to tell.
+    """Return a warning if several tasks may have been merged into one because most clients have few rows.
 
     Parameters
     ----------
-    rows : of each client.
+    rows : number of rows of each client.
     """
     least, asked = config.privacy.min_cluster_size, config.cluster.global_
     few = sum(num < FEW_GROUPS * least for num in rows)
     if config.method != "fedrouter" or asked != "auto" or num_clusters > 1 or 2 * few <= len(rows):
         return None
     return (
-        f"one task cluster was found; if there are several tasks, {few} of {len(rows)} clients hold too few "
-        f"rows to tell them apart (under {FEW_GROUPS * least}): give them more, or lower "
+        f"one task cluster was found; if there are several tasks, {few} of {len(rows)} clients have too few "
+        f"rows to separate them (under {FEW_GROUPS * least}): give them more, or lower "
         f"privacy.min_cluster_size ({least})"
     )
 

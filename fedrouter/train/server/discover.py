@@ -1,35 +1,38 @@
-"""What the server computes: from what clients reveal to the space in which prompts are routed.
+"""Task discovery on the server: from what clients reveal to the space in which prompts are routed.
 
-**What a task is.** Prompts decide. A tree joins the clients' fine groups of prompts, always the two whose
-union adds least scatter (Ward 1963). A split of it is one between tasks while it explains a fair part of what
-a task explains on average: K · ΔB ≥ SHARE · B, where ΔB is what the split into K groups adds to the scatter B
-between all groups. Why it must work: from task to task whole prompts change (their form, their length, their
-words), within a task only what fills the form. So down to the last split between tasks ΔB stays near B / K,
-and then drops to what splits of a cloud explain. That depends on the rows: where they differ much within
-tasks, it is more than SHARE; so a split between tasks also explains clearly more, by ``ABOVE``, than the one
-that explains least. In a single cloud the first split explains least: one task. The rule has no unit: B grows
-with the differences between tasks. Where tasks are many and all alike far from each other, each of the first
-splits explains little; they end in a cliff, a split that explains twice SHARE before one that explains less
-than half of it, and the number is where the last cliff is.
+**What counts as a task.** Only prompts are used. A tree joins the clients' fine groups of prompts, always
+the two groups whose union adds least scatter (Ward 1963). Read from the top, the tree splits the rows into
+2, 3, … groups. A split separates tasks if it explains a fair part of what a task explains on average:
+K · ΔB ≥ SHARE · B, where B is the scatter between all groups and ΔB is what the split into K groups adds to
+it. This works because between tasks whole prompts change (form, length, words), but within a task only the
+content that fills the form. So ΔB stays near B / K down to the last split between tasks and then drops to
+what splits of a single cloud explain. If rows differ much within tasks, that is more than SHARE; so a split
+between tasks must also explain ``ABOVE`` times as much as the split that explains least. In a single cloud
+the first split explains least, which gives one task. The rule has no unit: B grows with the differences
+between tasks. With many tasks that are all equally far apart, each of the first splits explains little. They
+end in a cliff: a split that explains at least twice SHARE is followed by one that explains less than half as
+much. The last cliff then gives the number of tasks.
 
 The exchanges, in order; no row leaves its client in any of them:
 
-1. Each client cuts its rows into small local clusters by prompts, and reveals centroids, counts and one
+1. Each client groups its rows into small local clusters of prompts, and reveals centroids, counts and one
    pooled scatter matrix (``cluster.summarise``).
-2. The server joins them; every client counts alike (``find_tasks``). Distances are taken in dimensions of
-   unit variance, half whitened by the scatter within groups (``metric``): large dimensions do not dominate,
-   and directions in which rows of one group vary count less. First it is the scatter within local clusters;
-   once the number is known, the tree is cut ``FINER`` times as fine, the scatter within these groups is
-   taken, and they are joined again.
-3. The routing space is half whitened by the scatter within task clusters, with one centroid for each, as in
-   the paper; directions between task clusters are stretched so that abstention sees them (``routing_space``).
-4. Each client reveals quantiles of its rows' distances (``cluster.assign``); their pooled quantile is a task
-   cluster's ``radius``.
+2. The server joins the groups; every client has the same weight (``find_tasks``). Each dimension is scaled to
+   unit variance and then half whitened by the scatter within groups (``metric``), so that large dimensions do
+   not dominate and directions in which rows of one group vary count less. The first tree uses the scatter
+   within local clusters. Once it gives the number of tasks, it is cut ``FINER`` times as fine, and a second
+   tree joins these groups with the scatter within them.
+3. The routing space is half whitened by the scatter within task clusters and has one centroid for each, as in
+   the paper. Directions between task clusters are stretched so that a prompt of no task lies outside every
+   radius (``routing_space``).
+4. Each client reveals quantiles of its rows' distances (``cluster.assign``). A quantile of all clients'
+   distances together is a task cluster's ``radius``.
 
-The paper's way (section 3) is ``kmeans``: k-means on each client, k-means over the centroids, plain Euclid.
+``cluster.method = "kmeans"`` is the paper's method (section 3): k-means on each client and k-means over the
+centroids, with Euclidean distances.
 
-What clients reveal is summed as it comes: the server holds one client's matrices at a time, and of each
-only counts and centroids.
+The server sums what clients reveal as it arrives: it holds one client's scatter matrix at a time and keeps
+only counts and centroids of each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,14 +46,14 @@ from fedrouter.train.federation import QUANTILES, Summaries
 from fedrouter.train.space import Labels
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
-SHARE = 0.15  # of an average task's scatter that a split between tasks explains
-ABOVE = 1.25  # times what the split explains that explains least
-NEW_SHARE = 0.5  # of what a task explains, by a split of rows that came later (decision 0019: chosen on one)
-FINER = 3  # groups a task cluster while the scatter within them is taken
-SHRINKAGE = 0.5  # half whitened: the isotropic part of the covariance within groups
-LEVERAGE = 0.1  # of a row's squared distance ÷ all rows, by which its squared radius grows
-MAX_JOINED = 1024  # groups that the tree joins one by one; of more, k-means unites the closest first
-MAX_FITTED = 8192  # centroids that k-means sees in full; of more, so many drawn at random
+SHARE = 0.15  # minimum share of an average task's scatter that a split between tasks explains
+ABOVE = 1.25  # minimum ratio to the split that explains least
+NEW_SHARE = 0.5  # minimum share of a known task's scatter for a split of later rows (see decision 0019)
+FINER = 3  # groups per task cluster from which the scatter within groups is computed
+SHRINKAGE = 0.5  # weight of the isotropic part of the covariance within groups: half whitened
+LEVERAGE = 0.1  # relative growth of a squared radius per squared distance ÷ number of rows
+MAX_JOINED = 1024  # maximum number of groups in the tree; if there are more, k-means unites the closest
+MAX_FITTED = 8192  # maximum number of centroids that k-means fits; if there are more, a random sample
 
 
 def discover(federation: Summaries, settings: ClusterSettings, seed: int) -> RoutingSpace:
@@ -59,7 +62,7 @@ def discover(federation: Summaries, settings: ClusterSettings, seed: int) -> Rou
     Raises
     ------
     TrainingError
-        If more task clusters are asked for than there are groups of rows.
+        If ``cluster.global`` exceeds the number of groups of rows.
     """
     if settings.method == "kmeans":
         return kmeans_space(federation.summarise(settings.local), settings.global_, seed)
@@ -71,11 +74,12 @@ def find_tasks(federation: Summaries, settings: ClusterSettings, known: float | 
 
     Parameters
     ----------
-    known : what a task explains (``explained_by_a_task``) in a space that stands; rows have its coordinates.
+    known : the result of ``explained_by_a_task`` for an existing routing space, in whose coordinates the rows
+        are given.
     """
-    groups = _collected(map(_alike, federation.summarise(settings.local)))
+    groups = _collected(map(_equally_weighted, federation.summarise(settings.local)))
     if len(groups.counts) > MAX_JOINED:
-        groups = united(groups, _closest(groups))
+        groups = united(groups, _nearby_groups(groups))
     num = settings.global_
     if num != "auto" and num > len(groups.counts):
         raise TrainingError(
@@ -90,11 +94,11 @@ def find_tasks(federation: Summaries, settings: ClusterSettings, known: float | 
 
 
 class Tree:
-    """Groups of rows joined pair by pair, always the two whose union adds least scatter (Ward 1963).
+    """Agglomerative clustering of groups of rows by Ward's criterion (Ward 1963).
 
     Attributes
     ----------
-    costs : (m - 1,) what each union added, in the order of the unions.
+    costs : (m - 1,) scatter added by each union, in the order of the unions.
     between : scatter of all groups about their mean.
     """
 
@@ -113,7 +117,7 @@ class Tree:
         for step in range(self._num - 1):
             a, b = sorted(np.unravel_index(cost.argmin(), cost.shape))
             self.costs[step], self._unions[step] = cost[a, b], (a, b)
-            # Lance and Williams 1967: the union's costs, from those of its parts.
+            # Lance and Williams 1967: the costs of the union follow from those of its parts.
             union = (counts[a] + counts) * cost[a] + (counts[b] + counts) * cost[b] - counts * cost[a, b]
             union /= counts[a] + counts[b] + counts
             union[[a, b]] = np.inf
@@ -122,22 +126,22 @@ class Tree:
             cost[b] = cost[:, b] = np.inf
 
     def num_tasks(self) -> int:
-        """Return the number of groups after the last split that is one between tasks."""
+        """Return the number of groups after the last split that separates tasks."""
         if not self.between:
             return 1
         if self._known is not None:
-            few = np.append(self.costs[::-1] / self._weight < NEW_SHARE * self._known, True)
-            return int(few.argmax()) + 1
+            too_little = np.append(self.costs[::-1] / self._weight < NEW_SHARE * self._known, True)
+            return int(too_little.argmax()) + 1
         explained = np.arange(2, self._num + 1) * self.costs[::-1] / self.between  # by the split into 2, 3 …
-        most = self._num // 2  # a task cluster has two groups or more
-        num = int((explained < max(SHARE, ABOVE * explained[:most].min())).argmax()) + 1
+        limit = self._num // 2  # a task cluster has at least two groups
+        num = int((explained < max(SHARE, ABOVE * explained[:limit].min())).argmax()) + 1
         cliffs = np.flatnonzero(
-            (explained[:most] >= 2 * SHARE) & (explained[1:][:most] < explained[:most] / 2)
+            (explained[:limit] >= 2 * SHARE) & (explained[1:][:limit] < explained[:limit] / 2)
         )
         return max(num, int(cliffs[-1]) + 2) if len(cliffs) else num
 
     def cut(self, num: int) -> Labels:
-        """Return (m,) numbers of ``num`` groups, in the order of their first member."""
+        """Cut the tree into ``num`` groups; return labels (m,), numbered in the order of first members."""
         labels = np.arange(self._num)
         for a, b in self._unions[: self._num - num]:
             labels[labels == b] = a
@@ -145,7 +149,7 @@ class Tree:
 
 
 def explained_by_a_task(space: RoutingSpace) -> float | None:
-    """Return what a task explains on average of a row's scatter, unstretched; None where one stands alone."""
+    """Return the average scatter per row that a task explains, before stretching; None with a single task."""
     centroids = space.centroids.astype(np.float64)
     if len(centroids) < 2:
         return None
@@ -169,13 +173,13 @@ def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> Rou
 
 
 def pool(clients: Iterable[LocalClusters], num: int) -> LocalClusters:
-    """Pool ``num`` groups that every client has; the scatter is about the pooled centroids."""
+    """Pool the clients' groups, of which every client has ``num``; scatter is about the pooled centroids."""
     groups = _collected(clients)
     return united(groups, np.arange(len(groups.counts)) % num)
 
 
 def united(groups: LocalClusters, labels: Labels) -> LocalClusters:
-    """Unite groups that have the same label; the scatter between them becomes scatter within."""
+    """Unite groups with the same label; the scatter between them becomes scatter within groups."""
     num = labels.max() + 1
     counts = np.bincount(labels, weights=groups.counts, minlength=num).astype(np.float64)
     sums = np.zeros((num, groups.centroids.shape[1]))
@@ -186,11 +190,11 @@ def united(groups: LocalClusters, labels: Labels) -> LocalClusters:
 
 
 def routing_space(tasks: LocalClusters) -> RoutingSpace:
-    """Return the space that prompts are routed in: one centroid a task cluster.
+    """Return the space that prompts are routed in, with one centroid per task cluster.
 
-    Directions between task clusters are few among d; stretched by (d / (K-1))^¼ they add as much spread to an
-    in-distribution row's squared distance as all others together. A prompt between the task clusters then
-    lies far out; which centroid is nearest hardly changes.
+    Few of the d directions lie between task clusters. Stretched by (d / (K-1))^¼, they add as much spread to
+    the squared distance of an in-distribution row as all other directions together. A prompt between task
+    clusters then lies far from all of them, while the nearest centroid hardly ever changes.
     """
     mean, transform = _mean(tasks), metric(tasks)
     centroids = (tasks.centroids - mean) @ transform
@@ -204,11 +208,11 @@ def routing_space(tasks: LocalClusters) -> RoutingSpace:
 
 
 def metric(groups: LocalClusters) -> Float64s:
-    """Return W (d, d): (x - mean) @ W has dimensions of unit variance, half whitened within the groups."""
+    """Return W (d, d): (x - mean) @ W scales dimensions to unit variance and half whitens within groups."""
     num, centroids = groups.counts.sum(), groups.centroids - _mean(groups)
     within = groups.scatter / num
     variance = np.diag(within) + groups.counts @ centroids**2 / num
-    # A dimension that hardly varies would let rounding decide.
+    # Without a lower bound, rounding errors would dominate a dimension that hardly varies.
     deviation = np.sqrt(np.maximum(variance, 1e-6 * (_mean(groups) ** 2).mean() + 1e-24))
     values, vectors = np.linalg.eigh(within / np.outer(deviation, deviation))
     isotropic = max(float(values.mean()), 0.01)
@@ -217,16 +221,17 @@ def metric(groups: LocalClusters) -> Float64s:
 
 
 def radius(subsets: Sequence[Subset], quantile: float, shaped: int | None = None) -> float:
-    """Return the distance within which ``quantile`` of a task cluster's prompts will lie.
+    """Return the distance within which ``quantile`` of a task cluster's new prompts will lie.
 
-    Each client's rows are taken to lie evenly between its own quantiles; bisection on the pooled share. Then
-    for what the rows made themselves. They made the centroid: a new prompt lies farther from it, by
-    √((n + 1) / (n - 1)) for n rows. They shaped the metric, which shrinks the directions that these very rows
-    vary in: a row at distance r has a leverage in r² / N of all N rows.
+    The quantile over all clients is found by bisection, with each client's rows spread evenly between its own
+    quantiles. It is then corrected for two effects of having been measured on the training rows. These rows
+    determine the centroid, so a new prompt lies farther from it, by √((n + 1) / (n - 1)) for n rows. They
+    also determine the metric, which shrinks the directions in which they vary: the leverage of a row at
+    distance r is proportional to r² / N.
 
     Parameters
     ----------
-    shaped : N, the rows that the metric was made of; None where it was there before them, or is none.
+    shaped : N, the number of rows from which the metric was computed; None if it was not computed from them.
     """
     weights = [s.num_examples for s in subsets]
     rows = sum(weights)
@@ -240,7 +245,7 @@ def radius(subsets: Sequence[Subset], quantile: float, shaped: int | None = None
 
 
 def _collected(clients: Iterable[LocalClusters]) -> LocalClusters:
-    """Return all groups behind each other, with the sum of the scatter matrices."""
+    """Concatenate all groups and sum the scatter matrices."""
     counts, centroids, scatter = [], [], np.zeros((0, 0))
     for c in clients:
         counts.append(c.counts)
@@ -249,14 +254,14 @@ def _collected(clients: Iterable[LocalClusters]) -> LocalClusters:
     return LocalClusters(np.concatenate(counts), np.concatenate(centroids), scatter)
 
 
-def _alike(client: LocalClusters) -> LocalClusters:
-    """Weigh all clients alike: a task that one small client holds is a task all the same."""
+def _equally_weighted(client: LocalClusters) -> LocalClusters:
+    """Give every client the same weight, so that a task of one small client is found too."""
     rows = client.counts.sum()
     return LocalClusters(client.counts / rows, client.centroids, client.scatter / rows)
 
 
-def _closest(groups: LocalClusters) -> Labels:
-    """Return (m,) numbers of at most ``MAX_JOINED`` groups, by k-means."""
+def _nearby_groups(groups: LocalClusters) -> Labels:
+    """Group the closest centroids by k-means; return labels (m,) of at most ``MAX_JOINED`` groups."""
     z = groups.centroids @ metric(groups)
     fitted = np.arange(len(z))
     if len(z) > MAX_FITTED:

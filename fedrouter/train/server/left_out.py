@@ -1,7 +1,7 @@
-"""Clients that fail before the rounds, while they embed, cluster or tell: the run goes on without them.
+"""Leave out clients that fail before the rounds, so that the run can continue without them.
 
-The exchanges are then repeated among the others, so that nothing of the failed one is in the task clusters,
-and ``left_out.json`` keeps it out for good: a resumed run finds the same task clusters.
+The exchanges are repeated with the remaining clients, so the task clusters contain nothing of a failed
+client. ``left_out.json`` excludes it for good: a resumed run must find the same task clusters.
 """
 
 import json
@@ -20,18 +20,18 @@ Found = TypeVar("Found")
 
 
 class LeftOut:
-    """Who is left out of a run.
+    """The clients that are left out of a run.
 
     Parameters
     ----------
-    clients : names of all.
-    once : nobody may be asked again: with noise on what is told before the rounds, which covers one answer.
+    clients : names of all clients.
+    once : whether exchanges must not be repeated, because ``privacy.centroid_noise`` covers one reply only.
     """
 
     def __init__(self, run: Path, clients: Collection[str], console: Console, once: bool):
         self._run, self._clients, self._console, self._once = run, clients, console, once
         self._reasons = read_left_out(run)
-        self.resuming = any((run / "checkpoints").glob("round-*"))  # until the task clusters are found again
+        self.resuming = any((run / "checkpoints").glob("round-*"))  # False once task clusters are found
         self._say(self._reasons, "stays left out")
 
     @property
@@ -40,12 +40,12 @@ class LeftOut:
         return [name for name in self._clients if name not in self._reasons]
 
     def without(self, federation: Federation, find: Callable[[], Found]) -> Found:
-        """Return what ``find`` returns, repeated without those who fail in it.
+        """Return the result of ``find``, repeated without the clients that fail in it.
 
         Raises
         ------
         TrainingError
-            If nobody is left, or the run cannot go on without them.
+            If no client is left, or the run cannot continue without the failed clients.
         """
         while True:
             try:
@@ -53,23 +53,23 @@ class LeftOut:
             except ClientError as failed:
                 if self._once:
                     raise TrainingError(
-                        f"{failed}; privacy.centroid_noise covers one answer of the others, so they are not "
-                        "asked again: choose another --out"
+                        f"{failed}; privacy.centroid_noise covers only one reply of each client, so the "
+                        "others cannot be asked again: choose another --out"
                     ) from failed
                 self.add(failed)
                 federation.leave(failed.reasons)
 
     def add(self, failed: ClientError) -> None:
-        """Leave clients out from now on.
+        """Leave the failed clients out from now on.
 
         Raises
         ------
         TrainingError
-            If nobody is left, or a run is resumed that had them: its checkpoints would be of no use.
+            If no client is left, or the run is resumed from checkpoints that include these clients.
         """
         if self.resuming:
             raise TrainingError(
-                f"{failed}; the checkpoints are of task clusters with its rows: give the command again "
+                f"{failed}; the checkpoints belong to task clusters with its rows: run the command again "
                 "once it works, or choose another --out"
             )
         self._reasons |= failed.reasons
@@ -79,7 +79,7 @@ class LeftOut:
         write_atomically(self._run / "left_out.json", json.dumps(self._reasons, indent=2) + "\n")
         self._say(failed.reasons, "is left out")
 
-    def _say(self, reasons: Mapping[str, str], what: str) -> None:
+    def _say(self, reasons: Mapping[str, str], status: str) -> None:
         for client, reason in reasons.items():
-            text = f"client {client} {what}: {reason}"
+            text = f"client {client} {status}: {reason}"
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)

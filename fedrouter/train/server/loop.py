@@ -1,4 +1,4 @@
-"""The round loop. Knows clients only through the small ``Federation`` interface."""
+"""The round loop; reaches clients only through the ``Federation`` interface."""
 
 import math
 from collections import Counter
@@ -27,16 +27,16 @@ from fedrouter.types import (
 
 
 class Planned(NamedTuple):
-    """What one client trains in one round."""
+    """A client's training of one task cluster's adapter in one round."""
 
     client: str
-    cluster: int  # the task cluster
+    cluster: int
     steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """What one round makes of a task cluster."""
+    """A task cluster's adapter and metrics after one round."""
 
     adapter: AdapterState
     moments: AdapterState  # of the server optimizer
@@ -50,11 +50,11 @@ def run_rounds(
     config: Config,
     on_reply: Callable[[TrainReply | TrainFailure, int], None] = lambda _reply, _steps: None,
 ) -> Iterator[RoundResult]:
-    """Run the rounds that ``state`` has not seen and yield each one's result (paper algorithm 1).
+    """Run the remaining rounds and yield the result of each (paper algorithm 1).
 
-    In every round each client trains, for each task cluster that its rows fall on, that cluster's adapter;
-    the server aggregates within the cluster. An update that cannot be used costs its client the round; a
-    task cluster without a usable one keeps its adapter. With ``train.patience`` the rounds may end early.
+    In every round each client trains the adapters of the task clusters to which its rows belong, and the
+    server aggregates within each task cluster. Unusable updates are dropped; a task cluster without a usable
+    update keeps its adapter. With ``train.patience`` the rounds may end early.
     """
     for number in range(state.number, config.train.rounds):
         if exhausted(state, config.train.patience):
@@ -65,16 +65,18 @@ def run_rounds(
         results = []
         for k in sorted({request.cluster for request in requests}):
             group = [(request, replies[request.client, k]) for request in requests if request.cluster == k]
-            group.sort(key=lambda pair: pair[0].client)  # the order of clients must not change the sum
+            group.sort(key=lambda pair: pair[0].client)  # the order of arrival must not change the sum
             combined = combine(group, adapters[k], moments[k], config)
             adapters[k], moments[k] = combined.adapter, combined.moments
             losses[k] = losses[k] if combined.result.loss is None else combined.result.loss
             results.append(combined.result)
         best = state.best
         if config.train.validation:
-            found = validate(federation, assignments, adapters)
-            best = tuple(_better(*one, number) for one in zip(best, found, adapters, strict=True))
-            results = [replace(result, validation=found[result.cluster]) for result in results]
+            validation = validate(federation, assignments, adapters)
+            best = tuple(
+                _better(*candidate, number) for candidate in zip(best, validation, adapters, strict=True)
+            )
+            results = [replace(result, validation=validation[result.cluster]) for result in results]
         state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses), best)
         yield RoundResult(state, tuple(results))
 
@@ -82,7 +84,7 @@ def run_rounds(
 def validate(
     federation: Federation, assignments: Sequence[Assignment], adapters: Sequence[AdapterState]
 ) -> list[float | None]:
-    """Return each adapter's mean loss on its clients' validation rows, weighted by tokens, nats a token."""
+    """Return each adapter's mean loss on its clients' validation rows, weighted by tokens, nats per token."""
     requests = [
         ValidationRequest(a.client, s.cluster, adapters[s.cluster]) for a in assignments for s in a.subsets
     ]
@@ -113,16 +115,16 @@ def collect(
     requests: Sequence[TrainRequest],
     on_reply: Callable[[TrainReply | TrainFailure, int], None],
 ) -> dict[tuple[str, int], TrainReply | TrainFailure]:
-    """Return one answer to every request; what nobody asked for is not looked at."""
+    """Return one reply or failure for every request; ignore duplicates and unrequested replies."""
     steps = {(r.client, r.cluster): r.steps for r in requests}
-    answers: dict[tuple[str, int], TrainReply | TrainFailure] = {}
+    replies: dict[tuple[str, int], TrainReply | TrainFailure] = {}
     for reply in federation.train(requests):
         key = reply.client, reply.cluster
-        if key in steps and key not in answers:
-            answers[key] = reply
+        if key in steps and key not in replies:
+            replies[key] = reply
             on_reply(reply, steps[key])
-    missing = {key: TrainFailure(*key, "it did not answer") for key in steps.keys() - answers.keys()}
-    return {**answers, **missing}
+    missing = {key: TrainFailure(*key, "it did not answer") for key in steps.keys() - replies.keys()}
+    return {**replies, **missing}
 
 
 def combine(
@@ -131,11 +133,13 @@ def combine(
     moments: AdapterState,
     config: Config,
 ) -> Combined:
-    """Make one adapter of a task cluster's replies."""
+    """Aggregate the replies of one task cluster."""
     cluster = group[0][0].cluster
     refused = {request.client: reply.reason for request, reply in group if isinstance(reply, TrainFailure)}
-    sent = [one.adapter for pair in group for one in pair if not isinstance(one, TrainFailure)]
-    num_bytes = sum(tensor.nbytes for adapter in sent for tensor in adapter.values())
+    transferred = [
+        message.adapter for pair in group for message in pair if not isinstance(message, TrainFailure)
+    ]
+    num_bytes = sum(tensor.nbytes for adapter in transferred for tensor in adapter.values())
     answered = [(request, reply) for request, reply in group if isinstance(reply, TrainReply)]
     settings = config.aggregate
     reasons = refusals(
@@ -153,15 +157,15 @@ def combine(
             refused[reply.client] = reason
     if not pairs:
         return Combined(old, moments, ClusterRound(cluster, None, 0, 0, 0.0, 0.0, None, refused, num_bytes))
-    taken = [reply for _, reply in pairs]
-    weights = [reply.num_examples for reply in taken]
-    wanted, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
-    new, moments = server_step(old, wanted, moments, settings)
+    accepted = [reply for _, reply in pairs]
+    weights = [reply.num_examples for reply in accepted]
+    target, residual = aggregate(_clipped(pairs, settings), weights, settings, old)
+    new, moments = server_step(old, target, moments, settings)
     result = ClusterRound(
         cluster=cluster,
-        loss=_mean([reply.loss for reply in taken], weights),
+        loss=_mean([reply.loss for reply in accepted], weights),
         num_examples=sum(weights),
-        num_clients=len(taken),
+        num_clients=len(accepted),
         drift=distance(old, new)
         / math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in old.values())),
         norm=max(distance(request.adapter, reply.adapter) for request, reply in pairs),
@@ -175,7 +179,7 @@ def combine(
 def requests_of(
     assignments: Sequence[Assignment], adapters: Sequence[AdapterState], config: Config, number: int
 ) -> list[TrainRequest]:
-    """Return what the server asks for in one round."""
+    """Return the training requests of one round."""
     rate = cosine(number, config.train)
 
     def sent(client: str, adapter: AdapterState) -> AdapterState:
@@ -189,7 +193,7 @@ def requests_of(
 
 
 def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, number: int) -> list[Planned]:
-    """Return what is trained in a round: the same on every call."""
+    """Return which client trains which adapter in a round, and for how many steps; deterministic."""
     first = first_turns(assignments) if settings.schedule == "one" else {}
     planned: list[Planned] = []
     for assignment in participants(assignments, settings.participation, seed, number):
@@ -209,21 +213,22 @@ def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, 
 
 
 def first_turns(assignments: Sequence[Assignment]) -> dict[str, int]:
-    """Choose the subset each client begins with, so that a round's clients spread over the task clusters.
+    """Choose the subset that each client trains first, so that a round's clients spread over task clusters.
 
-    Who has the fewest to choose from chooses first.
+    Clients with the fewest subsets choose first.
     """
     taken: Counter[int] = Counter()
     first = {}
-    for one in sorted(assignments, key=lambda one: len(one.subsets)):
-        turn = min(range(len(one.subsets)), key=lambda i: taken[one.subsets[i].cluster])
-        first[one.client] = turn
-        taken[one.subsets[turn].cluster] += 1
+    for assignment in sorted(assignments, key=lambda a: len(a.subsets)):
+        subsets = assignment.subsets
+        turn = min(range(len(subsets)), key=lambda i: taken[subsets[i].cluster])
+        first[assignment.client] = turn
+        taken[subsets[turn].cluster] += 1
     return first
 
 
 def participants(assignments: Sequence[Assignment], part: float, seed: int, number: int) -> list[Assignment]:
-    """Draw the clients of a round, in their own order."""
+    """Draw the clients of a round; keep their order."""
     num = max(1, round(part * len(assignments)))
     if num == len(assignments):
         return list(assignments)
@@ -239,7 +244,7 @@ def cosine(number: int, settings: TrainSettings) -> float:
 
 
 def share(sizes: Sequence[int], total: int) -> list[int]:
-    """Split ``total`` whole steps in proportion to ``sizes``; largest remainders get what rounding leaves."""
+    """Split ``total`` steps in proportion to ``sizes``, by the largest-remainder method."""
     exact = np.asarray(sizes) / sum(sizes) * total
     steps = np.floor(exact).astype(int)
     for i in np.argsort(steps - exact, kind="stable")[: total - steps.sum()]:
@@ -248,8 +253,8 @@ def share(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def _mean(losses: Sequence[float | None], weights: Sequence[int]) -> float | None:
-    told = [loss for loss in losses if loss is not None]
-    return float(np.average(told, weights=weights)) if len(told) == len(losses) else None
+    reported = [loss for loss in losses if loss is not None]
+    return float(np.average(reported, weights=weights)) if len(reported) == len(losses) else None
 
 
 def _clipped(

@@ -1,17 +1,17 @@
-"""Who trains which adapter: the paper's method, and the baselines that it is compared with.
+"""Which client trains which adapter, for the paper's method and the baselines.
 
-All of them go through the same rounds with the same data, steps and seeds, and end in a bundle:
+All methods run the same rounds with the same data, steps and seeds, and produce a bundle:
 
-- ``fedrouter``: task clusters are found; a row belongs to the nearest one (discover.py).
-- ``fedavg``, ``fedprox``: one task cluster for everything; FedProx pulls clients back (``train.proximal``).
-- ``local``: one task cluster a client; nothing is averaged.
-- ``clustered``: FedAvg for ``cluster.warmup`` rounds, then clients are grouped by the direction of their
-  updates of B; one task cluster a group.
-- ``feddpa``: every row trains a global adapter and its client's own; the bundle mixes the two half and half.
-- ``oracle``: one task cluster a task label, told.
+- ``fedrouter``: task clusters are discovered; a row belongs to the nearest one (discover.py).
+- ``fedavg``, ``fedprox``: one task cluster for all rows; FedProx adds a proximal term (``train.proximal``).
+- ``local``: one task cluster per client; nothing is averaged.
+- ``clustered``: FedAvg for ``cluster.warmup`` rounds; then clients are grouped by the direction of their
+  updates of B, with one task cluster per group.
+- ``feddpa``: every row trains a global adapter and its client's own adapter; the bundle mixes them equally.
+- ``oracle``: one task cluster per task label.
 
-Where clients or tasks are told their task cluster, a prompt goes to the task cluster whose mean row is
-nearest: to the client, group or task whose rows look most like it.
+The baselines assign clients or task labels to task clusters in advance. They route a prompt to the task
+cluster whose mean row is nearest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,80 +41,82 @@ from fedrouter.types import (
     TrainReply,
 )
 
-GLOBAL_SHARE = 0.5  # of the global adapter in FedDPA's mix, as in the paper's experiments
+GLOBAL_SHARE = 0.5  # weight of the global adapter in FedDPA's mix, as in the paper's experiments
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """What the rounds start from."""
+    """The task clusters, assignments and adapters that the rounds start from."""
 
     space: RoutingSpace
     assignments: list[Assignment]
-    names: tuple[str, ...] | None  # of the task clusters; None: after the labels of their rows
+    names: tuple[str, ...] | None  # of the task clusters; None: named after task labels
     state: RunState
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What goes into the bundle."""
+    """The adapters for the bundle."""
 
-    adapters: Sequence[AdapterState]  # one a task cluster
+    adapters: Sequence[AdapterState]  # one per task cluster
     generalist: AdapterState | None
     adapter_config: Mapping[str, object]
 
 
 def group(federation: Federation, config: Config, fresh: AdapterState, dim: int) -> Grouping:
-    """Return who trains what, by ``config.method``; every adapter starts as ``fresh``.
+    """Form task clusters and assign clients to them by ``config.method``; every adapter starts as ``fresh``.
 
     Parameters
     ----------
-    dim : of the embedder.
+    dim : dimension of the embedder's vectors.
 
     Raises
     ------
     TrainingError
-        If rows have no label and ``oracle`` needs one, or too few clients for ``clustered``.
+        If rows without a label meet ``oracle``, or there are too few clients for ``clustered``.
     ClientError
-        If clients could not do their part.
+        If clients failed.
     """
     if config.method == "fedrouter":
         space = discover(federation, config.cluster, config.seed)
         return Grouping(space, federation.assign(space), None, fresh_state([fresh] * space.num_clusters))
     point = _point(dim)
-    known = federation.assign(point)  # they say who they are and what labels they hold
+    known = federation.assign(point)  # to learn the clients' names and task labels
     clients = [assignment.client for assignment in known]
-    everything = Membership(dict.fromkeys(clients, (0,)), {}, 1)
+    all_together = Membership(dict.fromkeys(clients, (0,)), {}, 1)
     state, num = None, len(clients)
     names = tuple(clients)
     if config.method in ("fedavg", "fedprox"):
-        told, names = everything, ("all",)
+        membership, names = all_together, ("all",)
     elif config.method == "local":
-        told = Membership({client: (i,) for i, client in enumerate(clients)}, {}, num)
+        membership = Membership({client: (i,) for i, client in enumerate(clients)}, {}, num)
     elif config.method == "feddpa":
-        told = Membership({client: (i, num) for i, client in enumerate(clients)}, {}, num)
+        membership = Membership({client: (i, num) for i, client in enumerate(clients)}, {}, num)
     elif config.method == "oracle":
         names = tuple(_labels(known))
-        told = Membership({}, {task: k for k, task in enumerate(names)}, len(names))
+        membership = Membership({}, {task: k for k, task in enumerate(names)}, len(names))
     else:
-        state, updates = _warm_up(federation, federation.assign(point, everything), config, fresh)
-        of = group_clients([updates[client] for client in clients], config.cluster.global_)
-        told = Membership({c: (int(k),) for c, k in zip(clients, of, strict=True)}, {}, int(of.max()) + 1)
-        names = tuple(f"group-{k}" for k in range(told.num))
-        state = replace(fresh_state([state.adapters[0]] * told.num), number=state.number)
-    space = _told_space(federation, point, told)
-    num_adapters = told.num + (config.method == "feddpa")
+        state, updates = _warm_up(federation, federation.assign(point, all_together), config, fresh)
+        labels = group_clients([updates[client] for client in clients], config.cluster.global_)
+        membership = Membership(
+            {c: (int(k),) for c, k in zip(clients, labels, strict=True)}, {}, int(labels.max()) + 1
+        )
+        names = tuple(f"group-{k}" for k in range(membership.num))
+        state = replace(fresh_state([state.adapters[0]] * membership.num), number=state.number)
+    space = _space_of_members(federation, point, membership)
+    num_adapters = membership.num + (config.method == "feddpa")
     return Grouping(
-        space, federation.assign(space, told), names, state or fresh_state([fresh] * num_adapters)
+        space, federation.assign(space, membership), names, state or fresh_state([fresh] * num_adapters)
     )
 
 
 def finish(
     config: Config, state: RunState, clusters: Sequence[TaskCluster], adapter_config: Mapping[str, object]
 ) -> Finished:
-    """Return what goes into the bundle.
+    """Return the adapters for the bundle.
 
-    ``local``, ``fedavg`` and ``fedprox`` have no generalist: nothing is shared, or everything is. FedDPA's is
-    its global adapter; its mixes are exact, of twice the rank.
+    ``local``, ``fedavg`` and ``fedprox`` have no generalist, because nothing or everything is shared.
+    FedDPA's generalist is its global adapter; its mixed adapters are exact and have twice the rank.
     """
     adapters = state.best_adapters
     if config.method == "feddpa":
@@ -131,17 +133,17 @@ def finish(
 def group_clients(updates: Sequence[Float64s], num: Count) -> Labels:
     """Group clients by the direction of their updates: Ward linkage on vectors of unit length.
 
-    Between these, squared Euclidean distance is twice the cosine distance. "auto" takes the number from two
-    up with the best mean silhouette (FedLEASE), which cannot find that one group is right.
+    Between unit vectors, squared Euclidean distance is twice the cosine distance. "auto" takes the number of
+    groups, at least two, with the best mean silhouette (FedLEASE); it cannot detect a single group.
 
     Parameters
     ----------
-    updates : one (n,) vector a client, not zero.
+    updates : one nonzero vector (n,) per client.
 
     Raises
     ------
     TrainingError
-        If more groups are asked for than there are clients.
+        If ``num`` exceeds the number of clients.
     """
     vectors = np.stack(updates)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -153,7 +155,7 @@ def group_clients(updates: Sequence[Float64s], num: Count) -> Labels:
     def cut(count: int) -> Labels:
         found = AgglomerativeClustering(count, linkage="ward").fit_predict(unit)
         _, first, number = np.unique(found, return_index=True, return_inverse=True)
-        return np.asarray(np.argsort(np.argsort(first))[number])  # numbered in the order of the clients
+        return np.asarray(np.argsort(np.argsort(first))[number])  # number groups by their first client
 
     if num != "auto":
         return cut(num) if num > 1 else np.zeros(len(unit), dtype=np.int64)
@@ -165,17 +167,17 @@ def group_clients(updates: Sequence[Float64s], num: Count) -> Labels:
 def _warm_up(
     federation: Federation, assignments: Sequence[Assignment], config: Config, fresh: AdapterState
 ) -> tuple[RunState, dict[str, Float64s]]:
-    """Train one adapter for all; return it and what each client's last round changed in B."""
+    """Train one adapter for all clients; return the state and each client's last update of B."""
     trained: dict[str, AdapterState] = {}
 
     def keep(reply: TrainReply | TrainFailure, _steps: int) -> None:
         if isinstance(reply, TrainReply):
-            trained[reply.client] = reply.adapter  # of the client's rank
+            trained[reply.client] = reply.adapter  # may have a lower rank
 
     before = state = fresh_state([fresh])
     for result in run_rounds(federation, assignments, state, config, keep):
         before, state = state, result.state
-        if result.clusters[0].refused:  # a client without an update belongs to no group
+        if result.clusters[0].refused:  # a client without an update cannot be grouped
             raise ClientError(result.clusters[0].refused)
         if state.number == config.cluster.warmup:
             break
@@ -190,14 +192,14 @@ def _warm_up(
 
 
 def _point(dim: int) -> RoutingSpace:
-    """Return a space with one centroid, so that nothing is told apart."""
+    """Return a space with a single centroid, to which all rows belong."""
     zeros = np.zeros(dim, dtype=np.float32)
     return RoutingSpace(zeros, np.eye(dim, dtype=np.float32), zeros[None], (0,))
 
 
-def _told_space(federation: Federation, point: RoutingSpace, told: Membership) -> RoutingSpace:
-    """Return a space with one centroid a task cluster: the mean of the rows that were told."""
-    return routing_space(pool(federation.regroup(point, told), told.num))
+def _space_of_members(federation: Federation, point: RoutingSpace, membership: Membership) -> RoutingSpace:
+    """Return a space with one centroid per task cluster: the mean of its rows by ``membership``."""
+    return routing_space(pool(federation.regroup(point, membership), membership.num))
 
 
 def _labels(known: Sequence[Assignment]) -> list[str]:
@@ -206,7 +208,7 @@ def _labels(known: Sequence[Assignment]) -> list[str]:
     Raises
     ------
     TrainingError
-        If a row has none.
+        If a row has no label.
     """
     for assignment in known:
         unlabelled = sum(s.num_examples - sum(s.task_counts.values()) for s in assignment.subsets)

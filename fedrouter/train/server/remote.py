@@ -1,8 +1,8 @@
-"""The federation over a wire: clients on other machines, asked and answered in bytes.
+"""The federation over a network: messages to clients on other machines.
 
-The engine below is a ``Transport``: it moves bytes to and from nodes, and knows nothing of what they mean.
-Who a node is, its own signature says: a reply counts if it is signed with the key that the roster holds for
-the name, and answers what was asked just now.
+The ``Transport`` below it moves bytes to and from nodes without interpreting them. A node is identified by
+its signature: a reply is accepted only if it is signed with the client's key from the roster and answers the
+latest request.
 """
 
 import hashlib
@@ -50,8 +50,8 @@ from fedrouter.types import (
     ValidationRequest,
 )
 
-PAUSE_S = 0.5  # between looks at who is there
-STRANGER_S = 10.0  # until a node that takes no part is asked again
+POLL_S = 0.5  # between checks of which nodes are connected
+STRANGER_S = 10.0  # before a rejected node is asked again
 MAX_LABELS = 10_000  # task labels of one subset
 
 Kind = TypeVar("Kind")
@@ -60,58 +60,58 @@ Request = TypeVar("Request", TrainRequest, ValidationRequest)
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """What came back from a node."""
+    """A reply, or an error in its place."""
 
     node: str
     body: bytes
-    error: str = ""  # instead of a body: what the engine says went wrong
+    error: str = ""  # the transport's error message, if there is no body
 
 
 OnAnswer = Callable[[str, int, str], None]
-"""Gets a client that has answered, its rows and what it was asked."""
+"""Called with each client that replies, its number of rows and the kind of request."""
 
 
 class Transport(Protocol):
-    """Moves bytes to nodes and back. Each node answers one message at a time."""
+    """Moves bytes to nodes and back. Each node handles one message at a time."""
 
     def nodes(self) -> Collection[str]:
-        """Return the nodes that can be reached now."""
+        """Return the nodes that are connected now."""
         ...
 
     def send(self, node: str, body: bytes) -> None:
-        """Send a message; it does not wait."""
+        """Send a message without waiting for a reply."""
         ...
 
     def receive(self, timeout_s: float) -> Arrived | None:
-        """Return the next reply, or None where none came in time."""
+        """Return the next reply, or None after the timeout."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How long the server waits, and for how many."""
+    """The server's timeouts and minimum numbers of clients."""
 
-    start_s: float = 600.0  # for the clients of the roster to come
-    least_clients: int = 2  # that start without the others
-    exchange_s: float = 600.0  # for an answer before the rounds
-    round_s: float = 3600.0  # for a round's updates
-    absent_s: float = 30.0  # for a client whose machine cannot be reached to come back
-    least_replies: int = 1  # clients of a round whose updates came, or the run stops
+    start_s: float = 600.0  # for all clients of the roster to connect
+    least_clients: int = 2  # minimum number of clients to start without the others
+    exchange_s: float = 600.0  # for replies before the rounds
+    round_s: float = 3600.0  # for the updates of a round
+    absent_s: float = 30.0  # for a disconnected client to come back
+    least_replies: int = 1  # minimum number of clients that send updates in a round, or the run stops
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What one exchange cost."""
+    """Bytes, time and failures of one exchange."""
 
     down: int = 0  # bytes
     up: int = 0
     seconds: float = 0.0
-    rounding: float = 0.0  # largest relative error of an adapter that travelled as float16
-    missing: dict[str, str] = field(default_factory=dict)  # client → why it did not answer
+    rounding: float = 0.0  # largest relative error of an adapter sent as float16
+    missing: dict[str, str] = field(default_factory=dict)  # client → why it did not reply
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Request:
     client: str
     exchange: int
     digest: str
@@ -120,14 +120,14 @@ class _Asked:
 
 
 class RemoteFederation:
-    """Clients that a transport reaches.
+    """Clients reached through a transport.
 
     Parameters
     ----------
-    roster : public key by client name: who may take part.
-    run : the run's id; it stays the same when a run is resumed.
-    hello : the plan, sent to every node that is new.
-    say : gets a line on everything that a person should see.
+    roster : client name → public key, for all clients that may take part.
+    run : the run's id; a resumed run keeps it.
+    hello : the plan, sent to every new node.
+    say : called with each line for the user.
     """
 
     def __init__(
@@ -147,19 +147,27 @@ class RemoteFederation:
         self._waiting, self._say = waiting, say
         self._names = sorted(roster)
         self._nodes: dict[str, str] = {}  # client → node
-        self._greeted: dict[str, _Asked] = {}  # nodes that have been asked who they are
-        self._strangers: dict[str, tuple[float, str]] = {}  # node → when and why it was sent away
-        self._said: dict[str, str] = {}  # node → what was last said of it
+        self._greeted: dict[str, _Request] = {}  # node → the request to identify itself
+        self._strangers: dict[str, tuple[float, str]] = {}  # node → when and why it was rejected
+        self._reported: dict[str, str] = {}  # node → last reason reported to the user
         self._members: dict[str, Member] = {}
-        self._assign: Assign | None = None  # what a client that was restarted is told first
+        self._assign: Assign | None = None  # the latest, sent again to a restarted client
         self._comparisons: dict[str, Comparison] = {}
-        self._last = 0
+        self._last_exchange = 0
         self.traffic: list[Traffic] = []
 
-    # Before the rounds: all answer, or the run goes on without those that do not.
+    # Before the rounds: a client that fails is left out of the run.
 
     def members(self) -> list[Member]:
-        """Wait until the clients of the roster are there, or enough of them and long enough."""
+        """Wait until all clients of the roster are connected; return them.
+
+        Raises
+        ------
+        ClientError
+            If clients are missing after ``Waiting.start_s`` but enough others are connected.
+        TrainingError
+            If too few clients are connected by then.
+        """
         if missing := [name for name in self._names if name not in self._members]:
             self._gather(missing)
         return [self._members[name] for name in self._names]
@@ -177,22 +185,23 @@ class RemoteFederation:
         yield from self._summaries(Summarise(None if num == "auto" else num), self._names)
 
     def summarise_beyond(self, num: Count) -> Iterator[LocalClusters]:
-        """Have clients cluster their rows beyond every radius, where these are enough."""
+        """Have clients with enough rows beyond every radius cluster these rows."""
         able = [name for name in self._names if self._comparisons[name].may_summarise]
         yield from self._summaries(Summarise(None if num == "auto" else num, beyond=True), able)
 
-    def regroup(self, space: RoutingSpace, told: Membership | None = None) -> Iterator[LocalClusters]:
-        """Have every client give its rows to the nearest centroid, or where it is told."""
-        yield from self._summaries(Regroup(space, told), self._names)
+    def regroup(self, space: RoutingSpace, membership: Membership | None = None) -> Iterator[LocalClusters]:
+        """Have every client group its rows by nearest centroid, or by ``membership``."""
+        yield from self._summaries(Regroup(space, membership), self._names)
 
-    def assign(self, space: RoutingSpace, told: Membership | None = None) -> list[Assignment]:
-        """Tell every client the task clusters."""
-        self._assign = Assign(space, told)
-        most = space.num_clusters if told is None else max([*_numbers(told), told.num - 1]) + 1
-        answers = list(self._all(self._assign))
-        return [
-            _checked_assignment(_only(Assignment, replies, name), name, most) for name, replies in answers
-        ]
+    def assign(self, space: RoutingSpace, membership: Membership | None = None) -> list[Assignment]:
+        """Have every client assign its rows to the nearest task clusters, or by ``membership``."""
+        self._assign = Assign(space, membership)
+        if membership is None:
+            num = space.num_clusters
+        else:
+            num = max([*_cluster_numbers(membership), membership.num - 1]) + 1
+        found = list(self._all(self._assign))
+        return [_checked_assignment(_only(Assignment, replies, name), name, num) for name, replies in found]
 
     def compare(self, space: RoutingSpace, radii: Sequence[float]) -> list[Comparison]:
         """Have every client compare its rows with task clusters that already exist."""
@@ -201,10 +210,10 @@ class RemoteFederation:
         return list(self._comparisons.values())
 
     def leave(self, names: Collection[str]) -> None:
-        """Go on without these clients."""
+        """Drop these clients from the federation."""
         self._names = [name for name in self._names if name not in names]
 
-    # The rounds: who does not answer in time is left out of the round.
+    # The rounds: a client that does not reply in time is left out of the round.
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
         """Have the named clients train.
@@ -214,53 +223,53 @@ class RemoteFederation:
         TrainingError
             If fewer clients than ``Waiting.least_replies`` sent an update.
         """
-        came: set[str] = set()
+        updated: set[str] = set()
         before = len(self.traffic)
-        for answer in self._summed(requests) if self._hello.secure else self._answers(requests, TrainReply):
-            if isinstance(answer, TrainReply):
-                came.add(answer.client)
-            yield answer
-        traffic = _together(self.traffic[before:])
+        for reply in self._summed(requests) if self._hello.secure else self._replies(requests, TrainReply):
+            if isinstance(reply, TrainReply):
+                updated.add(reply.client)
+            yield reply
+        traffic = _total(self.traffic[before:])
         number = requests[0].round + 1 if requests else 0
-        half = f", float16 costs {traffic.rounding:.1e}" if self._hello.half else ""
+        half = f", float16 error {traffic.rounding:.1e}" if self._hello.half else ""
         self._say(
             f"round {number}: {traffic.down / 2**20:.2f} MiB down, {traffic.up / 2**20:.2f} MiB up, "
             f"{traffic.seconds:.1f} s{half}"
         )
         least = min(self._waiting.least_replies, len({request.client for request in requests}))
-        if len(came) < least:
+        if len(updated) < least:
             reasons = "; ".join(f"client {name}: {reason}" for name, reason in traffic.missing.items())
             raise TrainingError(
-                f"round {number}: {len(came)} clients sent an update, and it takes {least} ({reasons}); "
-                "the same command goes on from the last finished round"
+                f"round {number}: {len(updated)} clients sent an update, but {least} are needed ({reasons}); "
+                "run the same command to resume after the last finished round"
             )
 
     def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
-        """Have the named clients judge adapters."""
-        return self._answers(requests, ValidationReply)
+        """Have the named clients compute validation losses."""
+        return self._replies(requests, ValidationReply)
 
     def goodbye(self, reason: str) -> None:
-        """Tell every client that the run is over; nobody waits for an answer."""
+        """Tell every client that the run is over, without waiting for replies."""
         for name in self._names:
             if name in self._nodes:
                 self._post(name, (Goodbye(reason),))
 
     def _summed(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        def ask(asked: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
-            messages = {name: tuple(own) for name, own in asked.items()}
-            return dict(self._exchange(messages, self._waiting.round_s))
+        def ask(messages: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+            by_client = {name: tuple(own) for name, own in messages.items()}
+            return dict(self._exchange(by_client, self._waiting.round_s))
 
         keys = {name: public_text(key) for name, key in self._roster.items()}
         return secure_sums(self._run, requests, keys, ask)
 
-    def _answers(self, requests: Sequence[Request], kind: type[Kind]) -> Iterator[Kind | TrainFailure]:
-        """Yield an answer to each request: what the client sent, or that it did not."""
-        asked: dict[str, list[Request]] = {}
+    def _replies(self, requests: Sequence[Request], kind: type[Kind]) -> Iterator[Kind | TrainFailure]:
+        """Yield for each request the client's reply or its failure."""
+        by_client: dict[str, list[Request]] = {}
         for request in requests:
-            asked.setdefault(request.client, []).append(request)
-        exchange = self._exchange({name: tuple(own) for name, own in asked.items()}, self._waiting.round_s)
+            by_client.setdefault(request.client, []).append(request)
+        exchange = self._exchange({n: tuple(own) for n, own in by_client.items()}, self._waiting.round_s)
         for name, replies in exchange:
-            for i, request in enumerate(asked[name]):
+            for i, request in enumerate(by_client[name]):
                 reply = replies[i] if i < len(replies) else replies[-1] if replies else None
                 if isinstance(reply, kind | TrainFailure) and _answers_to(reply, request):
                     if self._hello.half and isinstance(request, TrainRequest):
@@ -269,9 +278,9 @@ class RemoteFederation:
                 elif isinstance(reply, Failed | Refused):
                     yield TrainFailure(name, request.cluster, _line(reply.reason))
                 else:
-                    yield TrainFailure(name, request.cluster, "it sent something else than was asked for")
+                    yield TrainFailure(name, request.cluster, "its reply does not match the request")
         for name, reason in self.traffic[-1].missing.items():
-            for request in asked[name]:
+            for request in by_client[name]:
                 yield TrainFailure(name, request.cluster, reason)
 
     def _summaries(self, message: Summarise | Regroup, names: Sequence[str]) -> Iterator[LocalClusters]:
@@ -283,14 +292,14 @@ class RemoteFederation:
             yield _checked_summary(_only(LocalClusters, replies, name), name, dim)
 
     def _all(self, message: Any, names: Sequence[str] | None = None) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Ask clients the same, and yield their replies in the order of their names.
+        """Send clients the same message and yield their replies in the order of ``names``.
 
         Raises
         ------
         ClientError
-            At the end, if some could not answer.
+            At the end, if clients failed.
         TrainingError
-            If the settings are to blame.
+            If a client reports that the settings are at fault.
         """
         names = self._names if names is None else names
         found = dict(self._exchange(dict.fromkeys(names, (message,)), self._waiting.exchange_s))
@@ -311,73 +320,77 @@ class RemoteFederation:
             raise ClientError(failed)
 
     def _exchange(
-        self, asked: Mapping[str, tuple[Any, ...]], patience_s: float
+        self, messages: Mapping[str, tuple[Any, ...]], timeout_s: float
     ) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Send each client its messages; yield replies as they come, for so long as we are patient."""
+        """Send each client its messages; yield replies as they arrive, until the timeout."""
         began, traffic = self._clock(), Traffic()
         self.traffic.append(traffic)
-        waiting: dict[str, _Asked] = {}
-        unreached = dict(asked)
+        waiting: dict[str, _Request] = {}
+        unreached = dict(messages)
         while unreached or waiting:
-            self._look(traffic)
+            self._update_nodes(traffic)
             for name in [name for name in unreached if name in self._nodes]:
                 waiting[name] = self._post(name, unreached.pop(name), traffic)
             waited = self._clock() - began
-            if waited >= patience_s or (not waiting and waited >= self._waiting.absent_s):
+            if waited >= timeout_s or (not waiting and waited >= self._waiting.absent_s):
                 break
-            arrived = self._transport.receive(min(patience_s - waited, PAUSE_S))
-            if arrived is not None and not self._greets(arrived):
-                answer = self._opened(arrived, waiting, traffic)
-                if answer is not None:
-                    name, replies = answer
+            arrived = self._transport.receive(min(timeout_s - waited, POLL_S))
+            if arrived is not None and not self._is_greeting_reply(arrived):
+                accepted = self._opened(arrived, waiting, traffic)
+                if accepted is not None:
+                    name, replies = accepted
                     if any(isinstance(reply, Behind) for reply in replies) and not waiting[name].retried:
-                        waiting[name] = self._again(name, waiting[name], traffic)
+                        waiting[name] = self._retry(name, waiting[name], traffic)
                         continue
                     del waiting[name]
                     traffic.seconds = self._clock() - began
                     self._compare_rows(name, replies)
-                    yield name, replies[-len(asked[name]) :] if len(replies) > len(asked[name]) else replies
+                    num = len(messages[name])  # a restarted client has also answered the plan sent again
+                    yield name, replies[-num:] if len(replies) > num else replies
             for name in [name for name in waiting if name not in self._nodes]:
-                traffic.missing[name] = "its machine could not be reached any more"
+                traffic.missing[name] = "the connection to it was lost"
                 del waiting[name]
         for name in waiting:
-            traffic.missing[name] = f"it did not answer within {patience_s:.0f} s"
+            traffic.missing[name] = f"it did not answer within {timeout_s:.0f} s"
         for name in unreached:
-            traffic.missing[name] = "it was not there"
+            traffic.missing[name] = "it was not connected"
         traffic.seconds = self._clock() - began
         for name, reason in traffic.missing.items():
             self._say(f"client {name}: {reason}")
 
-    def _again(self, name: str, asked: _Asked, traffic: Traffic) -> _Asked:
-        """Bring a client that was restarted up to date, and ask once more."""
+    def _retry(self, name: str, request: _Request, traffic: Traffic) -> _Request:
+        """Send a restarted client the plan and the task clusters, and the request again."""
         first: tuple[Any, ...] = (self._hello,)
-        if self._assign is not None and not isinstance(asked.messages[0], Assign):
+        if self._assign is not None and not isinstance(request.messages[0], Assign):
             first = (*first, self._assign)
-        self._say(f"client {name} was restarted: it is told the plan again")
-        posted = self._post(name, (*first, *asked.messages), traffic)
-        posted.retried = True
-        return posted
+        self._say(f"client {name} was restarted: sending it the plan again")
+        retry = self._post(name, (*first, *request.messages), traffic)
+        retry.retried = True
+        return retry
 
-    def _post(self, name: str, messages: tuple[Any, ...], traffic: Traffic | None = None) -> _Asked:
+    def _post(self, name: str, messages: tuple[Any, ...], traffic: Traffic | None = None) -> _Request:
         return self._post_to(self._nodes[name], name, messages, traffic)
 
     def _post_to(
         self, node: str, name: str, messages: tuple[Any, ...], traffic: Traffic | None = None
-    ) -> _Asked:
-        # Later than all before, in this process and in those before it that a resumed run follows.
-        self._last = max(self._last + 1, time.time_ns() // 1000)
-        body = seal(Envelope(self._run, name, self._last, messages), self._hello.half)
+    ) -> _Request:
+        # Greater than any earlier number, also of an interrupted process that this run resumes.
+        self._last_exchange = max(self._last_exchange + 1, time.time_ns() // 1000)
+        body = seal(Envelope(self._run, name, self._last_exchange, messages), self._hello.half)
         if len(body) > MAX_BYTES:
-            raise TrainingError(f"a message of {len(body)} bytes to client {name}; at most {MAX_BYTES}")
+            raise TrainingError(
+                f"a message to client {name} has {len(body)} bytes, but at most {MAX_BYTES} are allowed; "
+                "lower lora.rank or set float16 = true"
+            )
         if traffic is not None:
             traffic.down += len(body)
         self._transport.send(node, body)
-        return _Asked(name, self._last, hashlib.sha256(body).hexdigest(), messages)
+        return _Request(name, self._last_exchange, hashlib.sha256(body).hexdigest(), messages)
 
     def _opened(
-        self, arrived: Arrived, waiting: Mapping[str, _Asked], traffic: Traffic
+        self, arrived: Arrived, waiting: Mapping[str, _Request], traffic: Traffic
     ) -> tuple[str, Sequence[Any]] | None:
-        """Return whose reply this is and what it holds; None: nobody's that is waited for."""
+        """Return the client and its replies, or None if the message is not an expected reply."""
         by_node = {self._nodes[name]: name for name in waiting if name in self._nodes}
         expected = by_node.get(arrived.node)
         try:
@@ -385,12 +398,12 @@ class RemoteFederation:
                 raise WireError(arrived.error)
             name, envelope = self._verified(arrived.body)
             if name not in waiting or name != expected:
-                raise WireError(f"client {name}: a reply that nobody waits for")
+                raise WireError(f"client {name}: a reply that was not expected")
             if envelope.exchange != waiting[name].exchange or envelope.asked != waiting[name].digest:
-                self._say(f"client {name}: a reply to another question, or a late one; refused")
+                self._say(f"client {name}: ignored a reply that is late or answers another request")
                 return None
         except WireError as error:
-            self._say(f"node {arrived.node}: refused: {error}")
+            self._say(f"node {arrived.node}: ignored: {error}")
             if expected is None or not arrived.error:
                 return None
             return expected, (Failed(_line(arrived.error)),)
@@ -406,35 +419,36 @@ class RemoteFederation:
         verify(self._roster[name], name, signature, inner)
         envelope = unseal(inner, REPLIES, MAX_BYTES)
         if envelope.run != self._run or envelope.client != name:
-            raise WireError(f"client {name}: a reply of another run or name")
+            raise WireError(f"client {name}: a reply for another run or client")
         return name, envelope
 
-    # Who is there.
+    # Connected nodes and their clients.
 
     def _gather(self, missing: Sequence[str]) -> None:
-        began, told = self._clock(), -1
+        began, num_reported = self._clock(), -1
         while missing:
-            self._look(Traffic())
+            self._update_nodes(Traffic())
             missing = [name for name in self._names if name not in self._members]
-            if len(missing) != told and missing:
-                told = len(missing)
-                here = ", ".join(name for name in self._names if name in self._members) or "nobody"
-                self._say(f"waiting for clients: {here} of {len(self._names)} there")
+            if len(missing) != num_reported and missing:
+                num_reported = len(missing)
+                present = [name for name in self._names if name in self._members]
+                names = f" ({', '.join(present)})" if present else ""
+                self._say(f"waiting for clients: {len(present)} of {len(self._names)} connected{names}")
             waited = self._clock() - began
             if missing and waited > self._waiting.start_s:
                 if len(self._names) - len(missing) < self._waiting.least_clients:
                     num = len(self._names) - len(missing)
                     raise TrainingError(
-                        f"{num} clients came within {waited:.0f} s, and it takes "
-                        f"{self._waiting.least_clients}: {', '.join(missing)} did not; "
-                        "the same command waits again"
+                        f"{num} clients connected within {waited:.0f} s, but "
+                        f"{self._waiting.least_clients} are needed; missing: {', '.join(missing)}; "
+                        "run the same command to wait again"
                     )
-                raise ClientError(dict.fromkeys(missing, f"it did not come within {waited:.0f} s"))
-            if missing and (arrived := self._transport.receive(PAUSE_S)) is not None:
-                self._greets(arrived)
+                raise ClientError(dict.fromkeys(missing, f"it did not connect within {waited:.0f} s"))
+            if missing and (arrived := self._transport.receive(POLL_S)) is not None:
+                self._is_greeting_reply(arrived)
 
-    def _look(self, traffic: Traffic) -> None:
-        """See who is there; ask new nodes who they are."""
+    def _update_nodes(self, traffic: Traffic) -> None:
+        """Update which nodes are connected; ask new nodes to identify themselves."""
         reachable = set(self._transport.nodes())
         for name in [name for name, node in self._nodes.items() if node not in reachable]:
             del self._nodes[name]
@@ -449,73 +463,73 @@ class RemoteFederation:
         ):
             self._greeted[node] = self._post_to(node, "", (self._hello,), traffic)
 
-    def _greets(self, arrived: Arrived) -> bool:
-        """Take the reply of a node that was asked who it is; False: it was not."""
-        asked = self._greeted.pop(arrived.node, None)
-        if asked is not None:
-            self._greet(arrived, asked)
-        return asked is not None
+    def _is_greeting_reply(self, arrived: Arrived) -> bool:
+        """Handle the reply of a node that was asked to identify itself; return whether it was one."""
+        request = self._greeted.pop(arrived.node, None)
+        if request is not None:
+            self._identify(arrived, request)
+        return request is not None
 
-    def _greet(self, arrived: Arrived, asked: _Asked) -> None:
+    def _identify(self, arrived: Arrived, request: _Request) -> None:
         try:
             if arrived.error:
                 raise WireError(arrived.error)
             name, envelope = self._verified(arrived.body)
-            if (envelope.exchange, envelope.asked) != (asked.exchange, asked.digest):
-                raise WireError(f"client {name}: a reply to another question: a replay")
+            if (envelope.exchange, envelope.asked) != (request.exchange, request.digest):
+                raise WireError(f"client {name}: a replay: its reply answers another request")
             member = envelope.messages[0] if envelope.messages else None
             if isinstance(member, Failed | Refused):
                 raise WireError(f"client {name}: {_line(member.reason)}")
             if not isinstance(member, Member) or member.client != name:
-                raise WireError(f"client {name}: it does not say who it is")
+                raise WireError(f"client {name}: it did not identify itself")
         except WireError as error:
-            self._strange(arrived.node, str(error))
+            self._reject(arrived.node, str(error))
             return
         if name in self._members and name in self._names:
             self._say(f"client {name} is back")
         elif name not in self._names:
-            self._say(f"client {name} comes too late for this run; fedrouter join adds it to the bundle")
+            self._say(f"client {name} is too late for this run; add it to the bundle with fedrouter join")
         self._nodes[name] = arrived.node
         self._members.setdefault(name, member)
 
-    def _strange(self, node: str, why: str) -> None:
-        self._strangers[node] = self._clock(), why
-        if self._said.get(node) != why:
-            self._said[node] = why
-            self._say(f"node {node} takes no part: {why}")
+    def _reject(self, node: str, reason: str) -> None:
+        self._strangers[node] = self._clock(), reason
+        if self._reported.get(node) != reason:
+            self._reported[node] = reason
+            self._say(f"node {node} rejected: {reason}")
 
     def _compare_rows(self, name: str, replies: Sequence[Any]) -> None:
-        """Say that a client which was restarted holds other rows than before."""
+        """Report a restarted client whose rows have changed."""
         for reply in replies:
             if isinstance(reply, Member) and reply.digest != self._members[name].digest:
-                self._say(f"client {name} holds other rows than at the start; its task clusters stay")
+                self._say(f"client {name} has other rows than at the start; its task clusters do not change")
 
 
-def _together(exchanges: Sequence[Traffic]) -> Traffic:
+def _total(exchanges: Sequence[Traffic]) -> Traffic:
     total = Traffic()
-    for one in exchanges:
-        total.down, total.up = total.down + one.down, total.up + one.up
-        total.seconds += one.seconds
-        total.rounding = max(total.rounding, one.rounding)
-        total.missing |= one.missing
+    for traffic in exchanges:
+        total.down, total.up = total.down + traffic.down, total.up + traffic.up
+        total.seconds += traffic.seconds
+        total.rounding = max(total.rounding, traffic.rounding)
+        total.missing |= traffic.missing
     return total
 
 
 def _line(text: str) -> str:
-    """Return what another machine says as one printable line."""
+    """Return text from another machine as one printable line."""
     return "".join(c if c.isprintable() else " " for c in text)[:300]
 
 
 def _only(kind: type[Kind], replies: Sequence[Any], name: str) -> Kind:
-    """Return the one reply of a kind.
+    """Return the single reply, which must be a ``kind`` from this client.
 
     Raises
     ------
     ClientError
-        If there is none, or another's.
+        If it is not.
     """
     if len(replies) != 1 or not isinstance(replies[0], kind) or getattr(replies[0], "client", name) != name:
-        raise ClientError({name: f"it sent something else than a {kind.__name__}"})
+        raise ClientError({name: f"its reply is not a {kind.__name__}"})
     return replies[0]
 
 
@@ -523,8 +537,8 @@ def _answers_to(reply: Any, request: TrainRequest | ValidationRequest) -> bool:
     return (reply.client, reply.cluster) == (request.client, request.cluster)
 
 
-def _numbers(told: Membership) -> list[int]:
-    return [*(k for own in told.clients.values() for k in own), *told.tasks.values()]
+def _cluster_numbers(membership: Membership) -> list[int]:
+    return [*(k for own in membership.clients.values() for k in own), *membership.tasks.values()]
 
 
 def _checked_summary(found: LocalClusters, name: str, dim: int) -> LocalClusters:
@@ -532,20 +546,20 @@ def _checked_summary(found: LocalClusters, name: str, dim: int) -> LocalClusters
     shapes = (num,), (num, dim), (dim, dim)
     arrays = found.counts, found.centroids, found.scatter
     if tuple(array.shape for array in arrays) != shapes or not num:
-        raise ClientError({name: "its local clusters have other shapes than the embedder's"})
+        raise ClientError({name: "its local clusters have shapes that do not match the embedder"})
     if not all(np.isfinite(array).all() for array in arrays) or (found.counts < 0).any():
-        raise ClientError({name: "its local clusters hold numbers that no rows have"})
+        raise ClientError({name: "its local clusters contain impossible numbers"})
     return found
 
 
-def _checked_assignment(found: Assignment, name: str, most: int) -> Assignment:
+def _checked_assignment(found: Assignment, name: str, num_clusters: int) -> Assignment:
     clusters = [subset.cluster for subset in found.subsets]
-    if len(set(clusters)) < len(clusters) or not all(0 <= k < most for k in clusters):
-        raise ClientError({name: "it assigned rows to task clusters that there are not"})
+    if len(set(clusters)) < len(clusters) or not all(0 <= k < num_clusters for k in clusters):
+        raise ClientError({name: "it assigned rows to unknown or repeated task clusters"})
     for subset in found.subsets:
         distances = subset.distances
         if distances.shape != (101,) or not np.isfinite(distances).all() or subset.num_examples < 1:
-            raise ClientError({name: "it described a subset by numbers that no rows have"})
+            raise ClientError({name: "its description of a subset contains impossible numbers"})
         if len(subset.task_counts) > MAX_LABELS:
-            raise ClientError({name: "it told of more task labels than are taken"})
+            raise ClientError({name: f"it reported more than {MAX_LABELS} task labels for a subset"})
     return found

@@ -1,4 +1,4 @@
-"""What the server accepts of an update before it is averaged; everything else costs its client the round."""
+"""Screen updates before they are averaged; a refused update costs its client the round."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from fedrouter.train.lora import distance
 from fedrouter.types import AdapterState, TrainReply, TrainRequest
 
-MIN_JUDGED = 4  # updates of a task cluster in one round; of fewer, none is told to be far out
+MIN_JUDGED = 4  # updates of a task cluster in one round below which none is refused as an outlier
 
 
 def refusals(
@@ -18,12 +18,13 @@ def refusals(
     outlier: float,
     noisy: bool = False,
 ) -> list[str | None]:
-    """Say of each reply to one round and task cluster why it is refused; None: it is not.
+    """Return for each reply of one round and task cluster why it is refused, or None if it is accepted.
 
-    Refused are: other tensor names, shapes or types than were sent; a value or a loss that is not finite;
-    more examples than were asked for, or none; and, among ``MIN_JUDGED`` updates or more, one whose norm,
-    divided by the steps asked for, is more than ``outlier`` times the median of these. Clients train for
-    different numbers of steps, so plain norms would not compare; with noise of one length on all, they do.
+    A reply is refused if its tensors differ from the sent ones in name, shape or type; if a value or the loss
+    is not finite; or if it claims more examples than requested, or none. With at least ``MIN_JUDGED`` usable
+    updates, one is also refused if its norm per requested step exceeds ``outlier`` times the median.
+    Clients train for different numbers of steps, so norms are compared per step; with noise of the same norm
+    on all updates, they are compared as they are.
     """
     reasons = [
         _unusable(request, reply, batch_size) for request, reply in zip(requests, replies, strict=True)
@@ -38,14 +39,15 @@ def refusals(
     median = float(np.median(list(norms.values())))
     for i, norm in norms.items():
         if norm > outlier * median > 0:
-            reasons[i] = f"its update is {norm / median:.0f} times as long as the median one, a step"
+            per_step = "" if noisy else " per step"
+            reasons[i] = f"its update{per_step} is {norm / median:.0f} times as long as the median one"
     return reasons
 
 
 def _unusable(request: TrainRequest, reply: TrainReply, batch_size: int) -> str | None:
     sent, new = request.adapter, reply.adapter
     if _shapes(new) != _shapes(sent):
-        return "its update has other tensor names, shapes or types than the adapter that was sent out"
+        return "its update has other tensor names, shapes or types than the adapter it was sent"
     if not all(np.isfinite(array).all() for array in new.values()):
         return "its update holds values that are not finite; lower train.learning_rate"
     if reply.loss is not None and not math.isfinite(reply.loss):

@@ -1,4 +1,4 @@
-"""The server's half of the secure sum: it asks four times, and learns of each task cluster the sum alone."""
+"""The server's side of the secure sum: four exchanges that reveal only the sum for each task cluster."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +23,10 @@ from fedrouter.train.wire.messages import (
 )
 from fedrouter.types import Float64s, TrainFailure, TrainReply, TrainRequest
 
-LEAST = 3  # clients of a sum; of two, each knows the other's part
+LEAST = 3  # minimum number of clients in a sum; with two, each could compute the other's update
 
 Ask = Callable[[Mapping[str, Sequence[Any]]], Mapping[str, Sequence[Any]]]
-"""Sends each client messages; returns a reply to each, of those who answered."""
+"""Sends each client its messages; returns the replies of the clients that answered."""
 
 Kind = TypeVar("Kind")
 
@@ -37,29 +37,29 @@ class _Sum:
 
     requests: dict[str, TrainRequest]
     keys: dict[str, SumKey] = field(default_factory=dict)
-    names: tuple[str, ...] = ()  # whose keys all have: the order of the shares
+    names: tuple[str, ...] = ()  # clients whose keys were sent to all; their order is that of the shares
     sealed: dict[str, SumSealed] = field(default_factory=dict)
     masked: dict[str, Ring] = field(default_factory=dict)
     opened: dict[str, SumOpened] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def drop(self, stage: str, there: Mapping[str, object]) -> None:
-        """Note who got no further than this stage."""
-        for name in self.requests.keys() - there.keys() - self.failed.keys():
+    def drop(self, stage: str, replied: Mapping[str, object]) -> None:
+        """Mark clients that did not reply in this stage as failed."""
+        for name in self.requests.keys() - replied.keys() - self.failed.keys():
             self.failed[name] = f"it dropped out of the sum ({stage})"
 
 
 def secure_sums(
     run: str, requests: Sequence[TrainRequest], roster: Mapping[str, str], ask: Ask, least: int = LEAST
 ) -> Iterator[TrainReply | TrainFailure]:
-    """Have clients train; yield of each task cluster the mean, as if every client had sent it.
+    """Have clients train; yield for each client its task cluster's mean in place of its own adapter.
 
-    The protocol is that of Bonawitz et al. 2017; the client's half says what protects what.
+    The protocol is that of Bonawitz et al. 2017; wire/masks.py and client/summing.py describe it.
 
     Parameters
     ----------
-    roster : public key by client, one line each.
-    least : clients; a smaller sum is not made.
+    roster : client name → public key as one line of text.
+    least : minimum number of clients in a sum.
     """
     sums: dict[int, _Sum] = {}
     for request in requests:
@@ -67,93 +67,95 @@ def secure_sums(
     number = requests[0].round if requests else 0
 
     def stage(kind: type[Kind], messages: Callable[[int, _Sum, str], Any | None]) -> None:
-        """Ask all clients about all sums that are still possible; keep the answers of ``kind``."""
-        asked: dict[str, list[Any]] = {}
-        for k, one in sums.items():
-            for name in one.requests:
-                if name not in one.failed and (message := messages(k, one, name)) is not None:
-                    asked.setdefault(name, []).append((k, message))
-        answers = ask({name: [message for _, message in own] for name, own in asked.items()})
-        for name, own in asked.items():
-            for (k, _), reply in zip(own, answers.get(name, ()), strict=False):
-                if isinstance(reply, kind) and _same(reply, name, k, number):
-                    _keep(sums[k], name, reply)
+        """Send each client the messages for its sums that can still succeed; store replies of ``kind``."""
+        by_client: dict[str, list[Any]] = {}
+        for k, a_sum in sums.items():
+            for name in a_sum.requests:
+                if name not in a_sum.failed and (message := messages(k, a_sum, name)) is not None:
+                    by_client.setdefault(name, []).append((k, message))
+        replies = ask({name: [message for _, message in own] for name, own in by_client.items()})
+        for name, own in by_client.items():
+            for (k, _), reply in zip(own, replies.get(name, ()), strict=False):
+                if isinstance(reply, kind) and _matches(reply, name, k, number):
+                    _store(sums[k], name, reply)
                 else:
-                    sums[k].failed[name] = getattr(
-                        reply, "reason", "it sent something else than was asked for"
-                    )
+                    sums[k].failed[name] = getattr(reply, "reason", "its reply does not match the request")
 
-    for one in sums.values():
-        _enough(one, len(one.requests), least)
-    stage(SumKey, lambda k, one, _: SumKeys(k, number, tuple(sorted(one.requests))))
-    for one in sums.values():
-        one.drop("keys", one.keys)
-        one.names = tuple(sorted(one.keys.keys() - one.failed.keys()))
-        _enough(one, len(one.names), least)
-    stage(SumSealed, lambda k, one, _: _shares(k, number, one, roster))
-    for one in sums.values():
-        one.drop("shares", one.sealed)
-        _enough(one, len(one.sealed), least)
-    stage(Masked, lambda _, one, name: _train(one, name))
-    for one in sums.values():
-        one.drop("update", one.masked)
-        _enough(one, len(one.masked), max(least, threshold(len(one.names)) if one.names else 0))
-    stage(SumOpened, lambda k, one, _: SumOpen(k, number, tuple(sorted(one.masked))))
-    for k, one in sums.items():
-        yield from _result(run, k, number, one)
+    for a_sum in sums.values():
+        _require(a_sum, len(a_sum.requests), least)
+    stage(SumKey, lambda k, a_sum, _: SumKeys(k, number, tuple(sorted(a_sum.requests))))
+    for a_sum in sums.values():
+        a_sum.drop("keys", a_sum.keys)
+        a_sum.names = tuple(sorted(a_sum.keys.keys() - a_sum.failed.keys()))
+        _require(a_sum, len(a_sum.names), least)
+    stage(SumSealed, lambda k, a_sum, _: _shares(k, number, a_sum, roster))
+    for a_sum in sums.values():
+        a_sum.drop("shares", a_sum.sealed)
+        _require(a_sum, len(a_sum.sealed), least)
+    stage(Masked, lambda _, a_sum, name: _train(a_sum, name))
+    for a_sum in sums.values():
+        a_sum.drop("update", a_sum.masked)
+        _require(a_sum, len(a_sum.masked), max(least, threshold(len(a_sum.names)) if a_sum.names else 0))
+    stage(SumOpened, lambda k, a_sum, _: SumOpen(k, number, tuple(sorted(a_sum.masked))))
+    for k, a_sum in sums.items():
+        yield from _result(run, k, number, a_sum)
 
 
-def _keep(one: _Sum, name: str, reply: Any) -> None:
+def _store(a_sum: _Sum, name: str, reply: Any) -> None:
     match reply:
         case SumKey():
-            one.keys[name] = reply
+            a_sum.keys[name] = reply
         case SumSealed():
-            one.sealed[name] = reply
+            a_sum.sealed[name] = reply
         case Masked():
-            one.masked[name] = reply.values.view(np.uint64)
+            a_sum.masked[name] = reply.values.view(np.uint64)
         case SumOpened():
-            one.opened[name] = reply
+            a_sum.opened[name] = reply
 
 
-def _same(reply: Any, name: str, cluster: int, number: int) -> bool:
+def _matches(reply: Any, name: str, cluster: int, number: int) -> bool:
     keys = [reply.mask, reply.box] if isinstance(reply, SumKey) else []
-    right = all(key.shape == (LENGTH,) for key in keys)
-    return right and (reply.client, reply.cluster, reply.round) == (name, cluster, number)
+    valid = all(key.shape == (LENGTH,) for key in keys)
+    return valid and (reply.client, reply.cluster, reply.round) == (name, cluster, number)
 
 
-def _enough(one: _Sum, num: int, least: int) -> None:
-    """Give a sum up that too few clients are left of."""
+def _require(a_sum: _Sum, num: int, least: int) -> None:
+    """Mark all clients of a sum as failed if fewer than ``least`` are left."""
     if num < least:
-        for name in one.requests:
-            one.failed.setdefault(name, f"{num} clients are too few for a secure sum; it takes {least}")
+        for name in a_sum.requests:
+            a_sum.failed.setdefault(name, f"{num} clients are too few for a secure sum; it needs {least}")
 
 
-def _shares(cluster: int, number: int, one: _Sum, roster: Mapping[str, str]) -> SumShares:
-    peers = tuple(Peer(roster[name], one.keys[name]) for name in one.names)
-    return SumShares(cluster, number, threshold(len(one.names)), peers)
+def _shares(cluster: int, number: int, a_sum: _Sum, roster: Mapping[str, str]) -> SumShares:
+    peers = tuple(Peer(roster[name], a_sum.keys[name]) for name in a_sum.names)
+    return SumShares(cluster, number, threshold(len(a_sum.names)), peers)
 
 
-def _train(one: _Sum, name: str) -> SumTrain:
-    shares = {other: s.shares[name] for other, s in one.sealed.items() if other != name and name in s.shares}
-    return SumTrain(one.requests[name], shares)
+def _train(a_sum: _Sum, name: str) -> SumTrain:
+    shares = {
+        other: s.shares[name] for other, s in a_sum.sealed.items() if other != name and name in s.shares
+    }
+    return SumTrain(a_sum.requests[name], shares)
 
 
-def _result(run: str, cluster: int, number: int, one: _Sum) -> Iterator[TrainReply | TrainFailure]:
-    """Yield what a task cluster's clients come to."""
-    survivors = sorted(one.masked)
+def _result(run: str, cluster: int, number: int, a_sum: _Sum) -> Iterator[TrainReply | TrainFailure]:
+    """Yield the mean for each client in the sum, and the failures of the others."""
+    survivors = sorted(a_sum.masked)
     try:
-        if len(survivors) and not one.failed.keys() >= one.requests.keys():
-            values = unmasked(run, cluster, number, one.masked, one.keys, one.sealed, one.opened, one.names)
+        if len(survivors) and not a_sum.failed.keys() >= a_sum.requests.keys():
+            values = unmasked(
+                run, cluster, number, a_sum.masked, a_sum.keys, a_sum.sealed, a_sum.opened, a_sum.names
+            )
         else:
             values = None
     except WireError as error:
         values = None
         for name in survivors:
-            one.failed[name] = f"the sum could not be opened: {error}"
-    steps = sum(one.requests[name].steps for name in survivors)
-    for name, request in one.requests.items():
-        if values is None or name not in one.masked:
-            yield TrainFailure(name, cluster, one.failed.get(name, "it dropped out of the sum"))
+            a_sum.failed[name] = f"the sum could not be opened: {error}"
+    steps = sum(a_sum.requests[name].steps for name in survivors)
+    for name, request in a_sum.requests.items():
+        if values is None or name not in a_sum.masked:
+            yield TrainFailure(name, cluster, a_sum.failed.get(name, "it dropped out of the sum"))
         else:
             weight, loss = values[-2:]
             share = max(1, int(weight * request.steps / steps))
@@ -172,31 +174,32 @@ def unmasked(
     opened: Mapping[str, SumOpened],
     names: Sequence[str],
 ) -> Float64s:
-    """Return the sum of the survivors' numbers.
+    """Return the sum of the survivors' values.
 
     Raises
     ------
     WireError
-        If too few shares came.
+        If the values differ in length, or too few shares of a secret arrived.
     """
     shapes = {values.shape for values in masked.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-        raise WireError("parts of different lengths")
+        raise WireError("the clients' updates have different lengths")
     ((size,),), least = shapes, threshold(len(names))
     total: Ring = np.zeros(size, dtype=np.uint64)
     for values in masked.values():
         total = total + values
 
-    def secret(of: str) -> bytes:
-        shares = {name: one.shares[of].tobytes() for name, one in opened.items() if of in one.shares}
+    def secret(client: str) -> bytes:
+        shares = {n: reply.shares[client].tobytes() for n, reply in opened.items() if client in reply.shares}
         return restored(shares, names, least)
 
     for name in sealed:
         if name in masked:
             total = total - stream(secret(name), size)
             continue
-        gone = X25519PrivateKey.from_private_bytes(secret(name))  # its update never came, and never may now
+        # This client's update is missing; it must never be accepted later, because its key is now known.
+        dropped = X25519PrivateKey.from_private_bytes(secret(name))
         for other in masked:
-            what = run, cluster, number
-            total = total - pair_mask(gone, other, name, keys[other].mask.tobytes(), size, *what)
+            purpose = run, cluster, number
+            total = total - pair_mask(dropped, other, name, keys[other].mask.tobytes(), size, *purpose)
     return loose(total)

@@ -1,4 +1,4 @@
-"""What ``fedrouter check`` prints; text from outside is printed as it is."""
+"""Output of ``fedrouter check``; names and rows are printed without interpreting markup."""
 
 from rich.console import Console
 from rich.table import Table
@@ -8,11 +8,11 @@ from fedrouter.layout import Whole, size_text
 from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
-OPEN, CLOSE = "⟦", "⟧"  # around what carries loss, where there are no colours
+OPEN, CLOSE = "⟦", "⟧"  # around tokens that carry loss, without colours
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a report: files, clients, rows as the model sees them, lengths, costs, what is revealed."""
+    """Print a report: files, clients, rows as the model sees them, lengths, costs, revealed data."""
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -20,7 +20,7 @@ def show(report: Report, console: Console) -> None:
     for file in report.files:
         forms = ", ".join(f"{form}: {number}" for form, number in file["forms"].items())
         line(f"{file['source']}: {file['num_rows']} rows ({forms})")
-    table = Table("client", "rows", "steps a round")
+    table = Table("client", "rows", "steps per round")
     for client in report.clients:
         table.add_row(Text(client.name), str(client.num_rows), str(client.steps))
     show_whole(console, Whole(table))
@@ -29,27 +29,27 @@ def show(report: Report, console: Console) -> None:
             line(f"{client.name}, {row.where or 'a built-in row'}, {row.num_tokens} tokens:")
             console.print(as_text(row, colours=console.is_terminal), highlight=False, soft_wrap=True)
     marks = "green" if console.is_terminal else f"{OPEN}…{CLOSE}"
-    line(f"what carries loss: {marks}\n\ntokens a row:")
+    line(f"tokens with loss: {marks}\n\ntokens per row:")
     most = max((number for _, _, number in report.histogram), default=1)
     for low, high, number in report.histogram:
         line(f"{low:>7}–{high:<7} {'█' * round(40 * number / most)} {number}")
     needed = ", ".join(f"{length} would hold {share}" for share, length in report.needed.items())
-    line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed}")
+    line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed} of the rows")
     sizes = _count(report.num_parameters), _count(report.adapter_parameters), size_text(report.memory_bytes)
-    line("base {} parameters, an adapter {}; memory about {}".format(*sizes))
+    line("base {} parameters, each adapter {}; memory about {}".format(*sizes))
     line(
-        f"about {report.round_s:.0f} s a round; a client, round and task cluster: "
+        f"about {report.round_s:.0f} s per round; per client, round and task cluster: "
         f"{size_text(report.bytes_down)} down, {size_text(report.bytes_up)} up"
     )
-    revealed = ", ".join(f"{what} {size_text(number)}" for what, number in report.reveals.items())
-    line(f"each client reveals before the rounds, at most: {revealed} (docs/privacy.md lists it)")
+    revealed = ", ".join(f"{message} {size_text(number)}" for message, number in report.reveals.items())
+    line(f"each client reveals before the rounds, at most: {revealed} (see docs/privacy.md)")
     for note in report.notes:
         line(f"note: {note}")
-    line("nothing stands against training this")
+    line("no errors: this configuration can be trained")
 
 
 def as_text(row: ShownRow, colours: bool) -> Text:
-    """Return a row as text, with what carries loss coloured or between marks."""
+    """Return a row as text, with the parts that carry loss coloured or between marks."""
     text = Text()
     for part, learned in row.parts:
         if colours:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines when piped."""
+"""Progress of a run: a live bar on a terminal, plain lines otherwise."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fedrouter.types import TrainFailure, TrainReply
 
 
 class TrainProgress:
-    """Shows rounds, clients, loss, examples a second and the time left."""
+    """Shows rounds, clients, loss, examples per second and the time left."""
 
     def __init__(self, console: Console, names: Sequence[str], rounds: int, steps: int, start: int):
         self._console = console
@@ -42,7 +42,7 @@ class TrainProgress:
         self._bar.stop()
 
     def on_reply(self, reply: TrainReply | TrainFailure, steps: int) -> None:
-        """One client has trained one adapter, or could not."""
+        """Count a client's reply or failure."""
         client = f"{reply.client} {self._names[reply.cluster]}"
         if isinstance(reply, TrainReply):
             self._examples += reply.num_examples
@@ -50,7 +50,7 @@ class TrainProgress:
         self._bar.update(self._task, advance=steps, client=client, rate=self._rate())
 
     def on_round(self, result: RoundResult) -> None:
-        """One round is done: a line that stays."""
+        """Print a line on a finished round, and one on each client whose update was not used."""
         seconds = time.perf_counter() - self._began
         left = seconds / (result.number + 1 - self._start) * (self._rounds - result.number - 1)
         losses = "  ".join(
@@ -65,7 +65,7 @@ class TrainProgress:
         for c in result.clusters:
             where = f"round {result.number + 1}, {self._names[c.cluster]}"
             for client, reason in c.refused.items():
-                text = f"{where}: client {client} does not count: {reason}"
+                text = f"{where}: nothing from client {client} was used: {reason}"
                 self._console.print(text, highlight=False, soft_wrap=True, markup=False)
         self._bar.update(self._task, round=min(result.number + 2, self._rounds))
 

@@ -1,7 +1,7 @@
-"""A run's metrics to TensorBoard, W&B or MLflow, through the callbacks behind the Trainer's ``report_to``.
+"""Log metrics to TensorBoard, W&B or MLflow, through the callbacks behind the Trainer's ``report_to``.
 
-Each client's training is a Trainer of its own, and hundreds of runs of a few steps say nothing. So they are
-told of the rounds instead: one step is one server round, one metric is one figure of one task cluster.
+Each local training uses its own Trainer, and hundreds of logs of a few steps would be useless. So the
+trackers log rounds instead: a step is a round, and a metric is one figure of one task cluster.
 """
 
 import importlib.util
@@ -20,20 +20,15 @@ from fedrouter.train.state import ClusterRound, RoundResult
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not there, before anything is loaded.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Raise ConfigError if a tracker's package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.report_to {name}: not installed here; pip install {name}")
 
 
 def figures(c: ClusterRound) -> dict[str, float]:
-    """Return what is measured of one task cluster in one round, by name; what does not apply is left out."""
-    found = {
+    """Return the metrics of one task cluster in one round by name, without those that do not apply."""
+    values = {
         "loss": c.loss,
         "num_examples": c.num_examples,
         "num_clients": c.num_clients,
@@ -42,13 +37,14 @@ def figures(c: ClusterRound) -> dict[str, float]:
         "validation": c.validation,
         "residual": c.residual,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Trackers:
-    """The trackers that ``train.report_to`` names, told after every round; use it in ``with``.
+    """The trackers named in ``train.report_to``; use as a context manager.
 
-    One that cannot start ends the run before it begins. One that fails later is left out from then on.
+    A tracker that cannot start raises TrainingError. A tracker that fails later is dropped, and the run
+    continues.
     """
 
     def __init__(self, config: Config, out: Path, console: Console):
@@ -63,7 +59,7 @@ class Trackers:
         from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
         settings = _flat(self._config.model_dump(mode="json", by_alias=True))
-        # What the callbacks ask of TrainingArguments, with the run's own settings in it.
+        # Stands in for TrainingArguments: only the attributes that the callbacks read.
         self._arguments = SimpleNamespace(
             output_dir=str(self._out),
             run_name=self._out.name,
@@ -85,25 +81,26 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and "mlflow" in self._callbacks:  # whose callback would say that it finished
-            with suppress(Exception):  # the run's own error is the one to be seen
+        if error is not None and "mlflow" in self._callbacks:  # its callback would report success
+            with suppress(Exception):  # must not hide the run's own error
                 importlib.import_module("mlflow").end_run(
                     "FAILED" if isinstance(error, Exception) else "KILLED"
                 )
-        self._tell("on_train_end")
+        self._call("on_train_end")
 
     def write(self, result: RoundResult, names: Sequence[str]) -> None:
-        """Tell of one round."""
+        """Log one round."""
         if self._callbacks:
             self._state.global_step = result.number + 1
             clusters = [(names[c.cluster], figures(c)) for c in result.clusters]
-            self._tell("on_log", logs={f"{of}/{name}": v for of, own in clusters for name, v in own.items()})
+            logs = {f"{cluster}/{name}": value for cluster, own in clusters for name, value in own.items()}
+            self._call("on_log", logs=logs)
 
-    def _tell(self, what: str, **values: Any) -> None:
+    def _call(self, event: str, **values: Any) -> None:
         for name, callback in list(self._callbacks.items()):
             try:
-                getattr(callback, what)(self._arguments, self._state, self._control, **values)
-            except Exception as error:  # a tracker's server that is down must not cost a night's training
+                getattr(callback, event)(self._arguments, self._state, self._control, **values)
+            except Exception as error:  # a tracker that is down must not end a long run
                 del self._callbacks[name]
                 text = f"train.report_to {name}: left out from here on: {first_line(error)}"
                 self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,1 +1,1 @@
-"""What both sides put on a wire: arrays, numbers and short strings, bounded and versioned."""
+"""Messages between server and clients: arrays, numbers and short strings, bounded and versioned."""

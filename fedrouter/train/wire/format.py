@@ -1,7 +1,7 @@
-"""Bytes on the wire: one safetensors file a message, its fields as JSON in the header. Nothing is executed.
+"""The wire format: each message is a safetensors file with its fields as JSON in the header; no code in it.
 
-A message is a kind, fields (numbers, short strings, lists and maps of these) and arrays. What arrives is
-another machine's: size, version, kinds, types and depth are checked before anything is made of it.
+A message has a kind, fields (numbers, short strings, and lists and maps of them) and arrays. Bytes come from
+another machine, so size, version, types and depth are checked before a message is used.
 """
 
 import json
@@ -19,8 +19,8 @@ from fedrouter.errors import WireError
 
 VERSION = 1
 MAX_BYTES = 1 << 30  # of one message
-MAX_HEADER = 4 << 20  # of its fields, and of the names and shapes of its arrays
-MAX_TEXT = 65_536  # characters of one string; settings are the longest
+MAX_HEADER = 4 << 20  # bytes of the fields and of the arrays' names and shapes
+MAX_TEXT = 65_536  # characters of one string; the settings are the longest
 MAX_DEPTH = 8
 HEAD = "fedrouter"  # the entry of the safetensors header that holds a message's fields
 DTYPES = ("F16", "F32", "F64", "I64", "U8")
@@ -36,23 +36,23 @@ class Packet:
 
 
 def pack(packet: Packet) -> bytes:
-    """Return a message's bytes: the same for the same message."""
+    """Return a message's bytes; equal messages give equal bytes."""
     message = {"version": VERSION, "kind": packet.kind, "fields": packet.fields}
     text = json.dumps(message, allow_nan=False, sort_keys=True)
     arrays = {name: np.ascontiguousarray(packet.arrays[name]) for name in sorted(packet.arrays)}
-    return save(arrays, metadata={HEAD: text})  # one entry: safetensors writes several in any order
+    return save(arrays, metadata={HEAD: text})  # a single entry: safetensors does not order several
 
 
 def unpack(body: bytes, limit: int = MAX_BYTES) -> Packet:
-    """Return the message that bytes are.
+    """Decode a message.
 
     Raises
     ------
     WireError
-        If they are none, of another version, larger than ``limit`` bytes, or hold what no message holds.
+        If the bytes are not a message, exceed ``limit`` bytes, or have another version or invalid content.
     """
     if len(body) > limit:
-        raise WireError(f"a message of {len(body)} bytes; at most {limit} are taken")
+        raise WireError(f"a message of {len(body)} bytes; at most {limit} are accepted")
     size = int.from_bytes(body[:8], "little")
     if len(body) < 8 or size > min(MAX_HEADER, len(body) - 8):
         raise WireError("a message without a header, or with one that is too large")
@@ -70,7 +70,7 @@ def unpack(body: bytes, limit: int = MAX_BYTES) -> Packet:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise WireError(f"a message that cannot be read: {type(error).__name__}") from error
     if not isinstance(fields, dict):
-        raise WireError("a message whose fields are no map")
+        raise WireError("a message whose fields are not a map")
     _check(fields, MAX_DEPTH)
     return Packet(kind, fields, arrays)
 

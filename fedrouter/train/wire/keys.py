@@ -1,7 +1,7 @@
-"""Whose message it is: a site signs what it sends with the key that it alone has.
+"""Site keys and signatures, which prove who sent a message.
 
-One elliptic-curve key (P-384) a site: the transport authenticates its connection with it, and every reply
-carries a signature by it, so that a name stands for a key whatever the transport is.
+Each site has one elliptic-curve key (P-384). The transport authenticates its connection with it, and every
+reply is signed with it, so that a client's name is tied to its key with any transport.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from fedrouter.errors import ConfigError, WireError
 from fedrouter.files import write_atomically
 
 MAGIC = b"FRS1"
-DOMAIN = b"fedrouter reply\0"  # so that no signature of the transport's is one of ours
+DOMAIN = b"fedrouter reply\0"  # a signature made by the transport is never valid for a reply
 SUM_DOMAIN = b"fedrouter sum\0"
 MAX_NAME = 800  # bytes of a client's name
 
@@ -23,15 +23,15 @@ PublicKey = ec.EllipticCurvePublicKey
 
 
 def new_key(path: Path) -> PrivateKey:
-    """Make a key pair; write the private half for the owner alone, the public one beside it.
+    """Create a key pair; write the private key, readable by its owner only, and the public key next to it.
 
     Raises
     ------
     ConfigError
-        If there is a key already: whoever knows it as this site's would not know the new one.
+        If there is a key already: the server and the other sites would not accept a new one.
     """
     if path.exists():
-        raise ConfigError(f"{path} exists already; a site keeps its key")
+        raise ConfigError(f"{path} exists already; a site must keep its key")
     key = ec.generate_private_key(ec.SECP384R1())
     path.parent.mkdir(parents=True, exist_ok=True)
     private = key.private_bytes(
@@ -48,33 +48,33 @@ def load_private(path: Path) -> PrivateKey:
     Raises
     ------
     ConfigError
-        If it is missing or none.
+        If the file is missing or holds no such key.
     """
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: no private key that can be read; fedrouter client init makes one"
-        ) from error
+        raise ConfigError(f"{path}: cannot read a private key; fedrouter client init creates one") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path}: not an elliptic-curve key; fedrouter client init makes one")
+        raise ConfigError(f"{path}: not an elliptic-curve key; fedrouter client init creates one")
     return key
 
 
 def load_public(text: str) -> PublicKey:
-    """Return the key that a line of OpenSSH's public form holds.
+    """Read a public key from a line in OpenSSH's format.
 
     Raises
     ------
     ConfigError
-        If it holds none.
+        If it is not an elliptic-curve key in this format.
     """
     try:
         key = serialization.load_ssh_public_key(text.encode())
     except (ValueError, UnicodeEncodeError) as error:
         raise ConfigError("no public key: expected the line of a .pub file") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError("a public key of another kind than fedrouter client init makes")
+        raise ConfigError(
+            "not an elliptic-curve public key; use the .pub file that fedrouter client init creates"
+        )
     return key
 
 
@@ -85,7 +85,7 @@ def public_text(key: PublicKey) -> str:
 
 
 def sign(key: PrivateKey, name: str, body: bytes) -> bytes:
-    """Return a reply with the name and the signature of whoever sends it."""
+    """Return a reply with its sender's name and signature in front."""
     encoded = name.encode()
     signature = key.sign(DOMAIN + encoded + b"\0" + body, ec.ECDSA(hashes.SHA256()))
     sizes = len(encoded).to_bytes(2, "big") + len(signature).to_bytes(2, "big")
@@ -98,12 +98,12 @@ def sign_keys(key: PrivateKey, keys: bytes) -> bytes:
 
 
 def verify_keys(key: PublicKey, keys: bytes, signature: bytes) -> None:
-    """Check that the owner of ``key`` has made the keys of one sum.
+    """Check that the owner of ``key`` signed the keys of one sum.
 
     Raises
     ------
     WireError
-        If not.
+        If the signature is invalid.
     """
     try:
         key.verify(signature, SUM_DOMAIN + keys, ec.ECDSA(hashes.SHA256()))
@@ -112,12 +112,12 @@ def verify_keys(key: PublicKey, keys: bytes, signature: bytes) -> None:
 
 
 def claimed(signed: bytes) -> tuple[str, bytes, bytes]:
-    """Return the name that a signed reply claims, its signature and its body; nothing is verified yet.
+    """Return the name that a signed reply claims, its signature and its body, without verifying them.
 
     Raises
     ------
     WireError
-        If it is no signed reply.
+        If it is not a signed reply.
     """
     name_end = 8 + int.from_bytes(signed[4:6], "big")
     end = name_end + int.from_bytes(signed[6:8], "big")
@@ -130,12 +130,12 @@ def claimed(signed: bytes) -> tuple[str, bytes, bytes]:
 
 
 def verify(key: PublicKey, name: str, signature: bytes, body: bytes) -> None:
-    """Check that the owner of ``key`` has signed ``body`` under ``name``.
+    """Check that the owner of ``key`` signed ``body`` as ``name``.
 
     Raises
     ------
     WireError
-        If not.
+        If the signature is invalid.
     """
     try:
         key.verify(signature, DOMAIN + name.encode() + b"\0" + body, ec.ECDSA(hashes.SHA256()))

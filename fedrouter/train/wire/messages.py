@@ -1,6 +1,6 @@
-"""Every message between server and clients, and the way between a dataclass and the wire's fields and arrays.
+"""Every message between server and clients, and the conversion between dataclasses and the wire format.
 
-``REQUESTS`` is all that a server may ask, ``REPLIES`` all that a client may answer.
+A server may send only the kinds in ``REQUESTS``, and a client only those in ``REPLIES``.
 """
 
 import math
@@ -32,31 +32,31 @@ from fedrouter.types import (
     ValidationRequest,
 )
 
-ARRAY = "$array"  # the key of a map that stands for an array
+ARRAY = "$array"  # a map with this key refers to an array
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The server says what it wants to do, before it asks for anything."""
+    """The plan of the run, sent before any other request."""
 
     settings: str  # the run's configuration as JSON, without data and paths of the server
     base: str  # fingerprint of the base's config and tokenizer
-    probe: Array  # (3, d), fixed texts as the server's embedder sees them
-    half: bool = False  # adapters travel as float16, both ways
+    probe: Array  # (3, d), the server's embeddings of fixed texts
+    half: bool = False  # adapters are sent as float16, both ways
     secure: bool = False  # updates are summed so that the server sees no single one
 
 
 @dataclass(frozen=True, slots=True)
 class Summarise:
-    """Cluster the rows; None: find how many."""
+    """Cluster the rows."""
 
-    num: int | None
+    num: int | None  # of local clusters; None: chosen by the client
     beyond: bool = False  # only the rows beyond every radius of the last ``Compare``
 
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """Give rows to the nearest centroid, or where it is told."""
+    """Group rows by nearest centroid, or by ``told``."""
 
     space: RoutingSpace
     told: Membership | None
@@ -64,7 +64,7 @@ class Regroup:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Take the task clusters on."""
+    """Assign rows to the nearest task clusters, or by ``told``, for all later requests."""
 
     space: RoutingSpace
     told: Membership | None
@@ -94,8 +94,8 @@ class Goodbye:
 class Failed:
     """A client could not do what was asked."""
 
-    reason: str  # one line, in no word of the rows
-    settings: bool = False  # the settings are to blame, not the client
+    reason: str  # one line that quotes no row
+    settings: bool = False  # the settings are at fault, not the client
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,38 +107,38 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """A client that was restarted asks for what it has missed: the plan, and the task clusters."""
+    """A restarted client asks for the plan and the task clusters again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A client did what needs no answer."""
+    """Acknowledges a request without a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class SumKeys:
-    """Secure sum, 1: make keys for one round of one task cluster."""
+    """Secure sum, step 1: create keys for one round of one task cluster."""
 
     cluster: int
     round: int
-    peers: tuple[str, ...]  # who is to be summed, in an order that all keep
+    peers: tuple[str, ...]  # the clients to sum, in the same order for all
 
 
 @dataclass(frozen=True, slots=True)
 class SumKey:
-    """A client's public keys for one sum, signed with its own."""
+    """A client's public keys for one sum, signed with its site key."""
 
     client: str
     cluster: int
     round: int
-    mask: Bytes  # X25519: masks that cancel
-    box: Bytes  # X25519: shares under way
+    mask: Bytes  # X25519, for pair masks
+    box: Bytes  # X25519, for encrypting shares
     signature: Bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What a client learns of another one with which it is summed."""
+    """The keys of another client in the same sum."""
 
     key: str  # the site's public key, one line
     keys: SumKey
@@ -146,11 +146,11 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class SumShares:
-    """Secure sum, 2: hand out shares of the secrets behind the masks."""
+    """Secure sum, step 2: distribute shares of the secrets behind the masks."""
 
     cluster: int
     round: int
-    threshold: int  # shares that open a secret
+    threshold: int  # number of shares that restore a secret
     peers: tuple[Peer, ...]
 
 
@@ -166,15 +166,15 @@ class SumSealed:
 
 @dataclass(frozen=True, slots=True)
 class SumTrain:
-    """Secure sum, 3: train, and send the update behind masks."""
+    """Secure sum, step 3: train, and send the masked update."""
 
     request: TrainRequest
-    shares: Mapping[str, Bytes]  # for this client, by who has sent them: who is in the sum
+    shares: Mapping[str, Bytes]  # sender → its share for this client; the senders form the sum
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """An update times its weight, the weight and the loss, behind masks: fixed point modulo 2⁶⁴."""
+    """Update × weight, weight and loss × weight, masked; fixed point modulo 2⁶⁴."""
 
     client: str
     cluster: int
@@ -184,16 +184,16 @@ class Masked:
 
 @dataclass(frozen=True, slots=True)
 class SumOpen:
-    """Secure sum, 4: open the own masks of those whose sum has arrived, and the pair masks of the others."""
+    """Secure sum, step 4: open the survivors' self masks and the pair masks of the dropped clients."""
 
     cluster: int
     round: int
-    survivors: tuple[str, ...]
+    survivors: tuple[str, ...]  # clients whose masked updates have arrived
 
 
 @dataclass(frozen=True, slots=True)
 class SumOpened:
-    """A client's shares of others' secrets: of each other client one, never both."""
+    """A client's shares of the secrets: for each client one of its two secrets, never both."""
 
     client: str
     cluster: int
@@ -238,21 +238,21 @@ REPLIES = (
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What one side sends in one exchange."""
+    """The messages that one side sends in one exchange."""
 
     run: str
     client: str
-    exchange: int  # rises from message to message; a client answers each number once
+    exchange: int  # increases with every request; a client answers each number once
     messages: tuple[Any, ...]
-    asked: str = ""  # of a reply: the SHA-256 of what it answers
+    asked: str = ""  # in a reply: SHA-256 of the request
 
 
 def seal(envelope: Envelope, half: bool = False) -> bytes:
-    """Return an envelope's bytes.
+    """Encode an envelope.
 
     Parameters
     ----------
-    half : send adapters as float16: half the bytes, and every weight is rounded to 11 bits.
+    half : send adapters as float16, which halves their size and rounds every weight to 11 bits.
     """
     arrays: dict[str, NDArray[Any]] = {}
     body = {
@@ -261,41 +261,42 @@ def seal(envelope: Envelope, half: bool = False) -> bytes:
         "exchange": envelope.exchange,
         "asked": envelope.asked,
         "messages": [
-            {"kind": type(message).__name__, **_outer(message, arrays, half)} for message in envelope.messages
+            {"kind": type(message).__name__, **_encode(message, arrays, half)}
+            for message in envelope.messages
         ],
     }
     return pack(Packet("envelope", body, arrays))
 
 
 def unseal(body: bytes, kinds: tuple[type, ...], limit: int) -> Envelope:
-    """Return the envelope that bytes are, if it holds messages of ``kinds`` alone.
+    """Decode an envelope that may hold only messages of ``kinds``.
 
     Raises
     ------
     WireError
-        If a field is missing, of another type than it is declared, or not declared at all.
+        If a message is of another kind, or a field is missing, undeclared or of the wrong type.
     """
     packet = unpack(body, limit)
     known = {kind.__name__: kind for kind in kinds}
     try:
         head = {name: packet.fields[name] for name in ("run", "client", "exchange", "asked", "messages")}
         messages = []
-        for one in head["messages"]:
-            values = dict(one)
+        for message in head["messages"]:
+            values = dict(message)
             kind = known[values.pop("kind")]
-            messages.append(_made(kind, values, packet.arrays))
+            messages.append(_decode(kind, values, packet.arrays))
         run, client, exchange, asked = (head[name] for name in ("run", "client", "exchange", "asked"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"an envelope that cannot be read: {type(error).__name__}") from error
     if not (isinstance(run, str) and isinstance(client, str) and isinstance(asked, str)):
-        raise WireError("an envelope without a run and a client")
+        raise WireError("an envelope whose run, client or asked is not a string")
     if type(exchange) is not int:
-        raise WireError("an envelope without a number")
+        raise WireError("an envelope whose exchange is not an integer")
     return Envelope(run, client, exchange, tuple(messages), asked)
 
 
 def rounding(message: TrainRequest | TrainReply) -> float:
-    """Return what float16 loses of an adapter: the L2 norm of the error over that of the adapter."""
+    """Return the relative L2 error of an adapter that is sent as float16."""
     error = total = 0.0
     for array in message.adapter.values():
         exact = array.astype(np.float64)
@@ -309,19 +310,19 @@ def _halved(array: NDArray[Any]) -> NDArray[Any]:
     return np.clip(array, -limit, limit).astype(np.float16)
 
 
-def _outer(value: Any, arrays: dict[str, NDArray[Any]], half: bool) -> Any:
-    """Return a value as fields; put its arrays into ``arrays``."""
+def _encode(value: Any, arrays: dict[str, NDArray[Any]], half: bool) -> Any:
+    """Convert a value to JSON-compatible fields; move its arrays to ``arrays``."""
     if is_dataclass(value) and not isinstance(value, type):
         adapters = half and isinstance(value, TrainRequest | TrainReply | ValidationRequest)
-        return {f.name: _outer(getattr(value, f.name), arrays, adapters) for f in fields(value)}
+        return {f.name: _encode(getattr(value, f.name), arrays, adapters) for f in fields(value)}
     if isinstance(value, np.ndarray):
         name = str(len(arrays))
         arrays[name] = _halved(value) if half else value
         return {ARRAY: name}
     if isinstance(value, Mapping):
-        return {str(key): _outer(inner, arrays, half) for key, inner in value.items()}
+        return {str(key): _encode(inner, arrays, half) for key, inner in value.items()}
     if isinstance(value, tuple | list):
-        return [_outer(inner, arrays, half) for inner in value]
+        return [_encode(inner, arrays, half) for inner in value]
     if isinstance(value, np.generic):
         return value.item()
     return value
@@ -332,45 +333,47 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _made(kind: Any, value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    """Return ``value`` as what ``kind`` declares.
+def _decode(kind: Any, value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """Convert fields back to a value of type ``kind``.
 
     Raises
     ------
     TypeError, KeyError, ValueError
-        If it is not of that kind.
+        If they do not match the type.
     """
     if is_dataclass(kind) and isinstance(kind, type):
         hints = _hints(kind)
         if not isinstance(value, dict) or not value.keys() <= hints.keys():
-            raise TypeError(f"{kind.__name__} with other fields")
-        return kind(**{name: _made(hints[name], inner, arrays) for name, inner in value.items()})
+            raise TypeError(f"{kind.__name__} with undeclared fields")
+        return kind(**{name: _decode(hints[name], inner, arrays) for name, inner in value.items()})
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is np.ndarray:
         return _array(np.dtype(get_args(arguments[1])[0]), value, arrays)
     if origin in (Union, python_types.UnionType):
         options = [option for option in arguments if option is not type(None)]
-        return None if value is None else _made(options[0], value, arrays)
+        return None if value is None else _decode(options[0], value, arrays)
     if origin is tuple:
-        return tuple(_made(arguments[0], inner, arrays) for inner in _of(list, value))
+        return tuple(_decode(arguments[0], inner, arrays) for inner in _require_type(list, value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key = arguments[0]
-        return {key(k): _made(arguments[1], inner, arrays) for k, inner in _of(dict, value).items()}
+        return {
+            key(k): _decode(arguments[1], inner, arrays) for k, inner in _require_type(dict, value).items()
+        }
     if kind is float:
-        return float(_of((int, float), value))
-    return _of(kind, value)
+        return float(_require_type((int, float), value))
+    return _require_type(kind, value)
 
 
-def _of(kind: Any, value: Any) -> Any:
+def _require_type(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"a field of another type than {kind}")
+        raise TypeError(f"a field that is not of type {kind}")
     return value
 
 
 def _array(dtype: np.dtype[Any], value: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    array = arrays[_of(dict, value)[ARRAY]]
+    array = arrays[_require_type(dict, value)[ARRAY]]
     if array.dtype == np.float16 and dtype == np.float32:
         return array.astype(np.float32)
     if array.dtype != dtype:
-        raise TypeError(f"an array of {array.dtype} where {dtype} belongs")
+        raise TypeError(f"an array of {array.dtype} instead of {dtype}")
     return array if array.flags.writeable else array.copy()

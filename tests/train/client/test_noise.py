@@ -1,4 +1,4 @@
-"""Noise reaches the arithmetic, hides what it claims to hide, and is accounted for."""
+"""Noise is applied, has the claimed size, and is accounted for."""
 
 import math
 import re
@@ -53,7 +53,7 @@ def space() -> RoutingSpace:
     return RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), centroids, (0, 1, 1))
 
 
-def test_the_multiplier_is_the_noise_in_units_of_what_can_change() -> None:
+def test_the_multiplier_is_the_noise_in_units_of_the_sensitivity() -> None:
     value = np.arange(6.0)
     drawn = [Noise(bytes([i, i // 256]), "c").release(value, 3.0, 0.5, "x") - value for i in range(250)] + [
         Noise(b"secret", "c").release(value, 3.0, 0.5, i) - value for i in range(250)
@@ -64,7 +64,7 @@ def test_the_multiplier_is_the_noise_in_units_of_what_can_change() -> None:
 
 
 @pytest.mark.parametrize(("norm_", "multiplier"), [(0.5, 2.0), (0.1, 0.3)])
-def test_an_update_is_clipped_and_gets_noise_where_it_is_trained(norm_: float, multiplier: float) -> None:
+def test_an_update_is_clipped_and_trained_tensors_get_noise(norm_: float, multiplier: float) -> None:
     sent, trained = adapter(0), adapter(1)
     privacy = PrivacySettings(clip_updates=norm_, update_noise=multiplier)
     only_b = [n for n in sorted(sent) if "lora_B" in n]
@@ -78,7 +78,7 @@ def test_an_update_is_clipped_and_gets_noise_where_it_is_trained(norm_: float, m
 
 
 class Replay(Noise):
-    """Answers as another client did, whatever its own rows are, and writes down what it would have told."""
+    """Repeats given releases whatever the rows are, and records the values before noise."""
 
     def __init__(self, answers: list[Float64s] | None = None):
         super().__init__(b"k", "c")
@@ -102,10 +102,8 @@ def tell(x: Array, using: Replay) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(row=st.integers(0, 39), scale=st.sampled_from([0.1, 10.0, 1e4]), seed=st.integers(0, 1000))
-def test_another_row_in_its_place_changes_no_release_by_more_than_its_bound(
-    row: int, scale: float, seed: int
-) -> None:
-    """The premise of the accounting: what was told before is the same, one row is not."""
+def test_replacing_a_row_changes_no_release_by_more_than_its_bound(row: int, scale: float, seed: int) -> None:
+    """The premise of the accounting: equal earlier releases, but one different row."""
     rng = np.random.default_rng(seed)
     x = (20 * rng.normal(size=(40, DIM))).astype(np.float32)
     other = x.copy()
@@ -121,7 +119,7 @@ def test_another_row_in_its_place_changes_no_release_by_more_than_its_bound(
 
 
 @given(seeds=st.lists(st.integers(0, 100), min_size=3, max_size=3, unique=True))
-def test_whatever_a_client_holds_its_update_stays_within_the_bound(seeds: list[int]) -> None:
+def test_any_two_updates_differ_by_at_most_the_bound(seeds: list[int]) -> None:
     sent, *trained = (adapter(seed) for seed in seeds)
     replays = [Replay(), Replay()]
     for one, using in zip(trained, replays, strict=True):
@@ -129,15 +127,15 @@ def test_whatever_a_client_holds_its_update_stays_within_the_bound(seeds: list[i
     assert np.linalg.norm(replays[0].values[0] - replays[1].values[0]) <= replays[0].bounds[0] + 1e-6
 
 
-def test_epsilon_is_the_gaussian_mechanisms() -> None:
+def test_epsilon_equals_the_gaussian_mechanism() -> None:
     for multiplier in (0.5, 1.0, 4.0):
         found = epsilon([multiplier], 1e-5)
-        # Balle and Wang 2018, theorem 5: the δ that belongs to this ε.
+        # The δ for this ε: Balle and Wang 2018, theorem 5.
         a, b = 1 / (2 * multiplier), found * multiplier
         assert norm.cdf(a - b) - math.exp(found) * norm.cdf(-a - b) == pytest.approx(1e-5, rel=1e-6)
 
 
-def test_releases_add_up_as_the_accountants_own_composition_says() -> None:
+def test_composition_equals_the_accounting_package() -> None:
     accountant = dp_accounting.pld.PLDAccountant()
     accountant.compose(dp_accounting.GaussianDpEvent(3.0), 5)
     accountant.compose(dp_accounting.GaussianDpEvent(8.0), 30)
@@ -147,11 +145,11 @@ def test_releases_add_up_as_the_accountants_own_composition_says() -> None:
 
 
 def test_every_release_of_a_run_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     release = Noise.release
 
     def count(self: Noise, *arguments: Any) -> Float64s:
-        told[self._client] += 1
+        counts[self._client] += 1
         return release(self, *arguments)
 
     monkeypatch.setattr(Noise, "release", count)
@@ -162,14 +160,14 @@ def test_every_release_of_a_run_is_accounted_for(monkeypatch: pytest.MonkeyPatch
     row, client, averaged, whole = guarantees(noisy_config(), assignments)
     assert [g.unit for g in (row, client, averaged, whole)] == ["row", "client", "client", "row"]
     assert averaged.epsilon < client.epsilon
-    assert whole.num_releases == row.num_releases + client.num_releases == max(told.values())
+    assert whole.num_releases == row.num_releases + client.num_releases == max(counts.values())
     assert client.num_releases == 3 * 2, "rounds × subsets"
     assert row.epsilon == pytest.approx(epsilon([1.0 / math.sqrt(5)], 1e-5), rel=1e-3)
     assert max(row.epsilon, client.epsilon) < whole.epsilon
 
 
-def test_averages_hide_a_client_behind_the_noise_of_all() -> None:
-    """Four clients with the same steps: twice the multiplier; a median is no sum and promises nothing."""
+def test_averages_contain_the_noise_of_all_clients() -> None:
+    """Four clients with equal steps double the multiplier; a median is not a sum and gives no guarantee."""
     distances = np.zeros(101, np.float32)
     assignments = [Assignment(str(i), (Subset(0, 10, distances, {}),)) for i in range(4)]
     values = {"train": {"rounds": 3}, "privacy": {"clip_updates": 1.0, "update_noise": 4.0}}
@@ -185,7 +183,7 @@ def test_averages_hide_a_client_behind_the_noise_of_all() -> None:
     assert alone[0].epsilon == alone[1].epsilon
 
 
-def test_with_noise_nothing_else_tells_of_the_rows() -> None:
+def test_with_noise_nothing_else_is_revealed() -> None:
     members = clients(privacy=noisy_config().privacy)
     federation = Watched(members)
     whole_run(federation, noisy_config())
@@ -200,7 +198,7 @@ def test_with_noise_nothing_else_tells_of_the_rows() -> None:
         members[0].regroup(space())
 
 
-def test_a_subset_that_only_noise_speaks_of_is_answered_like_any_other() -> None:
+def test_an_empty_subset_gets_a_reply_like_any_other() -> None:
     (member,) = clients(privacy=noisy_config().privacy)[:1]
     member._rows = {0: np.array([], dtype=int)}
     request = next(
@@ -219,12 +217,12 @@ def trained_run(key: bytes = b"k", **privacy: float) -> Watched:
     return federation
 
 
-def test_the_same_secret_says_the_same_again_another_one_does_not() -> None:
+def test_only_the_same_secret_gives_the_same_messages() -> None:
     assert same(trained_run(), trained_run())
     assert not same(trained_run(), trained_run(key=b"another"))
 
 
-def test_another_question_or_other_rows_get_fresh_noise() -> None:
+def test_other_requests_or_rows_get_independent_noise() -> None:
     one, value = Noise(b"k", "ulm"), np.zeros(50)
     drawn = one.release(value, 1, 1, "summarise", 2)
     assert (drawn == one.release(value, 1, 1, "summarise", 2)).all()
@@ -243,7 +241,7 @@ def test_without_noise_nothing_changes() -> None:
     assert same(plain, zero)
 
 
-def test_clusters_are_found_through_little_noise() -> None:
+def test_clusters_are_found_despite_little_noise() -> None:
     member = clients(num=400, privacy=PRIVACY)[0]
     found = member.summarise(2)
     centres = TaskEmbedder().embed(["colours x", "numbers x"])
@@ -251,18 +249,18 @@ def test_clusters_are_found_through_little_noise() -> None:
     assert sorted(gaps.argmin(1)) == [0, 1]
 
 
-def test_the_secret_comes_from_the_system_stays_and_is_the_owners(tmp_path: Path) -> None:
+def test_the_secret_is_random_stored_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     key = noise_key(tmp_path, PRIVACY)
     assert len(key) == 32
-    assert key != noise_key(tmp_path, PRIVACY), "kept from the first round on, not before"
-    for _ in range(2):  # written again by a run that is resumed
+    assert key != noise_key(tmp_path, PRIVACY), "the key is stored only when the rounds start"
+    for _ in range(2):  # a resumed run writes it again
         keep_promises(tmp_path, PRIVACY, [], key)
         assert noise_key(tmp_path, PRIVACY) == key
     assert stat.S_IMODE((tmp_path / "noise.key").stat().st_mode) == 0o600
     assert noise_key(tmp_path, PrivacySettings()) == b""
 
 
-def test_the_documented_example_is_a_configuration() -> None:
+def test_the_documented_example_is_valid() -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
     assert Config.model_validate(tomllib.loads(example)).privacy.noisy
 
@@ -291,6 +289,6 @@ def test_the_documented_example_is_a_configuration() -> None:
         ({"privacy": {"noise": 1.0}}, "Extra inputs"),
     ],
 )
-def test_options_that_need_each_other(values: dict[str, Any], message: str) -> None:
+def test_incompatible_options_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Config.model_validate(values)

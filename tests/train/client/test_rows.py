@@ -1,4 +1,4 @@
-"""What a row looks like to the model: where loss is, what is cut, what the chat template cannot show."""
+"""Rows as the model sees them: tokens with loss, cuts, and limits of chat templates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from fedrouter.models import load_tokenizer, render
 from fedrouter.train.client.rows import Tokeniser, TokenRow, load_rows
 from fedrouter.types import Record, Turn
 
-# Marks every turn and shows everything, as the templates of chat models do.
+# Marks every turn and renders everything, as templates of chat models do.
 CHATML = (
     "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -22,7 +22,7 @@ CHATML = (
     "{% endfor %}"
     "</s>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Drops what earlier answers thought, and opens a thought before the next one.
+# Drops the thoughts of earlier answers, and opens a thought before the next answer.
 THINKING = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
@@ -50,12 +50,14 @@ def text(tokeniser: Tokeniser, row: TokenRow) -> str:
 
 
 def learned(tokeniser: Tokeniser, row: TokenRow) -> list[str]:
-    """Return the stretches of a row that carry loss."""
+    """Return the parts of a row's text that carry loss."""
     edges = np.flatnonzero(np.diff(np.r_[0, row.learned, 0]))
     return [tokeniser._tokenizer.decode(row.ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
-def test_the_prompt_is_the_servers_and_the_answer_ends(tokeniser: Callable[..., Tokeniser]) -> None:
+def test_the_prompt_is_rendered_as_on_a_server_and_the_answer_ends(
+    tokeniser: Callable[..., Tokeniser],
+) -> None:
     tok = tokeniser(None)
     (row,) = tok.rows([Record(QUESTION, "The red one.")])
     prompt = render(tok._tokenizer, QUESTION)
@@ -65,21 +67,21 @@ def test_the_prompt_is_the_servers_and_the_answer_ends(tokeniser: Callable[..., 
     assert learned(tok, row) == ["The red one.</s>"]
 
 
-def test_every_answer_of_a_conversation_carries_loss_or_the_last_alone(
+def test_all_answers_of_a_conversation_or_only_the_last_carry_loss(
     tokeniser: Callable[..., Tokeniser],
 ) -> None:
     tok = tokeniser()
     (row,) = tok.rows([Record(CHAT, "Second answer")])
     assert learned(tok, row) == ["First answer</s>", "Second answer</s>"]
     prompt = render(tok._tokenizer, CHAT)
-    assert text(tok, row) == prompt + "Second answer</s>", "one row, as a server would see it"
+    assert text(tok, row) == prompt + "Second answer</s>", "one row, rendered as on a server"
     last = tokeniser(last=True)
     assert learned(last, last.rows([Record(CHAT, "Second answer")])[0]) == ["Second answer</s>"]
     unweighted = (CHAT[0], Turn("assistant", "First answer", learned=False), CHAT[2])
     assert learned(tok, tok.rows([Record(unweighted, "Second answer")])[0]) == ["Second answer</s>"]
 
 
-def test_answers_that_a_template_writes_otherwise_later_get_rows_of_their_own(
+def test_answers_that_a_template_later_changes_get_their_own_rows(
     tokeniser: Callable[..., Tokeniser],
 ) -> None:
     tok = tokeniser(THINKING)
@@ -89,9 +91,10 @@ def test_answers_that_a_template_writes_otherwise_later_get_rows_of_their_own(
         ["hm\n</think>\n\nSecond answer</s>"],
     ]
     assert text(tok, rows[0]).endswith("<assistant><think>\n\n</think>\n\nFirst answer</s>")
-    assert text(tok, rows[1]).count("<think>") == 1, "what the prompt opened is not opened again"
-    said = "\n".join(tok.lines())
-    assert "1 conversations train a row an answer" in said and "1 answers are trained behind an empty" in said
+    assert text(tok, rows[1]).count("<think>") == 1, "a thought opened by the prompt is not opened again"
+    lines = "\n".join(tok.lines())
+    assert "1 conversations give one row per answer" in lines
+    assert "1 answers are trained after an empty" in lines
 
 
 def test_tools_and_calls_are_rendered_and_learned(tokeniser: Callable[..., Tokeniser]) -> None:
@@ -121,7 +124,7 @@ def test_tools_and_calls_are_rendered_and_learned(tokeniser: Callable[..., Token
         (Record((*QUESTION, Turn("tool", "7")), "y", where="a.jsonl:3"), "it does not show tool results"),
     ],
 )
-def test_a_template_without_tools_refuses_by_row(
+def test_a_template_without_tools_is_refused_with_the_row(
     tokeniser: Callable[..., Tokeniser], record: Record, what: str
 ) -> None:
     silent = (
@@ -133,7 +136,7 @@ def test_a_template_without_tools_refuses_by_row(
         tokeniser(silent).rows([record])
 
 
-def test_what_a_template_refuses_is_said_with_client_file_and_row(
+def test_a_template_error_names_client_file_and_row(
     tokeniser: Callable[..., Tokeniser],
 ) -> None:
     tok = tokeniser(
@@ -144,16 +147,16 @@ def test_what_a_template_refuses_is_said_with_client_file_and_row(
         load_rows(tok, {"bern": [Record(QUESTION, "x")], "ulm": [Record(QUESTION, "x"), row]})
 
 
-def test_turns_that_a_template_leaves_out_are_told(tokeniser: Callable[..., Tokeniser]) -> None:
+def test_turns_that_a_template_hides_are_reported(tokeniser: Callable[..., Tokeniser]) -> None:
     silent = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     tok = tokeniser(silent)
     tok.rows([Record((Turn("system", "Be."), *QUESTION), "x", where="rows.jsonl:4"), Record(QUESTION, "x")])
-    assert next(line for line in tok.lines() if "no system turn" in line).startswith(
-        "the chat template shows no system turn like those of 1 rows, the first rows.jsonl:4"
+    assert next(line for line in tok.lines() if "system turn" in line).startswith(
+        "the chat template does not show the system turns of 1 rows (first: rows.jsonl:4)"
     )
 
 
-def test_long_rows_use_all_room_and_say_so(tokeniser: Callable[..., Tokeniser]) -> None:
+def test_long_rows_are_cut_to_the_limit_and_reported(tokeniser: Callable[..., Tokeniser]) -> None:
     tok = tokeniser(max_length=40)
     long = "lamp " * 100
     rows = tok.rows([
@@ -162,9 +165,9 @@ def test_long_rows_use_all_room_and_say_so(tokeniser: Callable[..., Tokeniser]) 
         Record(QUESTION, "short"),
     ])  # fmt: skip
     assert [len(row.ids) for row in rows[:2]] == [40, 40] and len(rows[2].ids) < 40
-    assert learned(tok, rows[0]) == ["short</s>"], "the answer is whole"
+    assert learned(tok, rows[0]) == ["short</s>"], "the answer is not cut"
     (answer,) = learned(tok, rows[1])
-    assert "</s>" not in answer and long.startswith(answer.strip()), "no end is learned in mid-sentence"
+    assert "</s>" not in answer and long.startswith(answer.strip()), "a cut answer has no end token"
     assert [(row.cuts_prompt, row.cuts_answer) for row in rows] == [
         (True, False),
         (False, True),
@@ -174,7 +177,7 @@ def test_long_rows_use_all_room_and_say_so(tokeniser: Callable[..., Tokeniser]) 
     longest = max(row.length for row in rows)
     assert line.startswith("2 of 3 rows are longer than train.max_length = 40 tokens: 1 lose the beginning")
     assert f"{longest} would hold 100%" in line
-    assert "the base's positions = 30" in "".join(positions_lines(tokeniser, long))
+    assert "the base's context length = 30" in "".join(positions_lines(tokeniser, long))
 
 
 def positions_lines(tokeniser: Callable[..., Tokeniser], long: str) -> list[str]:
@@ -184,7 +187,7 @@ def positions_lines(tokeniser: Callable[..., Tokeniser], long: str) -> list[str]
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(16, 64))
-def test_no_room_is_left_unused_and_no_answer_is_cut_for_a_prompt(
+def test_cut_rows_fill_the_limit_and_answers_have_priority(
     tokeniser: Callable[..., Tokeniser], num_prompt: int, num_answer: int, limit: int
 ) -> None:
     record = Record((Turn("user", "a" + " lamp" * num_prompt),), " lamp" * num_answer)
@@ -192,7 +195,7 @@ def test_no_room_is_left_unused_and_no_answer_is_cut_for_a_prompt(
     assert row.length == len(whole.ids) == whole.length
     assert len(row.ids) == min(limit, whole.length)
     num = int(whole.learned.sum())
-    assert (row.ids[-1] == whole.ids[-1]) == (num < limit), "the end token is there where the answer is whole"
+    assert (row.ids[-1] == whole.ids[-1]) == (num < limit), "only an uncut answer has its end token"
     if num < limit:
         assert row.ids.tolist() == whole.ids[-len(row.ids) :].tolist()
     else:

@@ -1,4 +1,4 @@
-"""One adapter trained on a very small model: what the options do to it."""
+"""Training one adapter of a very small model: the effect of the options."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def small_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 @pytest.fixture(scope="module")
 def train() -> Train:
     def run(steps: int = 3, freeze_a: bool = False, **settings: object) -> tuple[AdapterState, Trained]:
-        """Return the adapter before training, and what training gave."""
+        """Return the adapter before training, and the result of training."""
         trainer = AdapterTrainer(
             *small_model(),
             LoraSettings(rank=2, freeze_a=freeze_a),
@@ -55,10 +55,10 @@ def train() -> Train:
     return run
 
 
-def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> None:
+def test_the_proximal_term_acts_from_the_second_step_on(train: Train) -> None:
     (start, plain), (_, pulled) = train(), train(proximal=100.0)
     assert distance(start, pulled.adapter) < 0.9 * distance(start, plain.adapter)
-    assert pulled.loss < 2 * plain.loss, "the loss is shown without the term"
+    assert pulled.loss < 2 * plain.loss, "the reported loss omits the proximal term"
     (_, one), (_, one_pulled) = train(steps=1), train(steps=1, proximal=100.0)
     for name, array in one.adapter.items():
         np.testing.assert_array_equal(array, one_pulled.adapter[name])
@@ -66,8 +66,8 @@ def test_the_proximal_term_pulls_back_from_the_second_step_on(train: Train) -> N
 
 @given(mu=st.sampled_from([0.0, 0.3]) | st.floats(1, 100), seed=st.integers(0, 1000))
 @settings(max_examples=12)
-def test_training_with_the_proximal_term_is_descent_on_the_dense_objective(mu: float, seed: int) -> None:
-    """Oracle: loss + μ/2 ‖w - w₀‖² of a model with dense weights W + α/r BA; no PEFT, TRL or hooks in it."""
+def test_training_with_the_proximal_term_descends_the_dense_objective(mu: float, seed: int) -> None:
+    """Oracle: loss + μ/2 ‖w - w₀‖² of a model with dense weights W + α/r BA, without PEFT, TRL or hooks."""
     trainer = AdapterTrainer(
         *small_model(), LoraSettings(rank=2, alpha=6), TrainSettings(batch_size=3, proximal=mu), seed=0
     )
@@ -75,7 +75,7 @@ def test_training_with_the_proximal_term_is_descent_on_the_dense_objective(mu: f
     sent = {
         n: x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for n, x in sorted(trainer.state().items())
     }
-    rows = trainer.tokenise(RECORDS[:3])  # one batch: their order says nothing
+    rows = trainer.tokenise(RECORDS[:3])  # a single batch, so order does not matter
     found = trainer.train(sent, rows, steps=3, learning_rate=1e-2, seed=0).adapter
 
     model = small_model()[0].requires_grad_(False)
@@ -103,7 +103,7 @@ def test_training_with_the_proximal_term_is_descent_on_the_dense_objective(mu: f
         np.testing.assert_allclose(found[name], weight.detach().numpy(), atol=2e-4, err_msg=name)
 
 
-def test_gradient_checkpointing_computes_twice_gives_the_same_adapter_and_leaves_nothing_behind() -> None:
+def test_gradient_checkpointing_recomputes_with_equal_results_and_is_undone() -> None:
     found, passes = [], []
     for checkpointing in (False, True):
         model, tokenizer = small_model()
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_computes_twice_gives_the_same_adapter_and_leaves
             np.testing.assert_allclose(other[name], array, atol=1e-6)
 
 
-def test_validation_loss_is_the_mean_over_completion_tokens_however_batched() -> None:
+def test_validation_loss_is_the_mean_over_completion_tokens() -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), TrainSettings(batch_size=3), seed=0)
     rows = trainer.tokenise(RECORDS)
     found, num_tokens = trainer.loss(trainer.state(), rows)
@@ -139,7 +139,7 @@ def test_validation_loss_is_the_mean_over_completion_tokens_however_batched() ->
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_a_frozen_a_stays_as_it_was_drawn_and_b_learns(train: Train) -> None:
+def test_a_frozen_a_does_not_change_while_b_learns(train: Train) -> None:
     for frozen in (True, False):
         start, trained = train(freeze_a=frozen)
         for name, array in trained.adapter.items():
@@ -147,7 +147,7 @@ def test_a_frozen_a_stays_as_it_was_drawn_and_b_learns(train: Train) -> None:
             assert moved == (".lora_B." in name or not frozen), name
 
 
-def test_a_lower_rank_trains_as_a_trainer_of_that_rank_at_the_same_scale() -> None:
+def test_a_lower_rank_equals_a_trainer_of_that_rank_at_the_same_scale() -> None:
     high, low = (
         AdapterTrainer(*small_model(), LoraSettings(rank=r, alpha=4 * r), TrainSettings(batch_size=4), seed=0)
         for r in (3, 2)
@@ -157,24 +157,24 @@ def test_a_lower_rank_trains_as_a_trainer_of_that_rank_at_the_same_scale() -> No
     for name, array in want.items():
         assert found[name].shape == array.shape
         np.testing.assert_allclose(found[name], array, atol=1e-5)
-        assert ".lora_A." in name or np.abs(array).max() > 1e-3, "it has learned something"
+        assert ".lora_A." in name or np.abs(array).max() > 1e-3, "the adapter has changed"
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_noise_goes_to_the_tensors_that_are_trained(frozen: bool) -> None:
+def test_the_trained_tensors_are_listed(frozen: bool) -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(freeze_a=frozen), TrainSettings(), seed=0)
     assert trainer.trained == [n for n in sorted(trainer.state()) if ".lora_B." in n or not frozen]
 
 
-def test_a_target_module_that_is_not_there_is_named_even_beside_one_that_is() -> None:
+def test_a_missing_target_module_is_named_even_next_to_a_valid_one() -> None:
     model, _ = small_model()
     check_targets(model, "all-linear")
     check_targets(model, ["q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj"])
-    with pytest.raises(ModelError, match=r"no module q_porj; its linear ones are down_proj, .*q_proj"):
+    with pytest.raises(ModelError, match=r"no module q_porj; its linear modules are down_proj, .*q_proj"):
         check_targets(model, ["v_proj", "q_porj"])
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+def test_accumulated_batches_equal_one_large_batch() -> None:
     found = []
     for size, times in ((8, 1), (2, 4)):
         settings = TrainSettings(batch_size=size, gradient_accumulation=times)
@@ -187,7 +187,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
         np.testing.assert_allclose(found[1].adapter[name], array, atol=2e-5, err_msg=name)
 
 
-def test_rows_of_a_step_come_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_step_are_sorted_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Record((Turn("user", "word " * (1 + 7 * i % 23)),), "yes") for i in range(16)]
     settings = TrainSettings(batch_size=2, gradient_accumulation=4)
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), settings, seed=0)
@@ -204,10 +204,10 @@ def test_rows_of_a_step_come_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = widths[:4], widths[4:]
     assert all(step == sorted(step) for step in steps)
     assert max(max(step) for step in steps) == lengths[-1]
-    assert 2 * sum(widths) < 1.2 * sum(lengths), "little padding; of rows at random it is half as much again"
+    assert 2 * sum(widths) < 1.2 * sum(lengths), "random order would pad by about half"
 
 
-def test_a_rehearsal_leaves_the_model_as_it_was_and_says_what_would_fail(
+def test_a_rehearsal_restores_the_model_and_reports_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = AdapterTrainer(*small_model(), LoraSettings(rank=2), TrainSettings(batch_size=4), seed=0)

@@ -1,4 +1,4 @@
-"""Bases of odd kinds, small and random: what gets adapters is judged by the loaded model's modules."""
+"""Small random base models of unusual kinds: which of their modules get adapters."""
 
 import re
 
@@ -93,14 +93,14 @@ def test_embeddings_and_the_output_layer_are_refused(name: str, what: str) -> No
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_what_is_said_to_get_adapters_gets_them(targets: str | list[str]) -> None:
+def test_the_reported_modules_get_adapters(targets: str | list[str]) -> None:
     for model in (made(LlamaConfig(**SHAPE)), gemma3(), moe()):
-        said = sorted(adapted(model, targets))
+        reported = sorted(adapted(model, targets))
         check_targets(model, targets)
-        assert trained(model, LoraSettings(rank=2, target_modules=targets)) == said
+        assert trained(model, LoraSettings(rank=2, target_modules=targets)) == reported
 
 
-def test_a_wrapper_trains_its_language_model_alone_and_says_so() -> None:
+def test_only_the_language_model_of_a_multimodal_model_is_trained() -> None:
     model = gemma3()
     names = adapted(model, "all-linear")
     assert names and all(".language_model." in f".{name}" for name in names)
@@ -109,8 +109,8 @@ def test_a_wrapper_trains_its_language_model_alone_and_says_so() -> None:
     assert left_out(made(LlamaConfig(**SHAPE))) == []
 
 
-def test_fused_experts_are_left_out_and_it_is_said() -> None:
+def test_fused_experts_get_no_adapters_and_are_reported() -> None:
     (line,) = left_out(moe())
     assert re.fullmatch(
-        r"the base's experts are fused: \d+% of its weights are trained without adapters", line
+        r"the base's experts are fused and get no adapters: \d+% of its weights are not trained", line
     )

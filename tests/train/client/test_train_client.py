@@ -1,4 +1,4 @@
-"""What a client does with its own rows."""
+"""A client's use of its own rows."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ ROWS = [Record((Turn("user", task * 5),), str(i), task) for task in "ab" for i i
 
 
 class Trainer:
-    """Notes which rows it tokenises and which it is given."""
+    """Records the rows that it tokenises and trains on."""
 
     validation = 0.2
 

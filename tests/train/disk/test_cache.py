@@ -12,7 +12,7 @@ TEXTS = ["abc", "ab", "", "hhh"]
 
 
 class Counting(LetterEmbedder):
-    """Counts the lists it embeds, the probe's aside; ``shift`` stands for other weights."""
+    """Counts the lists it embeds, except the probe; ``shift`` stands for other weights."""
 
     def __init__(self, shift: float = 0.0):
         self.shift, self.calls = np.float32(shift), -1
@@ -22,7 +22,7 @@ class Counting(LetterEmbedder):
         return super().embed(texts) + self.shift
 
 
-def test_what_was_embedded_once_is_read(tmp_path: Path) -> None:
+def test_cached_embeddings_are_read(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
     found = CachedEmbedder(first, tmp_path).embed(TEXTS)
     again = CachedEmbedder(second, tmp_path).embed(TEXTS)
@@ -32,7 +32,7 @@ def test_what_was_embedded_once_is_read(tmp_path: Path) -> None:
     assert again.dtype == np.float32
 
 
-def test_other_texts_another_order_or_other_weights_are_computed(tmp_path: Path) -> None:
+def test_changed_texts_order_or_weights_are_recomputed(tmp_path: Path) -> None:
     embedder = Counting()
     cached = CachedEmbedder(embedder, tmp_path)
     for texts in (TEXTS, TEXTS[::-1], TEXTS[:3], ["abca", "b", "", "hhh"]):
@@ -46,7 +46,7 @@ def test_other_texts_another_order_or_other_weights_are_computed(tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", [0, 5, -1])
-def test_a_damaged_file_is_computed_again(where: int, tmp_path: Path) -> None:
+def test_a_damaged_file_is_recomputed(where: int, tmp_path: Path) -> None:
     found = CachedEmbedder(Counting(), tmp_path).embed(TEXTS)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_computed_again(where: int, tmp_path: Path) -> None:
         embedder = Counting()
         np.testing.assert_array_equal(CachedEmbedder(embedder, tmp_path).embed(TEXTS), found)
         assert embedder.calls == 1
-        assert file.read_bytes() == whole, "written anew"
+        assert file.read_bytes() == whole, "the file is rewritten"
 
 
 def test_no_texts(tmp_path: Path) -> None:

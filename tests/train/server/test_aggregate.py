@@ -14,12 +14,12 @@ weighted = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 
 
 def product(state: AdapterState) -> Array:
-    """ΔW, dense."""
+    """Return the dense ΔW."""
     return state[B].astype(np.float64) @ state[A].astype(np.float64)
 
 
 @given(weights=weighted, seed=st.integers(0, 1000))
-def test_average_is_numpys(weights: list[int], seed: int) -> None:
+def test_average_equals_numpy(weights: list[int], seed: int) -> None:
     states = [adapter(seed + i) for i in range(len(weights))]
     mean = average(states, weights)
     for name in states[0]:
@@ -30,14 +30,14 @@ def test_average_is_numpys(weights: list[int], seed: int) -> None:
 
 @given(weights=weighted, seed=st.integers(0, 1000))
 def test_average_is_the_dense_mean_over_all_pairs_of_clients(weights: list[int], seed: int) -> None:
-    """Every client's B meets every client's A: what the paper's way does to ΔW, cross terms and all."""
+    """The paper's mean multiplies every client's B by every client's A: ΔW has cross terms."""
     states = [adapter(seed + i) for i in range(len(weights))]
     pairs = [b[B].astype(np.float64) @ a[A].astype(np.float64) for b in states for a in states]
     want = np.average(pairs, axis=0, weights=np.outer(weights, weights).ravel())
     np.testing.assert_allclose(product(average(states, weights)), want, rtol=1e-5, atol=1e-5)
 
 
-def test_alike_adapters_stay_what_they_are() -> None:
+def test_the_average_of_equal_adapters_is_unchanged() -> None:
     state = adapter(0)
     for name, array in average([state, state, state], [1, 5, 2]).items():
         np.testing.assert_allclose(array, state[name], rtol=1e-6)
@@ -47,7 +47,7 @@ def test_alike_adapters_stay_what_they_are() -> None:
 def test_exact_is_the_dense_mean_where_the_rank_allows(
     weights: list[int], seed: int, rank: int, spread: float
 ) -> None:
-    """Factors of all clients within one subspace of the adapter's rank: nothing is left out."""
+    """If all clients' factors share one subspace of the adapter's rank, the mean is exact."""
     rng = np.random.default_rng(seed)
     start = adapter(seed, rank=rank, width=12)
     states = []
@@ -63,7 +63,7 @@ def test_exact_is_the_dense_mean_where_the_rank_allows(
 
 
 @given(weights=weighted, seed=st.integers(0, 1000), rank=st.integers(1, 4), width=st.integers(4, 30))
-def test_exact_is_the_best_of_its_rank_and_says_what_it_leaves_out(
+def test_exact_is_the_best_of_its_rank_and_reports_its_residual(
     weights: list[int], seed: int, rank: int, width: int
 ) -> None:
     states = [adapter(seed + i, rank=rank, width=width) for i in range(len(weights))]
@@ -76,8 +76,8 @@ def test_exact_is_the_best_of_its_rank_and_says_what_it_leaves_out(
     assert residual == pytest.approx(np.linalg.norm(dense - best) / size, abs=1e-6)
 
 
-def test_exact_keeps_the_directions_that_carry_nothing_yet() -> None:
-    """B of a fresh adapter is zero: cut to the singular vectors, A would be lost for good."""
+def test_exact_keeps_directions_that_are_still_unused() -> None:
+    """B of a fresh adapter is zero: reducing A to the singular vectors would lose it for good."""
     states = [adapter(0), adapter(0)]
     fresh = [{A: s[A], B: np.zeros_like(s[B])} for s in states]
     np.testing.assert_allclose(exact(fresh, [1, 1])[0][A], states[0][A], atol=1e-6)
@@ -88,8 +88,8 @@ def test_exact_keeps_the_directions_that_carry_nothing_yet() -> None:
 
 
 @given(weights=weighted, seed=st.integers(0, 1000))
-def test_with_one_a_for_all_the_mean_of_b_is_the_dense_mean(weights: list[int], seed: int) -> None:
-    """As with lora.freeze_a (FFA-LoRA): averaging is exact, and ``exact`` finds the same."""
+def test_with_a_shared_a_the_mean_of_b_is_the_dense_mean(weights: list[int], seed: int) -> None:
+    """As with lora.freeze_a (FFA-LoRA): plain averaging is exact, and ``exact`` agrees."""
     states = [{A: adapter(seed)[A], B: adapter(seed + i)[B]} for i in range(len(weights))]
     want = np.average([product(s) for s in states], axis=0, weights=weights)
     plain, (found, residual) = average(states, weights), exact(states, weights)
@@ -99,7 +99,7 @@ def test_with_one_a_for_all_the_mean_of_b_is_the_dense_mean(weights: list[int], 
     assert residual < 1e-6
 
 
-def test_apart_the_mean_of_factors_is_not_the_mean_of_products() -> None:
+def test_in_general_the_mean_of_factors_is_not_the_mean_of_products() -> None:
     states = [adapter(0), adapter(1)]
     want = (product(states[0]) + product(states[1])) / 2
     off = np.linalg.norm(product(average(states, [1, 1])) - want)
@@ -107,7 +107,7 @@ def test_apart_the_mean_of_factors_is_not_the_mean_of_products() -> None:
 
 
 @given(num=st.integers(1, 9), seed=st.integers(0, 1000))
-def test_median_and_trimmed_mean_are_numpys(num: int, seed: int) -> None:
+def test_median_and_trimmed_mean_equal_numpy(num: int, seed: int) -> None:
     states = [adapter(seed + i) for i in range(num)]
     stack = np.sort([s[A] for s in states], axis=0)
     np.testing.assert_allclose(robust_mean(states, 0.5)[A], np.median(stack, axis=0), rtol=1e-6)
@@ -117,10 +117,10 @@ def test_median_and_trimmed_mean_are_numpys(num: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("robust", ["median", "trimmed"])
-def test_one_wild_client_of_five_moves_a_robust_mean_within_the_others(robust: str) -> None:
+def test_a_robust_mean_stays_within_the_honest_clients(robust: str) -> None:
     states = [adapter(i) for i in range(4)]
-    wild = {name: array + np.float32(1e6) for name, array in adapter(4).items()}
-    found, residual = aggregate([*states, wild], [1, 1, 1, 1, 1000], AggregateSettings(robust=robust))
+    outlier = {name: array + np.float32(1e6) for name, array in adapter(4).items()}
+    found, residual = aggregate([*states, outlier], [1, 1, 1, 1, 1000], AggregateSettings(robust=robust))
     stack = np.stack([s[B] for s in states])
     assert (stack.min(axis=0) <= found[B]).all()
     assert (found[B] <= stack.max(axis=0)).all()
@@ -128,7 +128,7 @@ def test_one_wild_client_of_five_moves_a_robust_mean_within_the_others(robust: s
 
 
 @given(norm=st.floats(0.01, 20))
-def test_clipping_shortens_and_keeps_the_direction(norm: float) -> None:
+def test_clipping_limits_the_norm_and_keeps_the_direction(norm: float) -> None:
     sent, new = adapter(0), adapter(1)
     length = distance(sent, new)
     found = clip(sent, new, norm)
@@ -143,7 +143,7 @@ ranked = st.lists(st.tuples(st.integers(1, RANK), st.integers(1, 1000)), min_siz
 
 
 def slices_apart(states: list[AdapterState], weights: list[int], old: AdapterState) -> list[list[float]]:
-    """Each slice's weights, by hand: over those who have it; the old adapter's where nobody does."""
+    """Return each slice's weights: the clients that have it, or else the old adapter."""
     apart = []
     for s in range(RANK):
         own = [w if rank_of(state) > s else 0 for state, w in zip(states, weights, strict=True)]
@@ -152,7 +152,9 @@ def slices_apart(states: list[AdapterState], weights: list[int], old: AdapterSta
 
 
 @given(clients=ranked, seed=st.integers(0, 1000))
-def test_each_slice_is_averaged_over_those_who_have_it(clients: list[tuple[int, int]], seed: int) -> None:
+def test_each_slice_is_averaged_over_the_clients_that_have_it(
+    clients: list[tuple[int, int]], seed: int
+) -> None:
     old, weights = adapter(seed, rank=RANK, width=12), [w for _, w in clients]
     states = [cut(adapter(seed + 1 + i, rank=RANK, width=12), rank) for i, (rank, _) in enumerate(clients)]
     found, _ = aggregate(states, weights, AggregateSettings(), old)
@@ -171,7 +173,7 @@ def test_each_slice_is_averaged_over_those_who_have_it(clients: list[tuple[int, 
 def test_exact_is_the_best_of_its_rank_for_the_slices_products(
     clients: list[tuple[int, int]], seed: int
 ) -> None:
-    """Dense oracle: every slice's ΔW, averaged over those who have the slice, summed, cut by a dense SVD."""
+    """Dense oracle: average each slice's ΔW over the clients that have it, sum, and reduce by a dense SVD."""
     old, weights = adapter(seed, rank=RANK, width=12), [w for _, w in clients]
     states = [cut(adapter(seed + 1 + i, rank=RANK, width=12), rank) for i, (rank, _) in enumerate(clients)]
     whole = [*(completed(state, old) for state in states), old]

@@ -1,4 +1,4 @@
-"""What is said of task clusters."""
+"""Descriptions of task clusters."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from fedrouter.types import Assignment, Subset
 
 
 @pytest.mark.parametrize(
-    ("rows", "num", "changes", "said"),
+    ("rows", "num", "changes", "expected"),
     [
         ([16] * 20, 1, {}, True),
         ([16, 16, 500], 1, {}, True),
@@ -21,16 +21,16 @@ from fedrouter.types import Assignment, Subset
         ([16] * 20, 1, {"method": "fedavg"}, False),
     ],
 )
-def test_one_task_cluster_of_many_small_clients_is_doubted(
-    rows: list[int], num: int, changes: dict[str, object], said: bool
+def test_a_single_task_cluster_of_small_clients_gives_a_warning(
+    rows: list[int], num: int, changes: dict[str, object], expected: bool
 ) -> None:
     text = doubt(Config.model_validate(changes), rows, num)
-    assert (text is not None) == said
+    assert (text is not None) == expected
     if text:
         assert f"{sum(r < 40 for r in rows)} of {len(rows)} clients" in text
 
 
-def test_no_radius_is_smaller_than_is_usual_among_the_tasks() -> None:
+def test_no_radius_is_smaller_than_the_median() -> None:
     def radii(*widest: float) -> list[float]:
         subsets = [
             Subset(k, 10**9, np.float32(w) * QUANTILES.astype(np.float32), {}) for k, w in enumerate(widest)

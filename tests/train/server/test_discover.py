@@ -1,4 +1,4 @@
-"""Client and server together: blobs whose truth is known, dealt out to clients."""
+"""Client and server together, on blobs of known tasks that are distributed over clients."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ AUTO = ClusterSettings()
 
 
 def blob(task: int, num: int, seed: int) -> Array:
-    """Rows of one task: correlated noise around a centre; one dimension far larger than all others."""
+    """Rows of one task: correlated noise around a centre; one dimension is far larger than the others."""
     rng = np.random.default_rng([task, seed])
     centre = np.random.default_rng(task).normal(size=DIM) * 7
     noise = rng.normal(size=(num, DIM)) @ (
@@ -56,21 +56,21 @@ def purity(space: RoutingSpace, rows: dict[str, Array], truth: dict[str, np.ndar
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_tasks_are_found_and_so_is_their_number(scenario: str) -> None:
+def test_the_tasks_and_their_number_are_found(scenario: str) -> None:
     clients, truth = federation(SCENARIOS[scenario])
     space = discover(clients, AUTO, seed=0)
     assert len(set(space.cluster_of)) == len({t for own in SCENARIOS[scenario] for t in own})
     assert purity(space, clients.vectors, truth) == 1.0
 
 
-def test_a_number_that_is_given_is_kept() -> None:
+def test_a_given_number_is_respected() -> None:
     clients, _ = federation(SCENARIOS["two clients"])
     for num in (1, 2, 6):
         space = discover(clients, ClusterSettings.model_validate({"global": num}), seed=0)
         assert len(set(space.cluster_of)) == num
 
 
-def test_a_small_client_beside_a_large_one() -> None:
+def test_a_task_of_one_small_client_is_found() -> None:
     rows = {"large": np.concatenate([blob(t, 1500, 0) for t in (0, 1)]), "small": blob(2, 20, 1)}
     space = discover(PullFederation(rows, {}), AUTO, seed=0)
     assert len(set(space.cluster_of)) == 3
@@ -92,14 +92,14 @@ def test_the_unit_of_a_dimension_does_not_matter() -> None:
         np.testing.assert_array_equal(nearest(x, one)[0], nearest(other.vectors[client], two)[0])
 
 
-def test_rows_that_are_all_the_same_have_a_space() -> None:
+def test_equal_rows_give_a_usable_space() -> None:
     space = discover(PullFederation({"a": np.repeat(blob(0, 1, 0), 40, axis=0)}, {}), AUTO, seed=0)
     assert nearest(blob(0, 1, 0) * np.float32(1 + 1e-6), space)[1][0] < 1
 
 
 @given(num=st.integers(2, 30), seed=st.integers(0, 1000))
-def test_the_tree_is_wards(num: int, seed: int) -> None:
-    """Groups of one row each: the same unions at the same costs as scipy's."""
+def test_the_tree_equals_ward_linkage(num: int, seed: int) -> None:
+    """For groups of one row each: the same unions at the same costs as scipy."""
     x = np.random.default_rng(seed).normal(size=(num, 3))
     groups = LocalClusters(np.ones(num), x, num * np.eye(3))
     z = x @ metric(groups)
@@ -110,8 +110,8 @@ def test_the_tree_is_wards(num: int, seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1000))
-def test_the_tree_of_groups_is_that_of_their_rows(seed: int) -> None:
-    """A group of three counts like three groups in one place."""
+def test_the_tree_of_groups_equals_the_tree_of_their_rows(seed: int) -> None:
+    """A group of three rows counts like three groups in the same place."""
     x = np.random.default_rng(seed).normal(size=(8, 3))
     sizes = np.random.default_rng(seed + 1).integers(1, 4, size=8)
     whole = Tree(LocalClusters(sizes.astype(float), x, sizes.sum() * np.eye(3)))
@@ -121,7 +121,7 @@ def test_the_tree_of_groups_is_that_of_their_rows(seed: int) -> None:
 
 
 def test_a_client_sends_at_most_a_megabyte_before_the_first_round() -> None:
-    """At d = 384, in float32, of symmetric matrices one half."""
+    """At d = 384, in float32, counting half of each symmetric matrix."""
     dim, sent = 384, 0
 
     def count(*revealed: LocalClusters) -> None:
@@ -150,7 +150,7 @@ def test_the_same_seed_gives_the_same_space() -> None:
     np.testing.assert_array_equal(one.transform, two.transform)
 
 
-def test_the_papers_way_is_kmeans_over_centroids_weighted_by_counts() -> None:
+def test_the_method_of_the_paper_is_kmeans_over_centroids_weighted_by_counts() -> None:
     heavy, light = blob(0, 400, 0), blob(0, 10, 1) + 1
     settings_ = ClusterSettings.model_validate({"method": "kmeans", "local": 1, "global": 1})
     clients = PullFederation({"a": heavy, "b": light}, {})
@@ -162,7 +162,7 @@ def test_the_papers_way_is_kmeans_over_centroids_weighted_by_counts() -> None:
         discover(clients, settings_.model_copy(update={"global_": 9}), seed=0)
 
 
-def test_more_local_clusters_than_rows() -> None:
+def test_more_local_clusters_than_rows_are_refused() -> None:
     with pytest.raises(TrainingError, match="6 local clusters but only 5 rows"):
         summarise(blob(0, 5, 0), 6, seed=0)
 
@@ -176,20 +176,20 @@ def test_no_local_cluster_is_small(num: int, least: int, seed: int) -> None:
     np.testing.assert_allclose(found.counts @ found.centroids, x.sum(0), rtol=1e-3, atol=1e-3)
 
 
-def test_small_local_clusters_of_one_kind_are_united() -> None:
-    """Three rows here, three there, near each other and far from six: none of them goes to the six."""
+def test_nearby_small_local_clusters_are_united() -> None:
+    """Two groups of three near each other and far from a group of six unite with each other."""
     x = np.repeat([[0.0, 0], [0.4, 0], [9, 9]], (3, 3, 6), axis=0).astype(np.float32)
     found = summarise(x, 3, seed=0, least=5)
     assert sorted(map(tuple, np.c_[found.counts, found.centroids].round(3))) == [(6, 0.2, 0), (6, 9, 9)]
 
 
-def test_more_task_clusters_than_groups_of_rows() -> None:
+def test_more_task_clusters_than_groups_of_rows_are_refused() -> None:
     with pytest.raises(TrainingError, match="40 task clusters but only"):
         discover(federation([[0], [1]], 30)[0], ClusterSettings.model_validate({"global": 40}), seed=0)
 
 
 def test_uniting_keeps_the_total_scatter() -> None:
-    """Within + between must stay what the rows have, or distances lose their unit."""
+    """Scatter within plus scatter between must equal the total scatter of the rows."""
     x = np.concatenate([blob(t, 60, 0) for t in range(3)]).astype(float)
     rows = LocalClusters(np.ones(180), x, np.zeros((DIM, DIM)))
     joined = united(rows, np.repeat([0, 1, 2], 60))
@@ -201,7 +201,7 @@ def test_uniting_keeps_the_total_scatter() -> None:
 
 @settings(max_examples=10)
 @given(cut=st.integers(1, 179))
-def test_what_clients_reveal_adds_up_wherever_the_rows_lie(cut: int) -> None:
+def test_revealed_sums_do_not_depend_on_how_rows_are_distributed(cut: int) -> None:
     x = np.concatenate([blob(0, 90, 0), blob(1, 90, 0)])
     space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), x[[0, 179]], (0, 1))
     whole, parts = regroup(x, space), [regroup(x[:cut], space), regroup(x[cut:], space)]
@@ -214,7 +214,7 @@ def test_what_clients_reveal_adds_up_wherever_the_rows_lie(cut: int) -> None:
     )
 
 
-def test_what_a_client_reveals_does_not_grow_with_its_rows() -> None:
+def test_revealed_data_does_not_grow_with_the_rows() -> None:
     def size(revealed: LocalClusters) -> int:
         return revealed.scatter.nbytes + revealed.centroids.nbytes + revealed.counts.nbytes
 
@@ -222,7 +222,7 @@ def test_what_a_client_reveals_does_not_grow_with_its_rows() -> None:
 
 
 @given(seed=st.integers(0, 1000))
-def test_the_metric_halves_what_rows_of_a_group_differ_in(seed: int) -> None:
+def test_the_metric_half_whitens_within_groups(seed: int) -> None:
     mix = np.random.default_rng(seed).normal(size=(4, 4)) + 3 * np.eye(4)
     x = np.random.default_rng(seed + 1).normal(size=(500, 4)) @ mix
     x -= x.mean(0)
@@ -236,14 +236,14 @@ def test_radius_is_the_quantile_of_all_clients_rows_together(sizes: list[int], q
     distances = [np.random.default_rng(i).gamma(2 + i, size=n) for i, n in enumerate(sizes)]
     subsets = [Subset(0, len(d), np.quantile(d, QUANTILES).astype(np.float32), {}) for d in distances]
     rows = sum(sizes)
-    found = radius(subsets, quantile) / np.sqrt((rows + 1) / (rows - 1))  # which is for rows to come
+    found = radius(subsets, quantile) / np.sqrt((rows + 1) / (rows - 1))  # undo the correction for new rows
     within = np.mean(np.concatenate(distances) <= found)
     assert within == pytest.approx(quantile, abs=0.02)
 
 
 @pytest.mark.parametrize("num", [6, 12, 25, 60])
-def test_quantiles_of_blocks_are_those_of_the_distribution(num: int) -> None:
-    """Of blocks of five rows, over many draws: what 97 % stand for holds 97 % within two points."""
+def test_quantiles_of_blocks_match_the_distribution(num: int) -> None:
+    """Over many draws, quantiles from blocks of five rows are right within two percentage points."""
     rng = np.random.default_rng(0)
     found = [quantiles(rng.normal(20, 2, size=num), 5) for _ in range(400)]
     within = norm.cdf(np.mean(found, axis=0), 20, 2)
@@ -251,14 +251,14 @@ def test_quantiles_of_blocks_are_those_of_the_distribution(num: int) -> None:
 
 
 @pytest.mark.parametrize(("num", "least"), [(4, 1), (16, 1), (6, 5), (12, 5), (25, 5)])
-def test_radius_of_many_clients_with_few_rows_holds_what_is_stated(num: int, least: int) -> None:
+def test_radius_of_many_small_clients_covers_the_stated_share(num: int, least: int) -> None:
     rng = np.random.default_rng(0)
     drawn = [quantiles(rng.normal(20, 2, size=num), least) for _ in range(400)]
     found = radius([Subset(0, num, q, {}) for q in drawn], 0.97)
     assert norm.cdf(found, 20, 2) == pytest.approx(0.97, abs=0.02)
 
 
-def test_a_client_reveals_how_many_rows_it_has_and_how_far_they_lie() -> None:
+def test_a_client_reveals_counts_and_distances() -> None:
     x = blob(0, 120, 0)
     space = discover(PullFederation({"a": x}, {}), AUTO, seed=0)
     _, (subset,) = assign(x, space, ["t"] * 120)
@@ -268,7 +268,7 @@ def test_a_client_reveals_how_many_rows_it_has_and_how_far_they_lie() -> None:
 
 @pytest.mark.parametrize(("num", "most"), [(60, 0.4), (240, 0.185), (1000, 0.12)])
 def test_few_new_prompts_lie_beyond_the_radius(num: int, most: float) -> None:
-    """The rows made centroid and metric; without allowing for both 0.51, 0.20, 0.123 lay beyond."""
+    """Without correcting for rows that made centroid and metric, 0.51, 0.20, 0.123 would lie beyond."""
     beyond = []
     for draw in range(0, 20, 2):
         train, test = ([blob(k, num // 4, draw + part) for k in range(4)] for part in (0, 1))

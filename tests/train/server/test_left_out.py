@@ -1,4 +1,4 @@
-"""Clients that fail before the rounds: the others go on as if they had never been there."""
+"""Clients that fail before the rounds: the others continue as if these had never taken part."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def assert_same(found: Grouping, want: Grouping) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["summarise", "assign"])
-def test_whatever_it_fails_in_the_others_find_what_they_find_alone(exchange: str, tmp_path: Path) -> None:
+def test_the_others_find_the_same_clusters_whichever_exchange_fails(exchange: str, tmp_path: Path) -> None:
     others = federation([c for c in clients() if c.name != "bern"])
     want = group(others, CONFIG, adapter(0), DIM)
     members = clients()
@@ -59,15 +59,15 @@ def test_whatever_it_fails_in_the_others_find_what_they_find_alone(exchange: str
     assert out.others == ["ulm", "graz"]
     text = console.export_text()
     assert text.startswith("client bern is left out: OSError at test_left_out.py:")
-    assert "secret" not in text, "its own log may quote rows, the server's may not"
+    assert "secret" not in text, "only the client's own log may quote rows"
 
     again = LeftOut(tmp_path, NAMES, console, once=False)
-    assert again.others == ["ulm", "graz"], "it stays out, whether it would work now or not"
+    assert again.others == ["ulm", "graz"], "it stays left out even if it would work now"
     assert console.export_text().startswith("client bern stays left out: OSError")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "clustered", "oracle"])
-def test_in_the_baselines_too_and_in_the_warm_up(method: str, tmp_path: Path) -> None:
+def test_clients_are_left_out_in_the_baselines_and_the_warm_up_too(method: str, tmp_path: Path) -> None:
     settings = Config(method=method, train=TrainSettings(rounds=2, steps=4))  # type: ignore[arg-type]
     others = federation([c for c in clients() if c.name != "bern"])
     want = group(others, settings, adapter(0), DIM)
@@ -82,7 +82,7 @@ def test_in_the_baselines_too_and_in_the_warm_up(method: str, tmp_path: Path) ->
     assert found.names == want.names
 
 
-def test_when_nobody_is_left_the_run_ends_and_says_why(tmp_path: Path) -> None:
+def test_the_run_ends_with_reasons_if_no_client_is_left(tmp_path: Path) -> None:
     members = clients()
     for member in members:
         break_in(member, "summarise")
@@ -91,17 +91,17 @@ def test_when_nobody_is_left_the_run_ends_and_says_why(tmp_path: Path) -> None:
         left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0), DIM))
 
 
-def test_a_run_with_checkpoints_does_not_lose_them_to_a_client_that_fails_now(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_discard_checkpoints_when_a_client_fails(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "round-00003").mkdir(parents=True)
     members = clients()
     break_in(members[0], "assign")
     among = federation(members)
-    with pytest.raises(TrainingError, match=r"client ulm: OSError .* give the command again once it works"):
+    with pytest.raises(TrainingError, match=r"client ulm: OSError .* run the command again once it works"):
         left_out(tmp_path).without(among, lambda: group(among, CONFIG, adapter(0), DIM))
     assert not (tmp_path / "left_out.json").exists()
 
 
-def test_where_noise_covers_one_answer_nobody_is_asked_again(tmp_path: Path) -> None:
+def test_with_noise_no_client_is_asked_again(tmp_path: Path) -> None:
     members, asked = clients(), []
     break_in(members[0], "assign")
     among = federation(members)
@@ -110,13 +110,13 @@ def test_where_noise_covers_one_answer_nobody_is_asked_again(tmp_path: Path) -> 
         asked.append(1)
         return group(among, CONFIG, adapter(0), DIM)
 
-    with pytest.raises(TrainingError, match=r"client ulm: .*centroid_noise covers one answer"):
+    with pytest.raises(TrainingError, match=r"client ulm: .*centroid_noise covers only one reply"):
         left_out(tmp_path, once=True).without(among, find)
     assert asked == [1]
 
 
 @pytest.mark.parametrize("error", [TrainingError("lower cluster.local"), MemoryError()])
-def test_settings_and_memory_are_not_the_clients_failure(error: Exception) -> None:
+def test_settings_and_memory_errors_are_not_client_failures(error: Exception) -> None:
     def what(name: str) -> str:
         if name == "bern":
             raise error
@@ -126,22 +126,24 @@ def test_settings_and_memory_are_not_the_clients_failure(error: Exception) -> No
         list(each(NAMES, what))
 
 
-def test_all_are_asked_before_it_is_told_who_failed() -> None:
-    told: list[str] = []
+def test_all_clients_are_asked_before_failures_are_raised() -> None:
+    results: list[str] = []
     work: Callable[[str], str] = lambda name: name if name != "bern" else str(1 / 0)  # noqa: E731
     with pytest.raises(ClientError) as caught:
-        told.extend(each(NAMES, work))
-    assert told == ["ulm", "graz"]
+        results.extend(each(NAMES, work))
+    assert results == ["ulm", "graz"]
     assert list(caught.value.reasons) == ["bern"]
 
 
-def test_metrics_and_inspect_name_them_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_and_inspect_list_left_out_clients_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = left_out(tmp_path)
     out.add(ClientError({"bern": "OSError at embed.py:3"}))
-    for start in (0, 0, 2):  # started, killed and started again, resumed
+    for start in (0, 0, 2):  # started, restarted, resumed
         Metrics(tmp_path / "metrics.jsonl", start)
     out.add(ClientError({"ulm": "KeyError at cluster.py:9"}))
-    Metrics(tmp_path / "metrics.jsonl", 5)  # when clients were clustered anew
+    Metrics(tmp_path / "metrics.jsonl", 5)  # after clients were clustered again
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["round"], line["left_out"]) for line in lines] == [
         (0, {"bern": "OSError at embed.py:3"}),

@@ -1,4 +1,4 @@
-"""The baselines over clients whose truth is known; no model."""
+"""The baselines with clients whose tasks are known, without a model."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ TASKS = {"north": ("aa", "bb"), "south": ("bb", "aa"), "east": ("cc", "cc")}
 
 
 class Federation(PullFederation):
-    """Real clients, with letters for prompts, whose training is the fake one's."""
+    """Real clients with letters as prompts, but with the fake's training."""
 
     def __init__(self, targets: dict[str, AdapterState], labelled: bool = True):
         super().__init__({}, targets)
@@ -54,7 +54,7 @@ def record(task: str, i: int, labelled: bool) -> Record:
 
 @pytest.fixture
 def federation() -> Federation:
-    """North and south pull alike, east elsewhere."""
+    """North and south have the same target adapter, east has another."""
     pull = {"north": adapter(1), "south": adapter(1), "east": adapter(2)}
     return Federation(pull)
 
@@ -90,7 +90,7 @@ EVERY = {"north": 16, "south": 16, "east": 16}
         ),
     ],
 )
-def test_who_trains_what(
+def test_which_client_trains_which_adapter(
     federation: Federation, method: str, names: tuple[str, ...], want: dict[str, dict[int, int]]
 ) -> None:
     settings = config(method, **({"global": 2} if method == "clustered" else {}))
@@ -104,7 +104,7 @@ def test_who_trains_what(
     assert all(loss is not None for loss in last.losses)
 
 
-def test_a_prompt_goes_to_the_task_or_client_whose_rows_are_nearest(federation: Federation) -> None:
+def test_a_prompt_is_routed_to_the_nearest_task_or_client(federation: Federation) -> None:
     for method, texts in {
         "oracle": ["aaaaaaaa", "bbbbbbbb", "cccccccc"],
         "local": ["aaaabbbb", "", "cccccccc"],
@@ -117,12 +117,12 @@ def test_a_prompt_goes_to_the_task_or_client_whose_rows_are_nearest(federation: 
                 assert owner == k or (method == "local" and {owner, k} == {0, 1}), (method, text)
 
 
-def test_clustered_goes_on_from_the_warm_up(federation: Federation) -> None:
+def test_clustered_continues_from_the_warm_up(federation: Federation) -> None:
     found = group(federation, config("clustered", **{"global": 2}), adapter(0), 8)
     assert found.state.adapters[0] is found.state.adapters[1]
     assert any(not np.array_equal(a, adapter(0)[n]) for n, a in found.state.adapters[0].items())
     automatic = group(federation, config("clustered"), adapter(0), 8)
-    assert automatic.names == ("group-0", "group-1"), "two of three pull alike"
+    assert automatic.names == ("group-0", "group-1"), "two of three clients have the same target"
 
 
 def test_oracle_needs_labels() -> None:
@@ -168,15 +168,13 @@ def test_feddpa_mixes_exactly_at_twice_the_rank_and_its_generalist_is_the_global
 
 
 @pytest.mark.parametrize(("method", "has"), [("local", False), ("fedavg", False), ("oracle", True)])
-def test_a_generalist_where_task_clusters_are_averaged(
-    federation: Federation, method: str, has: bool
-) -> None:
+def test_which_methods_have_a_generalist(federation: Federation, method: str, has: bool) -> None:
     state = group(federation, config(method), adapter(0), 8).state
     clusters = [TaskCluster(str(k), "", 10, (), {}, 1.0) for k in range(len(state.adapters))]
     assert (finish(config(method), state, clusters, {}).generalist is not None) == has
 
 
-def test_stacking_is_the_dense_sum() -> None:
+def test_stacking_equals_the_dense_sum() -> None:
     states: list[AdapterState] = [adapter(i) for i in range(3)]
 
     want = sum(w * product(s) for w, s in zip((0.2, 0.3, 0.5), states, strict=True))

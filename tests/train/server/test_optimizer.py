@@ -17,14 +17,14 @@ def run(settings: AggregateSettings, targets: list[AdapterState]) -> AdapterStat
     return current
 
 
-def test_without_one_the_mean_is_taken_as_it_is() -> None:
+def test_without_an_optimizer_the_mean_is_unchanged() -> None:
     current, moments = server_step(adapter(0), want := adapter(1), {}, AggregateSettings())
     assert current is want
     assert moments == {}
 
 
-def test_momentum_is_torchs_sgd() -> None:
-    """The server's gradient is what the mean changes, with the sign turned."""
+def test_momentum_equals_torch_sgd() -> None:
+    """The server's gradient is the negative mean update."""
     settings = AggregateSettings(server="momentum", server_learning_rate=0.5)
     targets = [adapter(i) for i in (1, 2, 3)]
     found = run(settings, targets)
@@ -38,9 +38,7 @@ def test_momentum_is_torchs_sgd() -> None:
 
 
 @given(seed=st.integers(0, 1000), rate=st.floats(0.01, 1.5), num=st.integers(1, 4))
-def test_momentum_with_one_a_for_all_is_momentum_of_the_dense_product(
-    seed: int, rate: float, num: int
-) -> None:
+def test_momentum_with_a_shared_a_is_momentum_of_the_dense_product(seed: int, rate: float, num: int) -> None:
     a, b = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
     current, moments = adapter(seed), {}
     dense, step = (current[b] @ current[a]).astype(np.float64), 0.0
@@ -54,7 +52,7 @@ def test_momentum_with_one_a_for_all_is_momentum_of_the_dense_product(
 
 
 @given(seed=st.integers(0, 1000))
-def test_adam_is_the_papers_recursion(seed: int) -> None:
+def test_adam_equals_the_recursion_of_the_paper(seed: int) -> None:
     found = run(AggregateSettings(server="adam"), targets := [adapter(seed + i) for i in (1, 2, 3)])
     for name, array in adapter(0).items():
         x, m, v = array.astype(float), 0.0, 0.0
@@ -66,7 +64,7 @@ def test_adam_is_the_papers_recursion(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1000), rate=st.floats(1e-4, 0.1), num=st.integers(1, 4))
-def test_adam_with_the_identity_for_a_is_adam_of_the_dense_product(seed: int, rate: float, num: int) -> None:
+def test_adam_with_an_identity_a_is_adam_of_the_dense_product(seed: int, rate: float, num: int) -> None:
     settings = AggregateSettings(server="adam", server_learning_rate=rate)
     rng = np.random.default_rng(seed)
     a, b = sorted(adapter(0))
@@ -84,7 +82,7 @@ def test_adam_with_the_identity_for_a_is_adam_of_the_dense_product(seed: int, ra
 
 
 @pytest.mark.parametrize("server", ["momentum", "adam"])
-def test_moments_are_float32_and_go_round(server: str) -> None:
+def test_moments_are_float32_and_affect_the_next_round(server: str) -> None:
     settings = AggregateSettings(server=server)
     current, moments = server_step(adapter(0), adapter(1), {}, settings)
     assert all(a.dtype == np.float32 for a in [*current.values(), *moments.values()])

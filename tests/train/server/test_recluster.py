@@ -1,4 +1,4 @@
-"""Task clusters over time, over blobs whose truth is known."""
+"""Clustering again between rounds, on blobs whose tasks are known."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ def blob(task: int, seed: int) -> Array:
 
 
 def federation(tasks: Mapping[str, list[int]]) -> PullFederation:
-    """Clients by name, with the tasks that they hold."""
+    """Make clients that hold rows of the given tasks."""
     rows = {c: np.concatenate([blob(t, i) for t in own]) for i, (c, own) in enumerate(tasks.items())}
     return PullFederation(rows, {})
 
@@ -50,7 +50,7 @@ def members(clustering: Clustering) -> dict[str, set[str]]:
 BEFORE = {"a": [0, 1], "b": [1, 2], "c": [2, 0], "d": [0, 1]}
 
 
-def test_the_same_rows_are_the_same_task_clusters() -> None:
+def test_unchanged_rows_give_unchanged_task_clusters() -> None:
     old, state = first(federation(BEFORE))
     new, after = recluster(federation(BEFORE), CONFIG, old, state)
     assert [c.name for c in new.clusters] == [c.name for c in old.clusters]
@@ -59,7 +59,7 @@ def test_the_same_rows_are_the_same_task_clusters() -> None:
     assert changes(old, new) == "nothing has changed"
 
 
-def test_a_client_whose_rows_have_changed_moves_and_names_stay() -> None:
+def test_a_client_with_changed_rows_moves_and_names_stay() -> None:
     old, state = first(federation(BEFORE))
     new, after = recluster(federation({**BEFORE, "d": [2, 1]}), CONFIG, old, state)
     holders = {name: clients - {"d"} for name, clients in members(old).items()}
@@ -68,14 +68,14 @@ def test_a_client_whose_rows_have_changed_moves_and_names_stay() -> None:
     assert "d" in members(old)[of_task_0]
     assert "d" not in members(new)[of_task_0]
     assert changes(old, new) == "moved: d"
-    # Whatever the order in which discovery finds them: names and adapters stay together.
+    # Names and adapters stay together whatever the order of discovery.
     kept = dict(zip([c.name for c in old.clusters], state.adapters, strict=True))
     assert all(kept[c.name] is a for c, a in zip(new.clusters, after.adapters, strict=True))
 
 
 def test_a_new_task_starts_from_the_generalist_and_an_old_one_ends() -> None:
     old, state = first(federation(BEFORE))
-    now = {"a": [0, 5], "b": [0, 2], "c": [2, 5], "d": [0, 2]}  # task 1 is gone, 5 is there
+    now = {"a": [0, 5], "b": [0, 2], "c": [2, 5], "d": [0, 2]}  # task 5 replaces task 1
     new, after = recluster(federation(now), CONFIG, old, state)
     gone = next(name for name, clients in members(old).items() if clients == {"a", "b", "d"})
     (fresh,) = members(new).keys() - members(old).keys()
@@ -89,13 +89,13 @@ def test_a_new_task_starts_from_the_generalist_and_an_old_one_ends() -> None:
         np.testing.assert_allclose(array, want, rtol=1e-5, atol=1e-6)
     assert dict(zip(members(new), after.losses, strict=True))[fresh] is None
 
-    again, _ = recluster(federation(BEFORE), CONFIG, new, after)  # and it comes back: another name
+    again, _ = recluster(federation(BEFORE), CONFIG, new, after)  # the task comes back, under a new name
     assert gone not in members(again)
     assert len(again.clusters) == 3
     assert set(again.ended) == {gone, fresh}
 
 
-def test_too_few_rows_to_cluster_leave_the_old_space() -> None:
+def test_the_old_space_stays_if_there_are_too_few_rows() -> None:
     old, state = first(federation(BEFORE))
     few = federation(BEFORE)
     few.vectors = {c: x[:2] for c, x in few.vectors.items()}
@@ -130,10 +130,10 @@ def test_no_old_task_cluster_is_continued_twice_and_only_where_rows_are_shared(
     assert stays >= greedy
 
 
-def test_a_task_cluster_that_falls_apart_goes_on_in_its_larger_half() -> None:
+def test_a_split_task_cluster_continues_in_its_larger_half() -> None:
     of, start = matched(np.array([[60.0, 40.0, 0.0], [0.0, 0.0, 10.0]]), np.array([60.0, 40.0, 50.0]))
     assert of == [0, None, None]
-    assert start == [0, 0, None], "the half from its adapter, the new task from the generalist"
+    assert start == [0, 0, None], "the smaller half starts from the adapter, the new task from the generalist"
 
 
 def test_a_checkpoint_keeps_the_task_clusters(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_checkpoint_keeps_the_task_clusters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [{"every": 2}, {"every": 1, "global": 4}])
-def test_every_needs_files_of_the_clients(every: dict[str, int]) -> None:
+def test_reclustering_needs_a_file_for_each_client(every: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"cluster\.every reads clients' own files again"):
         Config.model_validate({"cluster": every})
     assert Config.model_validate({"cluster": every, "data": {"clients": {"a": "a.jsonl"}}}).cluster.every

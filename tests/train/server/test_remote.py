@@ -1,4 +1,4 @@
-"""Clients behind a wire that misbehaves: who is refused, who is left out, and that the run goes on."""
+"""Misbehaving clients and connections: refusals, clients left out, and runs that continue."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ WAITING = Waiting(start_s=20, least_clients=2, exchange_s=50, round_s=50, absent
 
 
 class Place:
-    """A site whose model is a fake."""
+    """A site with a fake model."""
 
     def __init__(self, directory: Path, name: str, **policy: Any):
         settings = SiteSettings(name=name, data="rows.jsonl", policy=Policy(**policy))
@@ -42,7 +42,7 @@ class Place:
         self.start()
 
     def start(self) -> None:
-        """Start the resident client, or start it again: nothing is left of the last one but its files."""
+        """Start or restart the resident client; only its files survive a restart."""
         self.resident = Resident(self.site, self.opened, Console(quiet=True))
 
     def opened(self, config: Config, secret: bytes) -> tuple[LocalFederation, str, Any]:
@@ -60,7 +60,7 @@ def hello(secure: bool = False, **changes: object) -> Hello:
 
 
 class Wire:
-    """A federation of places, and what its server said."""
+    """A federation of places, and the lines that its server reported."""
 
     def __init__(self, places: list[Place], waiting: Waiting = WAITING, plan: Hello | None = None):
         self.lines: list[str] = []
@@ -91,7 +91,7 @@ def request(client: str, number: int = 0, **changes: Any) -> TrainRequest:
 
 
 def joined(wire: Wire) -> list[Any]:
-    """Clients that are there and know the task clusters."""
+    """Connect all clients and assign them to task clusters."""
     wire.federation.members()
     found = group(wire.federation, CONFIG, adapter(0), DIM)
     return list(found.assignments)
@@ -101,7 +101,7 @@ def by_client(answers: Any) -> dict[str, TrainReply | TrainFailure]:
     return {answer.client: answer for answer in answers}
 
 
-def test_rounds_are_those_of_clients_in_one_process(places: list[Place]) -> None:
+def test_remote_rounds_equal_local_rounds(places: list[Place]) -> None:
     wire = Wire(places)
     members = wire.federation.members()
     assert [m.client for m in members] == sorted(NAMES)
@@ -120,21 +120,19 @@ def test_rounds_are_those_of_clients_in_one_process(places: list[Place]) -> None
     assert [b.loss for b in ends[0].best if b] == [b.loss for b in ends[1].best if b]
 
 
-def test_who_is_not_in_the_roster_and_who_takes_another_s_name_are_refused(
-    places: list[Place], tmp_path: Path
-) -> None:
+def test_unknown_clients_and_stolen_names_are_rejected(places: list[Place], tmp_path: Path) -> None:
     wire = Wire(places)
     stranger, thief = Place(tmp_path / "elsewhere", "oslo"), Place(tmp_path / "elsewhere", "ulm")
     wire.transport.here |= {"node-oslo": stranger.answer, "node-thief": thief.answer}
     assert len(wire.federation.members()) == 3
     joined(wire)
-    assert wire.said("node node-oslo takes no part: client 'oslo' is not in the roster")
-    assert wire.said("node node-thief takes no part: a reply as client 'ulm' that is not signed with its key")
+    assert wire.said("node node-oslo rejected: client 'oslo' is not in the roster")
+    assert wire.said("node node-thief rejected: a reply as client 'ulm' that is not signed with its key")
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
     assert all(isinstance(answer, TrainReply) for answer in answers.values())
 
 
-def test_a_reply_of_the_last_round_is_refused_and_so_is_one_of_another_site(places: list[Place]) -> None:
+def test_replies_of_an_earlier_round_or_another_site_are_ignored(places: list[Place]) -> None:
     wire = Wire(places)
     joined(wire)
     old: dict[str, bytes] = {}
@@ -151,7 +149,7 @@ def test_a_reply_of_the_last_round_is_refused_and_so_is_one_of_another_site(plac
     assert isinstance(first["ulm"], TrainReply)
     again = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
     assert again["ulm"] == TrainFailure("ulm", 0, "it did not answer within 50 s")
-    assert wire.said("client ulm: a reply to another question, or a late one; refused")
+    assert wire.said("client ulm: ignored a reply that is late or answers another request")
     assert isinstance(again["bern"], TrainReply)
     wire.transport.here["node-ulm"] = places[1].answer  # bern's, under ulm's connection
     third = by_client(wire.federation.train([request(name, 2) for name in NAMES]))
@@ -159,13 +157,13 @@ def test_a_reply_of_the_last_round_is_refused_and_so_is_one_of_another_site(plac
     assert isinstance(third["graz"], TrainReply)
 
 
-def test_a_request_that_is_replayed_is_refused_on_the_site(places: list[Place]) -> None:
+def test_a_site_refuses_a_replayed_request(places: list[Place]) -> None:
     wire = Wire(places[:2])
     joined(wire)
     list(wire.federation.train([request("ulm")]))
     node, body = wire.transport.sent[-1]
     assert node == "node-ulm"
-    places[0].start()  # it remembers over restarts
+    places[0].start()  # used numbers survive a restart
     signed = places[0].answer(body)
     from fedrouter.train.wire.keys import claimed
     from fedrouter.train.wire.messages import REPLIES
@@ -175,7 +173,7 @@ def test_a_request_that_is_replayed_is_refused_on_the_site(places: list[Place]) 
     assert "a replay" in reply.reason
 
 
-def test_a_straggler_is_named_and_left_out_of_the_round_alone(places: list[Place]) -> None:
+def test_a_straggler_is_named_and_left_out_of_one_round(places: list[Place]) -> None:
     wire = Wire(places)
     joined(wire)
     wire.transport.here["node-graz"] = None
@@ -187,12 +185,12 @@ def test_a_straggler_is_named_and_left_out_of_the_round_alone(places: list[Place
     assert isinstance(answers["graz"], TrainReply)
 
 
-def test_one_that_went_away_is_not_waited_for_and_comes_back_elsewhere(places: list[Place]) -> None:
+def test_a_disconnected_client_may_come_back_at_another_address(places: list[Place]) -> None:
     wire = Wire(places, replace(WAITING, round_s=600))
     joined(wire)
     del wire.transport.here["node-graz"]
     answers = by_client(wire.federation.train([request(name) for name in NAMES]))
-    assert answers["graz"] == TrainFailure("graz", 0, "it was not there")
+    assert answers["graz"] == TrainFailure("graz", 0, "it was not connected")
     places[2].start()
     wire.transport.here["node-9"] = places[2].answer  # another address, the same key
     answers = by_client(wire.federation.train([request(name, 1) for name in NAMES]))
@@ -200,13 +198,13 @@ def test_one_that_went_away_is_not_waited_for_and_comes_back_elsewhere(places: l
     assert wire.said("client graz is back")
 
 
-def test_a_site_that_was_restarted_gives_what_it_would_have_given(places: list[Place]) -> None:
+def test_a_restarted_site_gives_the_same_updates(places: list[Place]) -> None:
     wire = Wire(places)
     joined(wire)
     whole = by_client(wire.federation.train([request(name) for name in NAMES]))
     places[0].start()
     again = by_client(wire.federation.train([request(name) for name in NAMES]))
-    assert wire.said("client ulm was restarted: it is told the plan again")
+    assert wire.said("client ulm was restarted: sending it the plan again")
     for name in NAMES:
         one, other = whole[name], again[name]
         assert isinstance(one, TrainReply)
@@ -214,23 +212,23 @@ def test_a_site_that_was_restarted_gives_what_it_would_have_given(places: list[P
         assert all(one.adapter[n].tobytes() == other.adapter[n].tobytes() for n in one.adapter)
 
 
-def test_who_does_not_come_is_named_and_the_others_start_if_they_are_enough(places: list[Place]) -> None:
+def test_missing_clients_are_named_and_enough_others_start(places: list[Place]) -> None:
     wire = Wire(places)
     del wire.transport.here["node-bern"]
-    with pytest.raises(ClientError, match="client bern: it did not come within"):
+    with pytest.raises(ClientError, match="client bern: it did not connect within"):
         wire.federation.members()
     wire.federation.leave(["bern"])
     assert [m.client for m in wire.federation.members()] == ["graz", "ulm"]
     alone = Wire(places)
     alone.transport.here = {"node-ulm": places[0].answer}
-    with pytest.raises(TrainingError, match=r"1 clients came .* it takes 2: bern, graz did not"):
+    with pytest.raises(TrainingError, match=r"1 clients connected .* 2 are needed; missing: bern, graz"):
         alone.federation.members()
 
 
-def test_who_comes_late_is_told_so_and_the_run_goes_on(places: list[Place]) -> None:
+def test_a_late_client_is_reported_and_the_run_continues(places: list[Place]) -> None:
     wire = Wire(places)
     del wire.transport.here["node-bern"]
-    with pytest.raises(ClientError, match="client bern: it did not come within"):
+    with pytest.raises(ClientError, match="client bern: it did not connect within"):
         wire.federation.members()
     wire.federation.leave(["bern"])
     joined(wire)
@@ -238,10 +236,10 @@ def test_who_comes_late_is_told_so_and_the_run_goes_on(places: list[Place]) -> N
     for number in range(2):
         answers = by_client(wire.federation.train([request(name, number) for name in ("ulm", "graz")]))
         assert all(isinstance(answer, TrainReply) for answer in answers.values())
-    assert wire.said("client bern comes too late for this run; fedrouter join adds it to the bundle")
+    assert wire.said("client bern is too late for this run; add it to the bundle with fedrouter join")
 
 
-def test_who_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> None:
+def test_a_client_that_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> None:
     wire = Wire(places)
     assignments = joined(wire)
     del wire.transport.here["node-bern"]
@@ -249,14 +247,14 @@ def test_who_leaves_for_good_is_left_out_of_every_round(places: list[Place]) -> 
     assert len(rounds) == CONFIG.train.rounds
     for result in rounds:
         refused = {client: why for c in result.clusters for client, why in c.refused.items()}
-        assert refused == {"bern": "it was not there"}
+        assert refused == {"bern": "it was not connected"}
 
 
 def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
     wire = Wire(places, replace(WAITING, least_replies=3))
     joined(wire)
     wire.transport.here["node-graz"] = None
-    with pytest.raises(TrainingError, match=r"2 clients sent an update, and it takes 3 \(client graz"):
+    with pytest.raises(TrainingError, match=r"2 clients sent an update, but 3 are needed \(client graz"):
         list(wire.federation.train([request(name) for name in NAMES]))
 
 
@@ -269,7 +267,7 @@ def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
         ({"update_noise": 0.5}, {}, "its policy refuses privacy.update_noise 0.0"),
         ({"secure_sum": True}, {}, "updates that are not summed"),
         ({}, {"embedder": {"kind": "endpoint", "model": "m", "url": "http://x:1"}}, "an embeddings endpoint"),
-        ({}, {"method": "no such"}, "none that this version knows"),
+        ({}, {"method": "no such"}, "not valid in this version"),
     ],
 )
 def test_a_plan_outside_the_policy_is_refused_before_rows_are_read(
@@ -293,7 +291,7 @@ def test_a_request_outside_the_policy_is_refused(tmp_path: Path) -> None:
     assert isinstance(answers["bern"], TrainReply)
 
 
-def test_quantities_a_day_are_counted_over_restarts(tmp_path: Path) -> None:
+def test_daily_limits_survive_restarts(tmp_path: Path) -> None:
     place = Place(tmp_path, "ulm", max_requests_per_day=3)
     bodies = [seal(Envelope("run", "ulm", n, (Summarise(None),))) for n in range(1, 6)]
     kinds = []
@@ -311,19 +309,19 @@ def test_quantities_a_day_are_counted_over_restarts(tmp_path: Path) -> None:
     assert all(line["bytes"] and len(line["sha256"]) == 64 for line in lines)
 
 
-def test_another_base_or_embedder_is_told_apart(places: list[Place]) -> None:
+def test_a_different_base_or_embedder_is_refused(places: list[Place]) -> None:
     places[0].opened = lambda *_: (LocalFederation([], Trainer()), "another", PROBE)  # type: ignore[method-assign,assignment,arg-type]
     places[1].opened = lambda *_: (LocalFederation([], Trainer()), "base", 2 * PROBE)  # type: ignore[method-assign,assignment,arg-type]
     for place in places[:2]:
         place.start()
     wire = Wire(places)
-    with pytest.raises(TrainingError, match="1 clients came"):
+    with pytest.raises(TrainingError, match="1 clients connected"):
         wire.federation.members()
-    assert wire.said("client ulm: its base is another one than the server's")
-    assert wire.said("client bern: its embedder is another one than the server's: vectors differ by 100.0%")
+    assert wire.said("client ulm: its base does not match the server's")
+    assert wire.said("client bern: its embedder does not match the server's: vectors differ by 100.0%")
 
 
-def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_path: Path) -> None:
+def test_secure_rounds_equal_plain_rounds_and_a_single_update_is_refused(tmp_path: Path) -> None:
     names = ("ulm", "bern", "graz")
     plain, summed = ([Place(tmp_path / kind, name) for name in names] for kind in ("plain", "summed"))
     ends = []
@@ -336,8 +334,8 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
         ends.append(rounds[-1].state)
     for one, other in zip(*(state.adapters for state in ends), strict=True):
         assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-6
-    (alone,) = (a for a in wire.federation._answers([request("ulm")], TrainReply))
-    assert alone == TrainFailure("ulm", 0, "the plan was to sum updates, and this asks for one alone")
+    (alone,) = (a for a in wire.federation._replies([request("ulm")], TrainReply))
+    assert alone == TrainFailure("ulm", 0, "the plan is to sum updates, but this requests a single one")
     kinds = [k for line in summed[0].site.audit.read_text().splitlines() for k in json.loads(line)["kinds"]]
     assert "TrainReply" not in kinds
     assert {"SumKey", "SumSealed", "Masked", "SumOpened"} <= set(kinds)
@@ -352,8 +350,8 @@ def test_summed_rounds_are_the_plain_ones_and_an_update_alone_is_refused(tmp_pat
         Assignment("ulm", ()),
     ],
 )
-def test_numbers_that_no_rows_have_are_the_client_s_failure(places: list[Place], broken: Any) -> None:
-    places[0].resident._done = lambda *_: iter([broken])  # type: ignore[method-assign]
+def test_impossible_numbers_are_a_client_failure(places: list[Place], broken: Any) -> None:
+    places[0].resident._handle = lambda *_: iter([broken])  # type: ignore[method-assign]
     wire = Wire(places[1:])
     wire.federation._roster = {place.name: place.key for place in places}
     wire.federation.members()

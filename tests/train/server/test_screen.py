@@ -25,7 +25,7 @@ def judge(*updates: AdapterState, steps: list[int] | None = None, **changes: obj
     return refusals(requests, replies, batch_size=4, outlier=10)
 
 
-def test_what_fits_is_taken() -> None:
+def test_valid_updates_are_accepted() -> None:
     assert judge(moved(1), moved(2), SENT) == [None] * 3
 
 
@@ -43,29 +43,29 @@ def test_what_fits_is_taken() -> None:
         (moved(1), {"num_examples": 9}, "claims 9 examples in 2 steps of 4"),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(update: AdapterState, changes: dict, reason: str) -> None:
+def test_unusable_updates_are_refused(update: AdapterState, changes: dict, reason: str) -> None:
     (found,) = judge(update, **changes)
     assert found is not None
     assert reason in found
     assert "\n" not in found
 
 
-def test_far_out_is_judged_among_four_or_more_and_a_step() -> None:
-    assert judge(moved(1), moved(1), moved(500)) == [None] * 3, "three are too few to tell who is wrong"
+def test_outliers_are_judged_per_step_among_at_least_four() -> None:
+    assert judge(moved(1), moved(1), moved(500)) == [None] * 3, "three updates are too few to find an outlier"
     *others, far = judge(moved(1), moved(1.2), moved(0.8), moved(500))
     assert others == [None] * 3
     assert far is not None
     assert "455 times as long" in far
     assert judge(moved(1), moved(1), moved(1), moved(20), steps=[1, 1, 1, 20], num_examples=4) == [None] * 4
-    assert judge(SENT, SENT, SENT, moved(1)) == [None] * 4, "a median of nothing judges nobody"
+    assert judge(SENT, SENT, SENT, moved(1)) == [None] * 4, "a median of zero refuses nothing"
 
 
-def test_a_finite_update_too_long_for_float32_is_far_out() -> None:
+def test_a_finite_update_whose_norm_overflows_float32_is_an_outlier() -> None:
     huge = {**SENT, A: np.where(SENT[A] > 0, np.float32(3e38), np.float32(-3e38))}
     assert [r is None for r in judge(moved(1), moved(1), moved(1), huge)] == [True, True, True, False]
 
 
-def test_noise_of_the_same_length_is_not_divided_by_the_steps() -> None:
+def test_noisy_updates_are_not_compared_per_step() -> None:
     steps = [1, 20, 20, 20]
     requests = [TrainRequest(f"c{i}", 0, 0, SENT, s, 1e-3) for i, s in enumerate(steps)]
     replies = [TrainReply(r.client, 0, moved(5), r.steps * 4, None, 0.0) for r in requests]
@@ -73,6 +73,6 @@ def test_noise_of_the_same_length_is_not_divided_by_the_steps() -> None:
     assert refusals(requests, replies, 4, 10)[0] is not None
 
 
-def test_one_that_cannot_be_used_does_not_count_towards_four() -> None:
+def test_unusable_updates_do_not_count_towards_the_minimum() -> None:
     broken = {**SENT, A: SENT[A] * np.float32(np.inf)}
     assert [r is None for r in judge(moved(1), moved(1), moved(500), broken)] == [True, True, True, False]

@@ -35,7 +35,7 @@ def subset(cluster: int, num: int) -> Subset:
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), total=st.integers(1, 200))
-def test_steps_are_shared_exactly_and_fairly(sizes: list[int], total: int) -> None:
+def test_steps_are_split_exactly_and_in_proportion(sizes: list[int], total: int) -> None:
     steps = share(sizes, total)
     assert sum(steps) == total
     for size, own in zip(sizes, steps, strict=True):
@@ -49,7 +49,7 @@ def test_learning_rate_is_a_cosine_over_rounds() -> None:
     assert cosine(0, TrainSettings(rounds=1, learning_rate=0.5)) == 0.5
 
 
-def test_only_clients_of_a_task_cluster_move_its_adapter_weighted_by_examples() -> None:
+def test_an_adapter_is_averaged_over_its_clients_weighted_by_examples() -> None:
     targets = {name: adapter(i) for i, name in enumerate(("a", "b", "c"))}
     federation = PullFederation({}, targets)
     assignments = [
@@ -70,7 +70,7 @@ def test_only_clients_of_a_task_cluster_move_its_adapter_weighted_by_examples() 
 
 
 @pytest.mark.parametrize("server", ["none", "momentum", "adam"])
-def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(server: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(server: str, tmp_path: Path) -> None:
     targets = {name: adapter(i) for i, name in enumerate(("a", "b"))}
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
     settings = config(AggregateSettings(server=server), rounds=4, steps=3)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(server: str, tmp_pa
 
 
 class Troubled(PullFederation):
-    """Some clients fail, or send back what cannot be averaged."""
+    """Some clients fail or send unusable updates."""
 
     def __init__(self, targets: dict[str, AdapterState], failing: set[str], broken: set[str]):
         super().__init__({}, targets)
@@ -110,7 +110,7 @@ class Troubled(PullFederation):
                 yield replace(reply, client="stranger")
 
 
-def test_a_client_that_fails_or_sends_nonsense_costs_its_round_only() -> None:
+def test_a_failing_client_loses_only_its_update() -> None:
     targets = {name: adapter(i) for i, name in enumerate(("a", "b", "c"))}
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
     settings, start = config(rounds=2, steps=3), fresh_state([adapter(9)])
@@ -155,7 +155,7 @@ def test_exact_reports_its_residual_and_clipping_bounds_the_drift() -> None:
 
 
 class Lying(PullFederation):
-    """One client of six turns its update around and sends eight times as much."""
+    """One client of six reverses its update and scales it by eight."""
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
         for reply, request in zip(super().train(requests), reversed(requests), strict=True):
@@ -164,7 +164,7 @@ class Lying(PullFederation):
 
 
 @pytest.mark.parametrize("option", [{"robust": "median"}, {"robust": "trimmed"}, {"clip": 0.5}])
-def test_a_client_that_lies_is_borne_with_the_options_for_it(option: dict[str, object]) -> None:
+def test_robust_options_withstand_a_lying_client(option: dict[str, object]) -> None:
     target = adapter(1)
     targets = {name: {n: a + i / 100 for n, a in target.items()} for i, name in enumerate("abcdef")}
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
@@ -193,7 +193,7 @@ def test_a_subset_too_small_for_a_step_does_not_train() -> None:
 
 
 @pytest.mark.parametrize("method", ["average", "exact"])
-def test_a_client_of_a_lower_rank_gets_and_moves_its_slices_only(method: str) -> None:
+def test_a_client_of_lower_rank_trains_only_its_slices(method: str) -> None:
     targets = {"a": adapter(0, rank=3), "b": cut(adapter(1, rank=3), 1)}
     settings = Config.model_validate(
         {
@@ -210,7 +210,7 @@ def test_a_client_of_a_lower_rank_gets_and_moves_its_slices_only(method: str) ->
     assert first.clusters[0].refused == {}
     alone = next(run_rounds(PullFederation({}, targets), assignments[1:], start, settings))
     whole, moved = start.adapters[0], alone.state.adapters[0]
-    if method == "average":  # slices that nobody has stay
+    if method == "average":  # slices without a client do not change
         for name, array in moved.items():
             rest = np.s_[1:] if ".lora_A." in name else np.s_[:, 1:]
             np.testing.assert_allclose(array[rest], whole[name][rest], rtol=1e-6)
@@ -223,13 +223,13 @@ def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int
     return [plan(assignments, TrainSettings(**train), 0, number) for number in range(num_rounds)]
 
 
-def test_the_schedule_takes_all_subsets_or_one_in_turn() -> None:
+def test_the_schedule_uses_all_subsets_or_one_in_turn() -> None:
     assert plans(2, steps=4) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
     turns = [[("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]]
     assert plans(4, steps=4, schedule="one") == turns * 2
 
 
-def test_in_turn_a_round_s_clients_spread_over_the_task_clusters() -> None:
+def test_in_turn_clients_spread_over_the_task_clusters() -> None:
     pairs = [(0, 1), (1, 2), (2, 3), (0, 3)] * 2
     assignments = [
         Assignment(f"c{i}", tuple(subset(cluster, 10) for cluster in pair)) for i, pair in enumerate(pairs)
@@ -239,28 +239,28 @@ def test_in_turn_a_round_s_clients_spread_over_the_task_clusters() -> None:
         assert Counter(cluster for _, cluster, _ in planned) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
-def test_in_turn_a_client_with_a_choice_leaves_to_the_others_what_they_alone_have() -> None:
+def test_in_turn_clients_with_fewer_subsets_choose_first() -> None:
     assignments = [Assignment("a", (subset(0, 10), subset(1, 10))), Assignment("b", (subset(0, 10),))]
     planned = plan(assignments, TrainSettings(steps=4, schedule="one"), 0, 0)
     assert {client: cluster for client, cluster, _ in planned} == {"a": 1, "b": 0}
 
 
-def test_epochs_count_whole_passes_over_the_rows_trained_on() -> None:
+def test_epochs_are_passes_over_the_training_rows() -> None:
     assert plans(1, epochs=2, batch_size=8) == [[("a", 0, 8), ("a", 1, 4), ("b", 1, 4)]]
     assert plans(1, epochs=1, batch_size=8, validation=0.2) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 1)]]
 
 
-def test_participation_draws_clients_anew_each_round_and_alike_each_time() -> None:
+def test_participation_draws_are_random_per_round_and_reproducible() -> None:
     half = plans(40, steps=4, participation=0.5)
     asked = [{client for client, _, _ in one} for one in half]
     assert all(len(clients) == 1 for clients in asked)
     assert 8 <= sum("a" in clients for clients in asked) <= 32
     assert half == plans(40, steps=4, participation=0.5)
-    assert plans(1, participation=0.01)[0], "one client at least"
+    assert plans(1, participation=0.01)[0], "at least one client takes part"
 
 
 class Judged(PullFederation):
-    """Validation losses as written down here, by round."""
+    """Replies with the given validation losses, by round."""
 
     def __init__(self, losses: list[list[float]]):
         super().__init__({}, {"a": adapter(1)})
@@ -276,7 +276,7 @@ def test_each_task_cluster_keeps_its_best_round_and_patience_ends_the_run(tmp_pa
     assignments = [Assignment("a", (subset(0, 10), subset(1, 10)))]
     settings = config(rounds=7, steps=4, validation=0.2, patience=2)
     rounds = list(run_rounds(Judged(losses), assignments, fresh_state([adapter(8), adapter(9)]), settings))
-    assert len(rounds) == 6, "round 3 was the last in which a loss fell"
+    assert len(rounds) == 6, "no loss fell after round 3"
     assert [[c.validation for c in r.clusters] for r in rounds] == losses[:6]
     last = rounds[-1].state
     assert last.best_adapters[0] is rounds[3].state.adapters[0]

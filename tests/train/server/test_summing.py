@@ -1,4 +1,4 @@
-"""The secure sum: exact, blind, and whole again when somebody drops out."""
+"""The secure sum: exact, hiding, and robust to clients that drop out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ SENT = adapter(9)
 
 
 class Group:
-    """Sites that sum, and all that the server has seen of them."""
+    """Sites in a secure sum, and all replies that the server has seen."""
 
     def __init__(self, directory: Path, names: Sequence[str], least: int = 3):
         self.names = names
@@ -86,7 +86,7 @@ class Group:
 NAMES = ("bern", "graz", "oslo", "ulm", "wien")
 
 
-def test_the_sum_is_the_plain_one_and_shows_no_part(tmp_path: Path) -> None:
+def test_the_sum_is_exact_and_hides_each_update(tmp_path: Path) -> None:
     group = Group(tmp_path, NAMES)
     found = group.run()
     want = group.mean(NAMES)
@@ -100,19 +100,21 @@ def test_the_sum_is_the_plain_one_and_shows_no_part(tmp_path: Path) -> None:
     for masked in (one for one in group.seen if isinstance(one, Masked)):
         plain = weighted(group.requests()[0], group.updates[masked.client])
         bits = np.unpackbits(masked.values.view(np.uint8))
-        assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(bits)), "an update behind masks looks random"
+        assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(bits)), "a masked update looks random"
         assert abs(np.corrcoef(masked.values.astype(float), plain)[0, 1]) < 0.8
         assert not np.isclose(loose(masked.values.view(np.uint64)), plain, atol=1.0).any()
 
 
 @pytest.mark.parametrize("stage", [SumKeys, SumShares, SumTrain, SumOpen])
 @pytest.mark.parametrize("num_gone", [1, 2])
-def test_who_drops_out_is_named_and_the_others_are_summed(tmp_path: Path, stage: type, num_gone: int) -> None:
+def test_dropped_clients_are_named_and_the_others_are_summed(
+    tmp_path: Path, stage: type, num_gone: int
+) -> None:
     group = Group(tmp_path, NAMES)
     lost = NAMES[:num_gone]
     group.gone = lambda name, message: name in lost and isinstance(message, stage)
     found = group.run()
-    in_it = NAMES if stage is SumOpen else NAMES[num_gone:]  # its update had come already
+    in_it = NAMES if stage is SumOpen else NAMES[num_gone:]  # their updates have already arrived
     want = group.mean(in_it)
     for name, answer in found.items():
         assert isinstance(answer, TrainReply) == (name in in_it), answer
@@ -122,21 +124,23 @@ def test_who_drops_out_is_named_and_the_others_are_summed(tmp_path: Path, stage:
             assert "dropped out of the sum" in answer.reason
     again = group
     again.gone = lambda _name, _message: False
-    assert all(isinstance(answer, TrainReply) for answer in again.run(1).values()), "the next round is whole"
+    assert all(isinstance(answer, TrainReply) for answer in again.run(1).values()), (
+        "the next round is complete"
+    )
 
 
-def test_too_few_are_not_summed(tmp_path: Path) -> None:
+def test_too_few_clients_are_not_summed(tmp_path: Path) -> None:
     pair = Group(tmp_path / "a", NAMES[:2])
     assert {a.reason for a in pair.run().values() if isinstance(a, TrainFailure)} == {
-        "2 clients are too few for a secure sum; it takes 3"
+        "2 clients are too few for a secure sum; it needs 3"
     }
-    assert not pair.seen, "nobody was asked"
+    assert not pair.seen, "no client was asked"
     three = Group(tmp_path / "b", NAMES[:3])
     three.gone = lambda name, message: name == "bern" and isinstance(message, SumTrain)
     assert all(isinstance(answer, TrainFailure) for answer in three.run().values())
 
 
-def test_a_site_opens_a_sum_once_and_never_for_few(tmp_path: Path) -> None:
+def test_a_site_opens_a_sum_once_and_never_for_few_clients(tmp_path: Path) -> None:
     group = Group(tmp_path, NAMES)
     group.run()
     again = group.answer("ulm", SumOpen(0, 0, NAMES[:3]))
@@ -145,19 +149,19 @@ def test_a_site_opens_a_sum_once_and_never_for_few(tmp_path: Path) -> None:
     group.gone = lambda _name, message: isinstance(message, SumOpen)
     group.run(1)
     few = group.answer("ulm", SumOpen(0, 1, NAMES[:2]))
-    assert few == Refused("a sum of 2 clients is not opened")
+    assert few == Refused("a sum of 2 clients must not be opened")
 
 
-def test_a_site_that_wants_more_company_is_not_summed_with_less(tmp_path: Path) -> None:
+def test_a_site_refuses_a_sum_below_its_minimum(tmp_path: Path) -> None:
     group = Group(tmp_path, NAMES, least=6)
     assert {getattr(answer, "reason", None) for answer in group.run().values()} == {
         "a sum of 5 clients; this site takes part in 6 or more"
     }
 
 
-def test_keys_that_the_server_made_up_are_refused(tmp_path: Path) -> None:
+def test_keys_forged_by_the_server_are_refused(tmp_path: Path) -> None:
     group, other = Group(tmp_path / "a", NAMES), Group(tmp_path / "b", NAMES)
-    group.run()  # now each knows the others' keys
+    group.run()  # every site has now pinned the others' keys
     group.roster["bern"] = other.roster["bern"]
     reasons = {n: getattr(a, "reason", "") for n, a in group.run(1).items()}
     assert all("client bern has another key than the first time" in reasons[n] for n in NAMES if n != "bern")
@@ -178,7 +182,9 @@ def test_keys_that_the_server_made_up_are_refused(tmp_path: Path) -> None:
 
 
 @given(secret=st.binary(min_size=32, max_size=32), num=st.integers(2, 9), data=st.data())
-def test_shares_give_the_secret_back_and_fewer_do_not(secret: bytes, num: int, data: st.DataObject) -> None:
+def test_enough_shares_restore_the_secret_and_fewer_do_not(
+    secret: bytes, num: int, data: st.DataObject
+) -> None:
     names = [f"c{i}" for i in range(num)]
     least = threshold(num)
     shares = shared(secret, names, least)
@@ -197,7 +203,7 @@ def test_fixed_point_is_exact_to_half_a_step(values: list[float], num: int) -> N
         fixed(np.array([2.0**34]), 64)
 
 
-def test_the_mean_moves_as_far_as_its_parts(tmp_path: Path) -> None:
+def test_the_mean_update_is_not_longer_than_the_longest_one(tmp_path: Path) -> None:
     group = Group(tmp_path, NAMES)
     (first, *_) = group.run().values()
     assert isinstance(first, TrainReply)

@@ -28,7 +28,7 @@ def config(*names: str) -> Config:
     return Config.model_validate({"seed": 7, "train": {"report_to": list(names)}})
 
 
-def test_tensorboard_gets_every_task_clusters_figures_by_round(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_metrics_of_every_task_cluster(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with Trackers(config("tensorboard"), tmp_path, Console(quiet=True)) as trackers:
         for number in range(3):
@@ -46,15 +46,15 @@ def test_tensorboard_gets_every_task_clusters_figures_by_round(tmp_path: Path) -
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Trackers write beside the run: allow them ten seconds."""
+    """Wait up to ten seconds, because trackers write in the background."""
     until = time.monotonic() + 10
     while not holds():
-        assert time.monotonic() < until, "ten seconds have not been enough"
+        assert time.monotonic() < until, "not true within ten seconds"
         time.sleep(0.05)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
-def test_wandb_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_metrics_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
@@ -69,11 +69,11 @@ def test_wandb_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "train/dialogue/loss" not in summary
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    eventually(lambda: file.read_bytes().count(b"train/headline/loss") >= 3)  # a figure a round
+    eventually(lambda: file.read_bytes().count(b"train/headline/loss") >= 3)  # one value per round
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="mlflow is not installed")
-def test_mlflow_gets_them_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_the_metrics_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"file://{tmp_path}/mlruns")
@@ -93,7 +93,7 @@ def test_mlflow_gets_them_in_a_local_store(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("error", "status"), [(TrainingError("no memory left"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
-def test_mlflow_is_told_how_a_run_ended(
+def test_mlflow_records_how_a_run_ended(
     error: BaseException, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
@@ -113,7 +113,7 @@ def test_without_trackers_nothing_happens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_one_line(name: str) -> None:
+def test_a_missing_tracker_gives_a_one_line_error(name: str) -> None:
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
     with pytest.raises(ConfigError, match=f"train.report_to {name}: not installed here; pip install {name}"):
@@ -141,7 +141,7 @@ class Failing:
         raise ConnectionError("no route to host\nand more")
 
 
-def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_later_is_dropped(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     console = Console(record=True, width=200)
     with Trackers(config("tensorboard"), tmp_path, console) as trackers:

@@ -1,4 +1,4 @@
-"""The wire format: what goes in comes out, and nothing else does."""
+"""The wire format: messages survive a round trip, and invalid bytes are refused."""
 
 import json
 from typing import Any
@@ -46,7 +46,7 @@ ASKED = (
     Compare(SPACE, (1.0, 2.5)),
     TrainRequest("a", 1, 2, adapter(0), 3, 1e-3),
 )
-TOLD = (
+REPLIED = (
     Member("a", 3, "0" * 32),
     LocalClusters(np.ones(2), np.zeros((2, 3)), np.eye(3)),
     Assignment("a", (Subset(0, 5, np.linspace(0, 1, 101, dtype=np.float32), {"x": 5}),)),
@@ -62,8 +62,8 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize(("messages", "kinds"), [(ASKED, REQUESTS), (TOLD, REPLIES)])
-def test_what_is_sealed_comes_out(messages: tuple[Any, ...], kinds: tuple[type, ...]) -> None:
+@pytest.mark.parametrize(("messages", "kinds"), [(ASKED, REQUESTS), (REPLIED, REPLIES)])
+def test_messages_survive_a_round_trip(messages: tuple[Any, ...], kinds: tuple[type, ...]) -> None:
     sent = Envelope("run", "ulm", 7, messages, asked="0" * 64)
     body = seal(sent)
     found = unseal(body, kinds, len(body))
@@ -72,12 +72,12 @@ def test_what_is_sealed_comes_out(messages: tuple[Any, ...], kinds: tuple[type, 
     assert seal(found) == body
 
 
-def test_arrays_that_arrive_can_be_written_to() -> None:
+def test_received_arrays_are_writable() -> None:
     (found,) = unseal(seal(Envelope("r", "a", 1, (ASKED[-1],))), REQUESTS, 1 << 20).messages
     assert all(array.flags.writeable for array in found.adapter.values())
 
 
-def test_float16_halves_adapters_alone_and_says_what_it_costs() -> None:
+def test_float16_halves_only_adapters_and_reports_its_error() -> None:
     request = TrainRequest("a", 1, 2, adapter(0, rank=8, width=256), 3, 1e-3)
     whole = seal(Envelope("r", "a", 1, (request,)))
     half = seal(Envelope("r", "a", 1, (request,)), half=True)
@@ -94,7 +94,7 @@ def test_float16_halves_adapters_alone_and_says_what_it_costs() -> None:
 
 
 def changed(body: bytes, change: Any) -> bytes:
-    """Repack an envelope after ``change`` has had its fields."""
+    """Repack an envelope after applying ``change`` to its fields."""
     packet = wire.unpack(body)
     fields = json.loads(json.dumps(packet.fields))
     change(fields)
@@ -124,17 +124,17 @@ BODY = seal(Envelope("run", "ulm", 7, ASKED))
         lambda f: f.update(messages=[[]]),
     ],
 )
-def test_what_no_server_sends_is_refused(change: Any) -> None:
+def test_invalid_envelopes_are_refused(change: Any) -> None:
     with pytest.raises(WireError):
         unseal(changed(BODY, change), REQUESTS, 1 << 20)
 
 
-def test_a_reply_is_no_request() -> None:
+def test_replies_are_not_accepted_as_requests() -> None:
     with pytest.raises(WireError):
-        unseal(seal(Envelope("r", "a", 1, TOLD)), REQUESTS, 1 << 20)
+        unseal(seal(Envelope("r", "a", 1, REPLIED)), REQUESTS, 1 << 20)
 
 
-def test_bounds_hold() -> None:
+def test_limits_are_enforced() -> None:
     with pytest.raises(WireError, match=f"of {len(BODY)} bytes; at most {len(BODY) - 1}"):
         unseal(BODY, REQUESTS, len(BODY) - 1)
     with pytest.raises(WireError, match="a string of 70000 characters"):
@@ -158,7 +158,7 @@ def test_bounds_hold() -> None:
 
 
 @given(where=st.integers(0, len(BODY) - 1), value=st.integers(0, 255), cut=st.integers(0, len(BODY)))
-def test_damaged_bytes_are_refused_or_mean_something(where: int, value: int, cut: int) -> None:
+def test_damaged_bytes_are_refused_or_decode(where: int, value: int, cut: int) -> None:
     for body in (BODY[:where] + bytes([value]) + BODY[where + 1 :], BODY[:cut], BODY[cut:]):
         try:
             found = unseal(body, REQUESTS, 1 << 20)
@@ -168,6 +168,6 @@ def test_damaged_bytes_are_refused_or_mean_something(where: int, value: int, cut
 
 
 @given(body=st.binary(max_size=200))
-def test_any_bytes_are_refused(body: bytes) -> None:
+def test_random_bytes_are_refused(body: bytes) -> None:
     with pytest.raises(WireError):
         unseal(body, REQUESTS, 1 << 20)

@@ -1,1 +1,1 @@
-"""What runs in Flower's environment: bytes in, bytes out. Imports Flower and the standard library alone."""
+"""Code that runs in Flower's environment; it imports only Flower and the standard library."""

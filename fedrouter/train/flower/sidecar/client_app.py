@@ -1,4 +1,4 @@
-"""Flower's client part: refuses. A site's messages go to its resident client (node.py); no app runs there."""
+"""Flower's client app, which only refuses: a site's messages go to its resident client (node.py) instead."""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -8,5 +8,5 @@ app = ClientApp()
 
 @app.query("fedrouter")
 def refuse(_message: Message, _context: Context) -> Message:
-    """Say that this site was not started by ``fedrouter client run``."""
+    """Fail, because this site was not started by ``fedrouter client run``."""
     raise RuntimeError("start this site with fedrouter client run")

@@ -1,4 +1,4 @@
-"""Frames on a Unix socket between the two environments: a short JSON head and a body of bytes."""
+"""Frames on a Unix socket between the two environments: a JSON head followed by a body of bytes."""
 
 import json
 import socket
@@ -22,11 +22,11 @@ def receive(link: socket.socket) -> tuple[dict, bytes]:
     Raises
     ------
     EOFError
-        If the other side is gone, or what came is no frame.
+        If the connection is closed, or the frame is too large.
     """
     head, body = HEAD.unpack(_exactly(link, HEAD.size))
     if head > MAX_HEAD or body > MAX_BODY:
-        raise EOFError("a frame that is too large")
+        raise EOFError("the frame is too large")
     return json.loads(_exactly(link, head)), _exactly(link, body)
 
 
@@ -42,6 +42,6 @@ def _exactly(link: socket.socket, size: int) -> bytes:
     while len(found) < size:
         part = link.recv(min(size - len(found), 1 << 20))
         if not part:
-            raise EOFError("the other side is gone")
+            raise EOFError("the connection is closed")
         found += part
     return bytes(found)

@@ -1,7 +1,7 @@
-"""Beside a site's SuperNode: takes each message from it, hands it to the resident client, sends the reply.
+"""Executor of a site's SuperNode: passes each message to the resident client and sends the reply back.
 
-In place of Flower's own executor, which would start a process for each message and run the code that the
-server sends with it. Here no code of the server runs: bytes go to the resident client, and bytes come back.
+It replaces Flower's own executor, which would start a process for each message and run code that the server
+sends with it. Here no code from the server runs.
 
 Usage: python node.py RUNTIME_ADDRESS SECRET_FILE SOCKET
 """
@@ -31,10 +31,10 @@ PROTECTED = frozenset({"/flwr.proto.Runtime/PullPendingTasks", "/flwr.proto.Runt
 
 
 def client_of(address, *more, component):
-    """Return a client of the SuperNode's runtime on this machine."""
+    """Return a client of the SuperNode's local runtime."""
     return RuntimeHttpClient.from_server_address(
         server_address=address,
-        insecure=True,  # of the loopback interface
+        insecure=True,  # on the loopback interface only
         root_certificates=None,
         interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *more],
         retry_invoker=make_simple_http_retry_invoker(),
@@ -42,7 +42,7 @@ def client_of(address, *more, component):
 
 
 def main(address, secret_file, socket):
-    """Pass messages on until this process is ended."""
+    """Pass messages on until the process is ended."""
     secret = Path(secret_file).read_bytes()
     auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=PROTECTED)
     runtime = client_of(address, auth, component="SuperExec")

@@ -1,7 +1,7 @@
-"""The superlink's list of nodes: shown, and made to hold the wanted keys and no others.
+"""Print the superlink's list of nodes, after registering the wanted keys and unregistering all others.
 
-Usage: python roster.py CONNECTION < WANTED, a JSON map from public key to name, or null to look only.
-Prints a JSON list: key, id, status and times of each node.
+Usage: python roster.py CONNECTION < WANTED, a JSON map from public key to name, or null to change nothing.
+Prints a JSON list with key, id, status and times of each node.
 """
 
 import json
@@ -15,7 +15,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key
 
 
 def line_of(key):
-    """Return a public key as one line of OpenSSH's."""
+    """Return a public key as one line in OpenSSH's format."""
     form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     return bytes_to_public_key(key).public_bytes(*form).decode()
 
@@ -27,21 +27,21 @@ def listed(control):
 
 
 def main(connection, wanted):
-    """Make the list hold what is wanted; print it."""
+    """Update the list of nodes to ``wanted`` (unless None) and print it."""
     control = init_http_client_from_connection(read_superlink_connection(connection))
-    there = listed(control)
+    nodes = listed(control)
     if wanted is not None:
-        for key, node in there.items():
+        for key, node in nodes.items():
             if key not in wanted:
                 control.UnregisterNode(request=UnregisterNodeRequest(node_id=node.node_id))
         for key, name in wanted.items():
-            if key not in there:
+            if key not in nodes:
                 public = serialization.load_ssh_public_key(key.encode())
-                asked = RegisterNodeRequest(public_key=public_key_to_bytes(public), name=name)
-                control.RegisterNode(request=asked)
-        there = listed(control)
+                request = RegisterNodeRequest(public_key=public_key_to_bytes(public), name=name)
+                control.RegisterNode(request=request)
+        nodes = listed(control)
     control.close()
-    print(  # noqa: T201 - for the process that has started this one
+    print(  # noqa: T201 - the parent process reads it
         json.dumps(
             [
                 {
@@ -51,7 +51,7 @@ def main(connection, wanted):
                     "online": node.last_activated_at,
                     "offline": node.last_deactivated_at,
                 }
-                for key, node in there.items()
+                for key, node in nodes.items()
             ]
         )
     )

@@ -1,6 +1,6 @@
-"""Flower's SuperNode, asking for messages every second: it would sleep three, most of what an exchange costs.
+"""Flower's SuperNode, but polling every second: its default of three seconds would dominate an exchange.
 
-Usage: python supernode.py OPTIONS, those of flower-supernode.
+Usage: python supernode.py OPTIONS, where OPTIONS are those of flower-supernode.
 """
 
 import time
@@ -11,7 +11,7 @@ from flwr.supernode.cli import flower_supernode
 
 POLL_S = 1.0
 
-# The loop that asks has no setting for it; it reads ``time.sleep`` from its own module alone.
+# The interval is not configurable, so replace ``time`` in the module of the polling loop only.
 start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, POLL_S)))
 
 if __name__ == "__main__":
