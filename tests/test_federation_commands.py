@@ -82,6 +82,14 @@ def test_the_federation_s_certificates_are_marked_as_a_trial(tmp_path: Path) -> 
         make_directory(tmp_path / "fed", "x", 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("host", "listen"), [("server.example.org", "0.0.0.0:9092"), ("127.0.0.1", "127.0.0.1:9092")]
+)
+def test_a_public_name_need_not_be_an_address_of_this_machine(tmp_path: Path, host: str, listen: str) -> None:
+    command = make_directory(tmp_path / "fed", host, 9092, 9093).superlink()
+    assert command[command.index("--fleet-api-address") + 1] == listen
+
+
 def test_the_roster_names_the_key_that_is_none(made: Path) -> None:
     make_directory(made / "fed", "127.0.0.1", 9092, 9093)
     file = made / "fed" / "federation.toml"

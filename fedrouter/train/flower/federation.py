@@ -20,6 +20,7 @@ CONNECTION = "fedrouter"  # name of the superlink in Flower's configuration
 TEMPLATE = """\
 # A federation: its clients, and how long the server waits for them.
 host = {host}  # name or address at which sites reach this machine
+listen = {listen}  # address that the superlink binds to; 0.0.0.0: all of this machine's
 fleet_port = {fleet_port}  # sites connect to this port
 control_port = {control_port}  # used on this machine only
 float16 = false  # true: send adapters as float16, with half the bytes and weights rounded to 11 bits
@@ -56,6 +57,7 @@ class FederationSettings(_Section):
     """``federation.toml``."""
 
     host: str = "127.0.0.1"
+    listen: str = "127.0.0.1"
     fleet_port: int = 9092
     control_port: int = 9093
     float16: bool = False
@@ -116,7 +118,7 @@ class Directory:
             "--database",
             str(directory / "flower" / "superlink.db"),
             "--fleet-api-address",
-            f"{settings.host}:{settings.fleet_port}",
+            f"{settings.listen}:{settings.fleet_port}",
             "--host",
             "127.0.0.1",
             "--port",
@@ -137,7 +139,14 @@ def make_directory(path: Path, host: str, fleet_port: int, control_port: int) ->
         raise ConfigError(f"{path} holds a federation already")
     (path / "flower").mkdir(parents=True, exist_ok=True)
     make_trial(path, list(dict.fromkeys([host, "127.0.0.1", "localhost"])))
-    text = TEMPLATE.format(host=json.dumps(host), fleet_port=fleet_port, control_port=control_port)
+    # A public name need not be an address of this machine: it may be a router's.
+    listen = host if host.startswith("127.") else "0.0.0.0"  # noqa: S104 - sites are elsewhere; TLS and keys
+    text = TEMPLATE.format(
+        host=json.dumps(host),
+        listen=json.dumps(listen),
+        fleet_port=fleet_port,
+        control_port=control_port,
+    )
     write_atomically(path / "federation.toml", text)
     return load_directory(path)
 
