@@ -151,7 +151,7 @@ def test_long_texts_are_cut(embedder: Embedder) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path, embedder: Embedder) -> None:
     other = Path(shutil.copytree(PATH, tmp_path / "base"))
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    with pytest.raises(ModelError, match="differ from those of training"):
+    with pytest.raises(ModelError, match="differ from those used in training"):
         load_embedder(embedder.spec, base_spec("builtin:tiny", None, PATH), other)
 
 

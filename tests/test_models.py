@@ -81,7 +81,7 @@ def test_named_templates_take_the_default_one_or_are_refused(copy: Path) -> None
     (copy / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "x"}]
     edit(copy / "tokenizer_config.json", chat_template=named)
-    with pytest.raises(ModelError, match="chat templates rag, tool_use and no default one"):
+    with pytest.raises(ModelError, match="chat templates rag, tool_use but no default one"):
         load_tokenizer(copy)
     edit(copy / "tokenizer_config.json", chat_template=[*named, {"name": "default", "template": template}])
     assert load_tokenizer(copy).chat_template == template

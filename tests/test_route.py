@@ -49,7 +49,7 @@ def test_beyond_the_radius_it_falls_back(bundle: Bundle) -> None:
     assert (rejected.model, rejected.fallback) == (REJECT, True)
     with pytest.raises(ConfigError, match="fallback 'guess'"):
         Router(bundle, fallback="guess")
-    with pytest.raises(ConfigError, match="holds no generalist"):
+    with pytest.raises(ConfigError, match="contains no generalist"):
         Router(bundle, fallback="generalist")
 
 

@@ -142,7 +142,7 @@ def test_what_the_log_cannot_know_is_skipped_and_said(
     )
     found = replay(log, write_word_bundle(tmp_path / "other", space=space), embedder)
     assert found.num_decided == 0
-    assert found.num_skipped == {"an earlier turn would decide, and its vector is not in the log": 1}
+    assert found.num_skipped == {"an earlier turn would decide, but its vector is not in the log": 1}
 
 
 def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_what_differs_in_the_embedders_files_is_known_before_vllm_starts(
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="differ from those of training"):
+    with pytest.raises(ModelError, match="differ from those used in training"):
         prepare(word_bundle.path, Options(port=free_port()))
 
 
