@@ -219,7 +219,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     },
     "config: deep": (raw(CONFIG, DEEP.encode()), "not plain LoRA"),
     "config: a list": (raw(CONFIG, b"[]"), "not plain LoRA"),
-    "config: of another rank": (config(r=4), "no LoRA factor of rank 4"),
+    "config: of another rank": (config(r=4), "not a LoRA factor of rank 4"),
     "config: of other modules": (config(target_modules=["k_proj"]), "no module in target_modules"),
     # adapter_model.safetensors
     "weights: empty": (raw(WEIGHTS, b""), "no safetensors header"),
@@ -230,11 +230,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged: header",
     ),
     "weights: header a list": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), "damaged: header"),
-    "weights: no tensors": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"{}"), "holds no tensors"),
+    "weights: no tensors": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"{}"), "contains no tensors"),
     "weights: cut off": (lambda p: os.truncate(first_adapter(p) / WEIGHTS, 200), "damaged"),
     "weights: bytes behind": (header(shape=[1, 6], data_offsets=[0, 24]), "describes 24"),
-    "weights: a hole": (header(shape=[1, 6], data_offsets=[24, 48]), "lies at 24"),
-    "weights: offsets that lie": (header(data_offsets=[0, 44]), "lies at 0"),
+    "weights: a hole": (header(shape=[1, 6], data_offsets=[24, 48]), "starts at 24"),
+    "weights: offsets that lie": (header(data_offsets=[0, 44]), "starts at 0"),
     "weights: negative offsets": (header(data_offsets=[-48, 0]), "damaged: header"),
     "weights: a negative shape": (header(shape=[-2, -6]), "damaged: header"),
     "weights: an enormous shape": (header(shape=[1 << 31, 1 << 31]), "damaged: tensor"),
@@ -243,7 +243,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights: no axes": (header(shape=[], data_offsets=[0, 4]), "damaged: header"),
     "weights: a dtype unknown": (header(dtype="F7"), "damaged: header"),
     "weights: more in the header": (header(more=1), "damaged: header"),
-    "weights: no LoRA name": (header(), "no LoRA factor by its name"),
+    "weights: no LoRA name": (header(), "not named like a LoRA factor"),
     "weights: int8": (
         raw(WEIGHTS, safetensors({A: ("I8", [2, 6], bytes(12)), B: ("I8", [6, 2], bytes(12))})),
         "damaged: header",
@@ -266,11 +266,14 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights: one factor": (weights(lambda t: {A: t[A]}), "no counterpart"),
     "weights: another prefix": (
         weights(lambda t: {k.replace("base_model.", ""): v for k, v in t.items()}),
-        "by its name",
+        "not named like a LoRA factor",
     ),
-    "weights: a strange name": (weights(lambda t: {**t, "a\nb": t[A]}), "by its name"),
-    "weights: a full module": (weights(lambda t: {**t, f"{MODULE}.weight": t[A]}), "by its name"),
-    "weights: transposed": (weights(lambda t: {k: v.T for k, v in t.items()}), "no LoRA factor of rank 2"),
+    "weights: a strange name": (weights(lambda t: {**t, "a\nb": t[A]}), "not named like a LoRA factor"),
+    "weights: a full module": (
+        weights(lambda t: {**t, f"{MODULE}.weight": t[A]}),
+        "not named like a LoRA factor",
+    ),
+    "weights: transposed": (weights(lambda t: {k: v.T for k, v in t.items()}), "not a LoRA factor of rank 2"),
     "weights: another width": (weights(lambda t: adapter(0, width=7)), "differ in name or shape"),
     "weights: another module": (
         weights(lambda t: {k.replace("layers.0", "layers.1"): v for k, v in t.items()}),
@@ -364,8 +367,8 @@ PLACES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a link out": (moved_out, "leads out of"),
     "a link to a device": (lambda f, root: (f.unlink(), f.symlink_to("/dev/zero")), "leads out of"),
     "a link to itself": (lambda f, root: (f.unlink(), f.symlink_to(f)), "link"),
-    "a FIFO": (lambda f, root: (f.unlink(), os.mkfifo(f)), "no plain file"),
-    "a directory": (lambda f, root: (f.unlink(), f.mkdir()), "no plain file"),
+    "a FIFO": (lambda f, root: (f.unlink(), os.mkfifo(f)), "not a regular file"),
+    "a directory": (lambda f, root: (f.unlink(), f.mkdir()), "not a regular file"),
     "too large": (large, "more than the"),
 }
 

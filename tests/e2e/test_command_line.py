@@ -196,7 +196,7 @@ def test_route_refuses_a_bundle_of_another_base_or_embedder(run: Path, tmp_path:
     tensors = {n: t * 1.2 if "mlp" in n else t for n, t in load_file(weights / "model.safetensors").items()}
     assert all(isinstance(t, torch.Tensor) for t in tensors.values())
     save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
-    refused(fedrouter("route", str(run), "hello", "--base", str(weights)), "not the one of training")
+    refused(fedrouter("route", str(run), "hello", "--base", str(weights)), "not the one used in training")
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:
         (lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x10"), "damaged"),
         (lambda path: (path / "adapter_config.json").unlink(), "no such file"),
         (lambda path: (path / "adapter_config.json").write_text("[]"), "plain LoRA"),
-        (lambda path: fifo(path / "adapter_config.json"), "no plain file"),
+        (lambda path: fifo(path / "adapter_config.json"), "not a regular file"),
         (lambda path: leave(path / "adapter_model.safetensors"), "leads out of"),
     ],
 )
