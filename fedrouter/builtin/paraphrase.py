@@ -1,8 +1,8 @@
 """Paraphrase: do two questions ask the same? ``question - question`` → ``same`` | ``other``.
 
-A group consists of intents over the same slots. The two questions always have different wordings. In ``other``
-pairs they differ in one slot value, and in three of ten pairs also in the intent, so that neither question
-alone reveals the answer. No pair differs only in the intent, which adapters of builtin:tiny do not learn.
+A group consists of intents over the same slots. The two questions always have different wordings. Pairs with
+answer ``other`` differ in one slot value, and three of ten also in the intent, so that neither question alone
+reveals the answer. No pair differs only in the intent, which adapters of builtin:tiny do not learn.
 """
 
 from fedrouter.builtin.vocabulary import Slots

@@ -125,7 +125,7 @@ def test_a_log_without_texts_and_vectors_cannot_be_decided_anew(
     with pytest.raises(DataError, match="no such file"):
         replay(tmp_path / "none", word_bundle, WordEmbedder())
     log.write_text("{}\n")
-    with pytest.raises(DataError, match="line 1: no line of a decision log"):
+    with pytest.raises(DataError, match="line 1: not a line of a decision log"):
         replay(log, word_bundle, WordEmbedder())
 
 
