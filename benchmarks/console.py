@@ -81,7 +81,7 @@ def first_views(url: str, number: int) -> tuple[list[float], int]:
             page.driver.get(f"{url}/fedrouter/")
             page.shows("#where", "Nothing is typed yet")
             took.append(page.js(SHOWN))
-            events = [json.loads(one["message"])["message"] for one in driver.get_log("performance")]
+            events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
             size = sum(
                 event["params"]["encodedDataLength"]
                 for event in events

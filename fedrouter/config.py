@@ -349,11 +349,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
-        own = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
+        used = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
             method, set()
         )
         for name, field in ClusterSettings.model_fields.items():
-            if name not in own and getattr(self.cluster, name) != field.default:
+            if name not in used and getattr(self.cluster, name) != field.default:
                 key = field.alias or name
                 raise ValueError(
                     f"method {method} does not use cluster.{key}; "

@@ -94,7 +94,7 @@ def _rows_by_task(
             f"partition {scheme!r} needs a task label in every row, but {len(rows[None])} of {len(records)} "
             "have none: add the field task, or use partition 'iid'"
         )
-    return {cast(str, task): np.array(own) for task, own in rows.items()}
+    return {cast(str, task): np.array(indices) for task, indices in rows.items()}
 
 
 def _holders(scheme: str, tasks: Sequence[str], num_clients: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""An embeddings endpoint as embedder, against a small one that answers over HTTP."""
+"""An embeddings endpoint as embedder, with a small server over HTTP."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The commands of a federation of machines that need no Flower: directories, keys, what a site reveals."""
+"""The federation commands that do not need Flower: directories, keys, what a site reveals."""
 
 import json
 import stat

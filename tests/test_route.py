@@ -14,7 +14,9 @@ from fedrouter.types import RoutingSpace
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    centroids = np.array([[0, 0], [4, 0], [0, 4], [0, 6]], dtype=np.float32)  # the last two: one task cluster
+    centroids = np.array(
+        [[0, 0], [4, 0], [0, 4], [0, 6]], dtype=np.float32
+    )  # the last two are of one task cluster
     return write(tmp_path_factory.mktemp("route") / "b", space(centroids, [0, 1, 2, 2]), [1.0, 2.0, 1.0])
 
 

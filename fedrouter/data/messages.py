@@ -101,9 +101,9 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         arguments = parse_json(f"{where}: arguments", arguments, "an object") if arguments.strip() else {}
     if not isinstance(arguments := {} if arguments is None else arguments, dict):
         raise DataError(f"{where}: arguments of a tool call must be an object, found {shown(arguments)}")
-    own = {k: v for k, v in call.items() if k in ("id", "type")}
+    kept = {k: v for k, v in call.items() if k in ("id", "type")}
     return _utf8(
-        where, {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        where, {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
     )
 
 

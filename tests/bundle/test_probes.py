@@ -1,4 +1,4 @@
-"""Probes: read strictly, carried by a bundle, asked before a reload."""
+"""Probes are parsed strictly, stored in a bundle, and checked before a reload."""
 
 import json
 from pathlib import Path

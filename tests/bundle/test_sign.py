@@ -1,4 +1,4 @@
-"""Whose bundle it is: signed, checked, and checked again at a reload."""
+"""Signatures are made, checked, and checked again on a reload."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +18,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def make_keys(path: Path, kind: str = "ed25519") -> tuple[Path, Path]:
-    """Make a pair of keys as the documentation says it."""
+    """Make a key pair as documented."""
     private, public = path / f"{kind}.pem", path / f"{kind}.pub"
     subprocess.run(["openssl", "genpkey", "-algorithm", kind, "-out", str(private)], check=True)
     subprocess.run(["openssl", "pkey", "-in", str(private), "-pubout", "-out", str(public)], check=True)

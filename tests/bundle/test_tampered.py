@@ -1,4 +1,4 @@
-"""The kinds of tampered bundles: each is refused by the one function, in one line that names the place."""
+"""Kinds of tampered bundles: ``load_bundle`` refuses each in one line that names the place."""
 
 import json
 import os
@@ -25,7 +25,7 @@ A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 DEEP = "[" * 100_000
 HUGE = 3 << 30
 
-# Values that a field of the manifest must not have, by where it is.
+# Invalid values by the path of the field in the manifest.
 FIRST = ("clusters", 0)
 TEXTS = (None, 7, True, "", "a\nb", "\x1b[31m", "a\u202eb", ["a"], {})
 NUMBERS = (None, "12", True, -1, float("nan"), float("inf"), [1], {})
@@ -79,7 +79,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def refused(path: Path) -> str:
-    """Return how a bundle is refused."""
+    """Return the error message for a bundle."""
     with pytest.raises(BundleError) as caught:
         load_bundle(path)
     line = str(caught.value)
@@ -99,7 +99,7 @@ def test_values_of_the_manifest_that_must_not_be(bundle: Bundle, where: tuple[st
 
 
 def test_no_value_of_the_manifest_goes_unchecked(bundle: Bundle) -> None:
-    """Every key, also of the nested objects, is in the table above."""
+    """Every key, also of nested objects, is in the table above."""
     manifest = tamper.read(bundle.path)
     keys = {(key,) for key in manifest} - {("checksum",)}
     for section in ("base", "embedder"):
@@ -174,7 +174,7 @@ def router(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> 
 
 
 def header(**entry: Any) -> Callable[[Path], None]:
-    """A file of one tensor whose header says something else."""
+    """Write a file with one tensor and a changed header entry."""
     text = json.dumps({"x": {"dtype": "F32", "shape": [2, 6], "data_offsets": [0, 48]} | entry}).encode()
     return raw(WEIGHTS, len(text).to_bytes(8, "little") + text + bytes(48))
 
@@ -360,7 +360,7 @@ def moved_out(file: Path, root: Path) -> None:
 
 def large(file: Path, root: Path) -> None:
     with file.open("r+b") as opened:
-        opened.truncate(HUGE if file.name != WEIGHTS else 1 << 40)  # sparse: no disk is filled
+        opened.truncate(HUGE if file.name != WEIGHTS else 1 << 40)  # sparse, so it needs no disk space
 
 
 PLACES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
@@ -386,7 +386,7 @@ def test_nothing_but_plain_files_inside(bundle: Bundle, name: str, kind: str) ->
 
 @pytest.mark.parametrize("name", ["README.md", "notes.txt", "adapters/more"])
 def test_what_is_not_read_leads_nowhere_either(bundle: Bundle, name: str) -> None:
-    """``push`` would send the model card's target to the hub."""
+    """``push`` would upload the target of the model card."""
     (bundle.path / name).unlink(missing_ok=True)
     (bundle.path / name).symlink_to("/etc/passwd")
     assert "leads out of" in refused(bundle.path)

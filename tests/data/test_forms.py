@@ -1,4 +1,4 @@
-"""The forms of data that people have: what becomes of each field, and what is said of the others."""
+"""Forms of data: the record that each field ends up in, and the warnings about other fields."""
 
 import json
 
@@ -15,7 +15,7 @@ TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type":
 
 
 def load(tmp_path, *rows, **options):
-    """Return the records, and what was said of their file."""
+    """Return the records, and the warnings about their file."""
     path, said = tmp_path / "rows.jsonl", []
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = load_records(str(path), say=said.append, **options)

@@ -1,4 +1,4 @@
-"""Text files: every cell as it stands in the file, every refusal with its line and row."""
+"""Text files: every cell is unchanged, every error names its line and row."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Means, the best baseline, the paired bootstrap, and the pages made of them."""
+"""Means, the best baseline, the paired bootstrap, and reports with them."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path

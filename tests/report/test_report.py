@@ -1,4 +1,4 @@
-"""A report tells what is in a run, in one file that asks nobody for anything."""
+"""A report shows the contents of a run, in one file without external resources."""
 
 import json
 import re
