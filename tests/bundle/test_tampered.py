@@ -220,7 +220,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config: deep": (raw(CONFIG, DEEP.encode()), "not plain LoRA"),
     "config: a list": (raw(CONFIG, b"[]"), "not plain LoRA"),
     "config: of another rank": (config(r=4), "not a LoRA factor of rank 4"),
-    "config: of other modules": (config(target_modules=["k_proj"]), "no module in target_modules"),
+    "config: of other modules": (config(target_modules=["k_proj"]), "not of a module in target_modules"),
     # adapter_model.safetensors
     "weights: empty": (raw(WEIGHTS, b""), "no safetensors header"),
     "weights: a long header": (raw(WEIGHTS, (1 << 62).to_bytes(8, "little")), "no safetensors header"),
