@@ -94,5 +94,5 @@ def test_a_date_that_a_template_asks_for_is_fixed_and_said(copy: Path) -> None:
     tokenizer = load_tokenizer(copy, None, date(2026, 1, 2), said.append)
     assert render_prompt(tokenizer, (Turn("user", "x"),)) == "Today is 02 Jan 2026. x"
     assert said and "2026-01-02" in said[0] and "strftime_now" not in tokenizer.chat_template
-    with pytest.raises(ModelError, match="calls strftime_now.* with something other than a string literal"):
+    with pytest.raises(ModelError, match=r"strftime_now.* with something other than a string literal"):
         dated("{{ strftime_now(form) }}", date(2026, 1, 2))

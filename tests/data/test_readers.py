@@ -106,7 +106,11 @@ def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
             b'[{"prompt": "p", "completion": "c"}',
             "a.json:1 (row 1): not JSON: the file ends after this row",
         ),
-        ("a.json", b'[{"prompt": "p", "completion": "c"} 3]', "a.json:1 (row 1): not JSON: found '3' after"),
+        (
+            "a.json",
+            b'[{"prompt": "p", "completion": "c"} 3]',
+            "a.json:1 (row 1): not JSON: found '3' after this row, expected , or ]",
+        ),
         (
             "a.json",
             b'[{"prompt": "p", "completion": "c"}]\n[]',
