@@ -1,8 +1,8 @@
-"""Exact averaging against the dense mean of products: its error, and its cost as a share of a round.
+"""Exact averaging compared with the dense mean of products: its error, and its cost as a share of a round.
 
-Adapters as training leaves them: one round of the built-in federation's clients from one fresh adapter. Once
-more with every second client's adapter cut to half the rank: a slice's mean is over those who have it.
-Times are processor seconds, so that a busy machine does not change the share.
+The adapters come from one round of the built-in federation's clients, starting from one fresh adapter. A
+second run cuts every second client's adapter to half the rank; a slice's mean is then over the adapters that
+have it. Times are CPU seconds, so that a busy machine does not change the share.
 """
 
 import tempfile
@@ -28,16 +28,16 @@ def main() -> None:
     groups: dict[int, list[TrainReply]] = {}
     collect = server.collect
 
-    def keeping(*arguments):  # type: ignore[no-untyped-def]
+    def recording(*arguments):  # type: ignore[no-untyped-def]
         began = time.process_time()
-        answers = collect(*arguments)
+        replies = collect(*arguments)
         spent["round"] = time.process_time() - began
-        for reply in answers.values():
+        for reply in replies.values():
             groups.setdefault(reply.cluster, []).append(reply)
-        return answers
+        return replies
 
     spent: dict[str, float] = {}
-    server.collect = keeping
+    server.collect = recording
     with tempfile.TemporaryDirectory() as scratch:
         run.train(load_config(None, SETTINGS), Path(scratch) / "run", Console(quiet=True))
     rank = load_config(None).lora.rank
@@ -50,8 +50,8 @@ def main() -> None:
         spent[name] = time.process_time() - began
     for group in groups.values():
         states, weights = [r.adapter for r in group], [r.num_examples for r in group]
-        each = [products(state) for state in states]
-        dense = {m: np.average([p[m] for p in each], axis=0, weights=weights) for m in each[0]}
+        deltas = [products(state) for state in states]
+        dense = {m: np.average([delta[m] for delta in deltas], axis=0, weights=weights) for m in deltas[0]}
         best = {m: truncated(array, rank) for m, array in dense.items()}
         found, residual = exact(states, weights)
         residuals.append(residual)
@@ -75,7 +75,7 @@ def main() -> None:
     rows = [
         ("adapters averaged, task clusters", f"{sum(map(len, groups.values()))}, {len(groups)}", "", None),
         ("average: relative error to the dense mean", f"{np.mean(errors['average']):.2e}", "", None),
-        ("what rank 8 leaves out (residual)", f"{np.mean(residuals):.2e}", "", None),
+        ("part that rank 8 cannot represent (residual)", f"{np.mean(residuals):.2e}", "", None),
         ("the same by dense SVD", f"{np.mean(errors['best of rank']):.2e}", "", None),
         ("exact: relative error to the best of its rank", f"{worst:.1e}", "≤ 1e-5", worst <= 1e-5),
         ("the same, ranks 8 and 4 mixed", f"{max(mixed):.1e}", "≤ 1e-5", max(mixed) <= 1e-5),
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def products(state: AdapterState) -> dict[str, np.ndarray]:
-    """Return every module's ΔW, dense, up to the common scale."""
+    """Return every module's dense ΔW, without the common scale."""
     return {
         name: state[name.replace("lora_A", "lora_B")].astype(np.float64) @ a.astype(np.float64)
         for name, a in state.items()
@@ -105,21 +105,21 @@ def products(state: AdapterState) -> dict[str, np.ndarray]:
 
 
 def sliced(states: list[AdapterState], weights: list[int]) -> dict[str, np.ndarray]:
-    """Return every module's dense ΔW: the sum of its slices, each the mean over those who have it."""
+    """Return every module's dense ΔW: the sum of rank-1 slices, each averaged over the adapters with it."""
     found = {}
     for name in (name for name in states[0] if ".lora_A." in name):
         pairs = [(s[name].astype(np.float64), s[name.replace("lora_A", "lora_B")]) for s in states]
         total: np.ndarray = np.zeros(())
         for number in range(max(len(a) for a, _ in pairs)):
-            have = [(np.outer(b[:, number], a[number]), w) for (a, b), w in zip(pairs, weights, strict=True)
-                    if number < len(a)]  # fmt: skip
-            total = total + np.average([x for x, _ in have], axis=0, weights=[w for _, w in have])
+            slices = [(np.outer(b[:, number], a[number]), w) for (a, b), w in zip(pairs, weights, strict=True)
+                      if number < len(a)]  # fmt: skip
+            total = total + np.average([x for x, _ in slices], axis=0, weights=[w for _, w in slices])
         found[name] = total
     return found
 
 
 def truncated(dense: np.ndarray, rank: int) -> np.ndarray:
-    """Return the closest matrix of a rank."""
+    """Return the closest matrix of the given rank."""
     u, values, vt = np.linalg.svd(dense, full_matrices=False)
     return u[:, :rank] * values[:rank] @ vt[:rank]
 

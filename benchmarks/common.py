@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table, then one JSON line, kept with its commit and versions."""
+"""Output of every benchmark: a table, and one JSON line with commit and versions."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn",
 
 
 def report(name: str, results: dict[str, Any], rows: list[tuple[str, str, str, bool | None]]) -> None:
-    """Print measured against wanted, then one JSON line; keep both under ``results/``."""
+    """Print a table of measured and target values, then one JSON line; write both to ``results/``."""
     table = Table("figure", "measured", "wanted", "", title=name)
     for label, measured, wanted, reached in rows:
         table.add_row(label, measured, wanted, "" if reached is None else "yes" if reached else "NO")
@@ -33,7 +33,7 @@ def report(name: str, results: dict[str, Any], rows: list[tuple[str, str, str, b
 
 
 def environment() -> dict[str, Any]:
-    """Say what was measured on: commit, versions, machine."""
+    """Return commit, versions and number of cores."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True

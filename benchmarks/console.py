@@ -1,11 +1,12 @@
-"""What the console, the decision log and the report cost, with the built-in base.
+"""Costs of the console, the decision log and the report, with the built-in base.
 
-python benchmarks/console.py                  trains a small bundle of the built-in tasks first; five minutes
-python benchmarks/console.py --bundle DIR --run RUN      existing ones; the report is RUN's
+python benchmarks/console.py                            first trains a small bundle; five minutes
+python benchmarks/console.py --bundle DIR --run RUN     uses existing ones; the report is of RUN
 
-The page is opened and typed into in a real Chromium. The log's cost is the CPU time of a line, which other
-work disturbs less than rates: as a share of the routed requests a second that benchmarks/serving.py measured
-through a real vLLM, and, far stricter, of the hook alone before an application that answers at once.
+The page runs in a real Chromium. The log's cost is the CPU time of a line, which other load disturbs less
+than request rates. It is compared with the time per routed request that benchmarks/serving.py measured with a
+real vLLM, and, as a much stricter bound, with that of the middleware before an application that answers at
+once.
 """
 # ruff: noqa: E402
 
@@ -70,7 +71,7 @@ return Math.max(page.domContentLoadedEventEnd, ...shown.map((one) => one.respons
 
 
 def first_views(url: str, number: int) -> tuple[list[float], int]:
-    """Return when the last of what is shown was there, ms from entering the address, and a view's bytes."""
+    """Return the times until everything visible has loaded, ms from entering the URL, and a view's bytes."""
     took, size = [], 0
     with chromium() as driver:
         page = Page(driver, url)
@@ -81,7 +82,7 @@ def first_views(url: str, number: int) -> tuple[list[float], int]:
             page.driver.get(f"{url}/fedrouter/")
             page.shows("#where", "Nothing is typed yet")
             took.append(page.js(SHOWN))
-            events = [json.loads(one["message"])["message"] for one in driver.get_log("performance")]
+            events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
             size = sum(
                 event["params"]["encodedDataLength"]
                 for event in events
@@ -91,7 +92,7 @@ def first_views(url: str, number: int) -> tuple[list[float], int]:
 
 
 def decisions(url: str, number: int) -> list[float]:
-    """Return how long after the last key a new decision is painted, ms."""
+    """Return the times from the last keystroke until a new decision is painted, ms."""
     with chromium() as driver:
         page = Page(driver, url).open()
         page.shows("#where", "Nothing is typed yet")
@@ -100,7 +101,7 @@ def decisions(url: str, number: int) -> list[float]:
 
 
 async def throughput(routing: Routing, log: LogOptions | None, number: int) -> float:
-    """Return routed requests a CPU second through the hook, 16 at a time."""
+    """Return routed requests per CPU second through the middleware, 16 at a time."""
     app = StubApp(list(routing.bundle.adapter_paths))
 
     async def quick(scope: Any, receive: Any, send: Any) -> None:
@@ -125,7 +126,7 @@ async def throughput(routing: Routing, log: LogOptions | None, number: int) -> f
     async def lifespan_send(_message: Any) -> None:
         started.set()
 
-    living = asyncio.create_task(hook({"type": "lifespan"}, lifespan_receive, lifespan_send))
+    lifespan = asyncio.create_task(hook({"type": "lifespan"}, lifespan_receive, lifespan_send))
     await started.wait()
     left = iter(range(number))
 
@@ -148,12 +149,12 @@ async def throughput(routing: Routing, log: LogOptions | None, number: int) -> f
     began = time.process_time()
     await asyncio.gather(*(client() for _ in range(16)))
     end.set()
-    await living  # the log is written to its end
+    await lifespan  # flushes the log
     return number / (time.process_time() - began)
 
 
 def line_us(bundle: Bundle, options: LogOptions, number: int = 2000) -> float:
-    """Return the CPU time of one line, from its request to the file, microseconds."""
+    """Return the CPU time of one line, from the request to the file, in microseconds."""
     journal = Journal(DecisionLog(options))
     routing = load_routing(Settings(bundle=bundle.path))
     vectors = {PROMPTS[0]: np.random.default_rng(0).normal(size=bundle.embedder.dim).astype(np.float32)}
@@ -163,7 +164,7 @@ def line_us(bundle: Bundle, options: LogOptions, number: int = 2000) -> float:
     for i in range(number):
         journal._write([entry], asked, vectors)
         if i % 16 == 0:
-            time.sleep(0.064)  # 250 a second, about what a core can route
+            time.sleep(0.064)  # 250 lines per second, about as many requests as a core can route
     while journal._log is not None and journal._log._lines.qsize():
         time.sleep(0.001)
     spent = time.process_time() - began
@@ -179,7 +180,9 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--rounds", type=int, default=8, help="of throughput, with and without the log")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="throughput measurements with and without the log"
+    )
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
@@ -217,27 +220,22 @@ def main() -> None:
     decision_p95 = sorted(shown)[int(0.95 * len(shown))]
     rows: list[tuple[str, str, str, bool | None]] = [
         ("console's first view, bytes", f"{size:,}", "≤ 100,000", size <= 100_000),
-        ("the same, ms until all is there, median", f"{view:.0f}", "≤ 200", view <= 200),
-        ("a decision painted after typing stops, ms, median", f"{decision:.0f}", "≤ 150", decision <= 150),
-        ("the same, 95 %", f"{decision_p95:.0f}", "≤ 150", decision_p95 <= 150),
-        (
-            "routed requests a CPU second, no log, 16 at once",
-            f"{bare:.0f}",
-            "",
-            None,
-        ),
+        ("the same, ms until everything has loaded, median", f"{view:.0f}", "≤ 200", view <= 200),
+        ("decision painted after typing stops, ms, median", f"{decision:.0f}", "≤ 150", decision <= 150),
+        ("the same, p95", f"{decision_p95:.0f}", "≤ 150", decision_p95 <= 150),
+        ("routed requests per CPU second, no log, 16 at a time", f"{bare:.0f}", "", None),
         ("CPU time of a line of the log, µs", f"{lines['log']:.0f}", "", None),
-        ("its share of routed throughput, real vLLM", f"{real:.2%}", "≤ 1 %", real <= 0.01),
-        ("its share of the hook alone", f"{costs['log']:.2%}", "", None),
+        ("its share of a routed request's time, real vLLM", f"{real:.2%}", "≤ 1 %", real <= 0.01),
+        ("its share of the middleware's time", f"{costs['log']:.2%}", "", None),
         ("the same with prompts and vectors", f"{costs['log, prompts, vectors']:.2%}", "", None),
         ("report, bytes", f"{page:,}", "≤ 5,000,000", page <= 5_000_000 if page else None),
     ]
     results = {
-        "first_view_ms": [round(one, 1) for one in views],
+        "first_view_ms": [round(ms, 1) for ms in views],
         "first_view_bytes": size,
-        "decision_ms": [round(one, 1) for one in shown],
-        "rates": {kind: [round(one, 1) for one in values] for kind, values in rates.items()},
-        "line_us": {kind: round(one, 1) for kind, one in lines.items()},
+        "decision_ms": [round(ms, 1) for ms in shown],
+        "rates": {kind: [round(rate, 1) for rate in values] for kind, values in rates.items()},
+        "line_us": {kind: round(us, 1) for kind, us in lines.items()},
         "report_bytes": page,
         "task_clusters": num_clusters,
         "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],

@@ -1,10 +1,10 @@
-"""The whole way, measured: train, bundle, serve with vLLM, evaluate through the endpoint.
+"""The whole pipeline: train, serve the bundle with vLLM, evaluate through the endpoint.
 
-python benchmarks/end_to_end.py                              the built-in federation, against its targets
+python benchmarks/end_to_end.py                              the built-in federation and its targets
 python benchmarks/end_to_end.py --config examples/four_tasks.toml --data FILE --data FILE …
 
-One FedAvg adapter is trained beside it in the same run: the same loop, clients, data, seeds and steps, but
-one cluster for everything. Both are served by one server and asked the same prompts.
+Also trains one FedAvg adapter with the same loop, clients, data, seeds and steps, but one cluster for
+everything. One server has both and gets the same prompts for both.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from fedrouter.evaluate import evaluate, load, render
 from fedrouter.serve.launch import Options, free_port, running_server
 from fedrouter.train.run import train
 
-FEDAVG = ["method=fedavg", "cluster={}", "train.schedule=all"]  # it gives a client one subset
+FEDAVG = ["method=fedavg", "cluster={}", "train.schedule=all"]  # refuses schedule "one"
 
 
 def main() -> None:
@@ -30,11 +30,11 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path)
     parser.add_argument("--data", action="append", default=None)
-    parser.add_argument("--limit", type=int, default=100, help="test prompts a task")
-    # Settings were chosen on seeds 0 and 11, and test prompts of these were looked at: report others.
-    parser.add_argument("--seed", type=int, default=1, help="of training data and of test prompts")
+    parser.add_argument("--limit", type=int, default=100, help="test prompts per task")
+    # Settings were chosen with seeds 0 and 11 and their test prompts, so results must be of other seeds.
+    parser.add_argument("--seed", type=int, default=1, help="seed of training data and test prompts")
     parser.add_argument("--name", default="end_to_end")
-    parser.add_argument("--out", type=Path, help="keep the runs here and go on with what is there")
+    parser.add_argument("--out", type=Path, help="directory for the runs; existing runs there are resumed")
     options = parser.parse_args()
     console = Console(width=110)
     scratch = tempfile.TemporaryDirectory()

@@ -1,11 +1,11 @@
-"""What many machines cost, with real processes on this one: superlink, SuperNodes, sites, TLS, loopback.
+"""Cost of a federation on many machines, with real processes on one: superlink, SuperNodes, sites, TLS.
 
-    python benchmarks/federation.py exchange 4 16 64    # bytes there and back, nothing computed
-    python benchmarks/federation.py rounds 4 16 64      # builtin:tiny trains: seconds, server memory a round
-    python benchmarks/federation.py killed 30           # rounds; a random site is killed in every second one
+    python benchmarks/federation.py exchange 4 16 64    # only sends bytes to the sites and back python
+    benchmarks/federation.py rounds 4 16 64      # trains builtin:tiny: seconds per round, server memory
+    python benchmarks/federation.py killed 30           # 30 rounds; kills a random site in every second one
 
-Prints a table, then one JSON line. ``exchange`` is an exchange's fixed cost over the in-process engine, whose
-own is a function call. Flower's environment has to be there: ``fedrouter federation setup``.
+Prints a table, then one JSON line. ``exchange`` measures the fixed cost of an exchange; with the in-process
+engine it is a function call. Needs Flower's environment: ``fedrouter federation setup``.
 """
 
 import json
@@ -32,12 +32,12 @@ from fedrouter.train.flower.environment import start, stop
 from fedrouter.train.flower.federation import Directory, load_directory, make_directory, nodes
 from fedrouter.train.flower.transport import connected
 
-EXCHANGES, BODY = 12, 400_000  # of one adapter of builtin:tiny, about
+EXCHANGES, BODY = 12, 400_000  # bytes; about one adapter of builtin:tiny
 QUIET = Console(quiet=True)
 
 
 class Echo:
-    """A resident client that answers at once with what it got."""
+    """A resident client that answers immediately with the body it received."""
 
     def answer(self, body: bytes) -> bytes:
         return body
@@ -51,7 +51,7 @@ def write_rows(file: Path, i: int) -> None:
 
 
 def live(directory: Path, name: str, hollow: bool) -> None:
-    """Be one site, until ended."""
+    """Run one site until interrupted; with ``hollow`` it only echoes."""
     from fedrouter.train.client.resident import Resident
     from fedrouter.train.client.site import load_site
     from fedrouter.train.federate import opened_client
@@ -69,7 +69,7 @@ def live(directory: Path, name: str, hollow: bool) -> None:
 
 
 class Sites:
-    """Sites as processes, forked from one that has imported everything: 64 of them fit into memory."""
+    """Sites as processes, forked after their imports, so that 64 of them fit into memory."""
 
     def __init__(self, directory: Path, names: Sequence[str], hollow: bool):
         self.directory, self.names, self.hollow = directory, names, hollow
@@ -85,7 +85,7 @@ class Sites:
         self.processes[name] = process
 
     def kill(self, name: str) -> None:
-        """End a site and all its processes at once, as a machine that loses power."""
+        """Kill a site and all its processes, like a power failure."""
         process = self.processes.pop(name)
         for pid in [process.pid, *children(process.pid)]:
             os.kill(pid, signal.SIGKILL)
@@ -105,7 +105,7 @@ def children(pid: int) -> list[int]:
 
 
 def memory_mib(pids: Sequence[int]) -> float:
-    """Return the proportional set size of processes."""
+    """Return the proportional set size of processes, MiB."""
     total = 0
     for pid in pids:
         try:
@@ -118,7 +118,7 @@ def memory_mib(pids: Sequence[int]) -> float:
 
 @contextmanager
 def federation(num: int, hollow: bool) -> Iterator[tuple[Directory, Sites, int]]:
-    """Make and serve a federation of ``num`` sites; yield it, the sites and the superlink's pid."""
+    """Create and serve a federation of ``num`` sites; yield it, the sites and the superlink's pid."""
     from fedrouter.serve.launch import free_port
     from fedrouter.train.client.site_files import make_site
 
@@ -150,13 +150,13 @@ def federation(num: int, hollow: bool) -> Iterator[tuple[Directory, Sites, int]]
 
 
 def exchanges(num: int) -> dict[str, Any]:
-    """Send bytes to all sites and wait for all of them, again and again."""
+    """Measure exchanges in which the server sends bytes to all sites and waits for all answers."""
     with federation(num, hollow=True) as (directory, _, superlink), connected(directory) as transport:
         began = time.monotonic()
         while len(transport.nodes()) < num:
-            assert time.monotonic() - began < 900, f"{len(transport.nodes())} of {num} came"
+            assert time.monotonic() - began < 900, f"{len(transport.nodes())} of {num} sites connected"
             time.sleep(0.5)
-        came = time.monotonic() - began
+        start_s = time.monotonic() - began
         seconds = []
         for _ in range(EXCHANGES):
             began = time.monotonic()
@@ -173,12 +173,12 @@ def exchanges(num: int) -> dict[str, Any]:
         "seconds": round(statistics.median(seconds), 2),
         "longest": round(max(seconds), 2),
         "superlink_mib": round(memory),
-        "start_s": round(came, 1),
+        "start_s": round(start_s, 1),
     }
 
 
 def trained(num: int, rounds: int, disturb: Callable[[Path, Sites], None] | None = None) -> dict[str, Any]:
-    """Train over Flower; return seconds and memory a round, and the mean best validation loss."""
+    """Train with Flower; return seconds per round, peak memory, and the mean best validation loss."""
     from fedrouter.train.flower.run import train_over_flower
 
     with federation(num, hollow=False) as (directory, sites, superlink):
@@ -230,7 +230,7 @@ def best_loss(metrics: Sequence[dict[str, Any]]) -> float:
 
 
 def in_process(num: int, rounds: int) -> float:
-    """Return the seconds a round of the same federation in one process."""
+    """Return the seconds per round of the same federation in one process."""
     from fedrouter.train.run import train
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -255,7 +255,7 @@ def in_process(num: int, rounds: int) -> float:
 
 
 def kill_every_second_round(log: Path, sites: Sites) -> None:
-    """Kill a random site in every second round, and start it again."""
+    """Kill and restart a random site in every second round."""
     draw, done = random.Random(0), 0
     while True:
         num = log.read_text().count(" MiB down") if log.exists() else 0
@@ -269,19 +269,19 @@ def kill_every_second_round(log: Path, sites: Sites) -> None:
 
 def main() -> None:
     """Measure and report."""
-    what, numbers = sys.argv[1], [int(number) for number in sys.argv[2:]]
-    if what == "exchange":
+    mode, numbers = sys.argv[1], [int(number) for number in sys.argv[2:]]
+    if mode == "exchange":
         found = [exchanges(num) for num in numbers]
-    elif what == "rounds":
+    elif mode == "rounds":
         found = [{**trained(num, 4), "in_process_s": round(in_process(num, 4), 2)} for num in numbers]
     else:
         found = [{"what": "undisturbed", **trained(4, numbers[0])}]
         found += [{"what": "killed", **trained(4, numbers[0], kill_every_second_round)}]
     columns = list(found[0])
     print("  ".join(f"{column:>14}" for column in columns))
-    for one in found:
-        print("  ".join(f"{one[column]!s:>14}" for column in columns))
-    print(json.dumps({"benchmark": f"federation {what}", "load": os.getloadavg()[0], "results": found}))
+    for row in found:
+        print("  ".join(f"{row[column]!s:>14}" for column in columns))
+    print(json.dumps({"benchmark": f"federation {mode}", "load": os.getloadavg()[0], "results": found}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Twenty runs killed at random moments, started again, compared byte for byte with one left alone.
+"""Twenty runs killed at random times, restarted, and compared byte for byte with an uninterrupted run.
 
 python benchmarks/interruption.py [--kills 20] [--seed 0]
 
-Each run is a process of its own that is killed with SIGKILL at a uniformly drawn moment of the uninterrupted
-run's duration (and so also while it loads, embeds, clusters, writes a checkpoint or the bundle); then the
-same run is started again. It has all that outlives a round: a server optimizer, best rounds by validation,
-clustering anew. Processes are forked from one that has imported what they need: most kills would else fall
-into imports.
+Each run is a process that is killed with SIGKILL at a uniformly random time of the uninterrupted run's
+duration, so also while it loads, embeds, clusters, or writes a checkpoint or the bundle; then the same run is
+started again. The settings use all state that outlives a round: a server optimizer, best rounds by
+validation, repeated clustering. Processes are forked after their imports, because most kills would otherwise
+hit the imports.
 """
 
 import argparse
@@ -75,11 +75,11 @@ def main() -> None:
             start(out).join()
             same = content(out / "bundle") == wanted
             identical += same
-            where = "after its end" if ended else f"after {checkpoints[-1]} rounds"
+            where = "after the end of the run" if ended else f"after {checkpoints[-1]} rounds"
             print(f"killed at {moments[-1]:.1f} s, {where}: {'same' if same else 'OTHER'}", flush=True)
     between = f"{sum(n == 0 for n in checkpoints)}, {sum(0 < n < ROUNDS for n in checkpoints)}, "
     rows = [
-        ("seconds of the run left alone", f"{duration:.1f}", "", None),
+        ("seconds of the uninterrupted run", f"{duration:.1f}", "", None),
         ("killed before the first round's end, between, after the last",
          between + str(sum(n == ROUNDS for n in checkpoints)), "", None),
         ("identical bundles", f"{identical} of {options.kills}", "all", identical == options.kills),
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def prepare(directory: Path) -> Path:
-    """Write every client's file and a configuration that names them; return the latter's path."""
+    """Write each client's file and a configuration; return the configuration's path."""
     for client, tasks in CLIENTS.items():
         records = [r for t in tasks for r in generate(TASKS[t], "train", 30, ord(client))]
         rows = [{"prompt": r.turns[-1].content, "completion": r.completion, "task": r.task} for r in records]
@@ -102,12 +102,12 @@ def prepare(directory: Path) -> Path:
 
 
 def run(file: Path, out: Path) -> None:
-    """Train; what a started process does."""
+    """Train; the target of each process."""
     train(load_config(file, SETTINGS), out, Console(quiet=True))
 
 
 def content(bundle: Path) -> dict[str, bytes]:
-    """Return every file's bytes."""
+    """Return the content of every file of a bundle, by path."""
     return {str(p.relative_to(bundle)): p.read_bytes() for p in sorted(bundle.rglob("*")) if p.is_file()}
 
 

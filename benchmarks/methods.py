@@ -1,17 +1,19 @@
-"""The paper's method beside its baselines: the same loop, data, steps and seed, judged on the same test rows.
+"""The paper's method and its baselines with the same loop, data, steps and seeds, on the same test rows.
 
 python benchmarks/methods.py [--seeds 1 2] [--out DIR] [METHOD …]
 
-The federation is ``examples/four_tasks.toml``, 8 clients of two tasks each, cut to 3 rounds of 12 steps of 4
-rows. An adapter is judged by its loss on the completions of test rows, nats a token, the mean over tasks:
+The federation is ``examples/four_tasks.toml``, 8 clients with two tasks each, shortened to 3 rounds of 12
+steps of 4 rows. Adapters are compared by their loss on the completions of test rows, in nats per token,
+averaged over tasks:
 
-- ``global``: a prompt goes to the nearest of all task clusters, whoever asks;
-- ``local``: it goes to the nearest of those that the asking client has rows of; clients ask for their tasks.
+- ``global``: a prompt is routed among all task clusters;
+- ``local``: it is routed among the task clusters with rows of the client; each client has its own tasks.
 
-Nothing was chosen on these test rows. ``fedprox`` takes μ = 0.1, the rest their defaults; prompts beyond
-every radius go to the nearest adapter, so that no method is helped by the base. Another seed deals other rows
-out, and draws other adapters and batches. ``fedrouter-exact`` averages products, in ``fedrouter-one`` clients
-train one subset a round in turn, as in the reference code. With ``--out`` runs are kept and gone on with.
+No setting was chosen on these test rows. ``fedprox`` uses μ = 0.1, the others their defaults. Prompts beyond
+every radius are routed to the nearest adapter, so that no method benefits from the base. A seed determines
+the clients' rows, initial adapters and batches. ``fedrouter-exact`` averages products; in ``fedrouter-one``
+clients train one subset per round in turn, as in the reference code. With ``--out`` runs are stored and can
+be resumed.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def judge(bundle: Bundle, config: Config) -> dict[str, Any]:
-    """Return the losses by mode and task of one method's bundle."""
+    """Return the losses of one method's bundle by mode and task."""
     tests = test_rows()
     embedder, path = find_embedder(bundle, find_base(bundle)), find_base(bundle)
     lora = LoraSettings(rank=bundle.rank, alpha=config.lora.alpha * bundle.rank // config.lora.rank)
@@ -88,15 +90,15 @@ def judge(bundle: Bundle, config: Config) -> dict[str, Any]:
         load_base(path, "float32", "cpu"), load_tokenizer(path), lora, config.train, config.seed
     )
     vectors = {t: embedder.embed([routing_text(r.turns) for r in rows]) for t, rows in tests.items()}
-    asked: dict[str, list[tuple[str, str, int]]] = defaultdict(list)  # adapter → (mode, task, row)
-    holders = {c: sorted({r.task for r in rows if r.task}) for c, rows in load_clients(config).items()}
-    for client in (None, *holders):
+    routed: dict[str, list[tuple[str, str, int]]] = defaultdict(list)  # adapter → (mode, task, row)
+    tasks_of = {c: sorted({r.task for r in rows if r.task}) for c, rows in load_clients(config).items()}
+    for client in (None, *tasks_of):
         router = Router(bundle, client=client)
-        for task in tests if client is None else holders[client]:
+        for task in tests if client is None else tasks_of[client]:
             for row, decision in enumerate(router.route(vectors[task])):
-                asked[decision.model].append(("local" if client else "global", task, row))
+                routed[decision.model].append(("local" if client else "global", task, row))
     losses: dict[str, dict[str, list[float]]] = {m: defaultdict(list) for m in ("global", "local")}
-    for name, rows in asked.items():
+    for name, rows in routed.items():
         adapter = load_file(bundle.adapter_paths[name] / "adapter_model.safetensors")
         done: dict[tuple[str, int], float] = {}
         for mode, task, row in rows:
@@ -105,7 +107,10 @@ def judge(bundle: Bundle, config: Config) -> dict[str, Any]:
             losses[mode][task].append(done[task, row])
     return {
         "adapters": len(bundle.clusters),
-        **{mode: {t: float(np.mean(own)) for t, own in sorted(by.items())} for mode, by in losses.items()},
+        **{
+            mode: {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
+            for mode, by_task in losses.items()
+        },
     }
 
 
@@ -116,33 +121,33 @@ def test_rows() -> dict[str, list[Record]]:
 
 
 def show(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """Print and keep the comparison; ``found`` holds a result a seed for each method."""
+    """Report the comparison; ``found`` has one result per seed for each method."""
     rows: list[tuple[str, str, str, bool | None]] = []
     means = {
-        (method, mode): [float(np.mean(list(one[mode].values()))) for one in results]
+        (method, mode): [float(np.mean(list(seed[mode].values()))) for seed in results]
         for method, results in found.items()
         for mode in MODES
     }
     by_task = {
-        (method, mode, task): float(np.mean([one[mode][task] for one in results]))
+        (method, mode, task): float(np.mean([seed[mode][task] for seed in results]))
         for method, results in found.items()
         for mode in MODES
         for task in results[0][mode]
     }
     tasks = list(found["fedrouter"][0]["global"])
     for method, results in found.items():
-        adapters = "/".join(str(n) for n in dict.fromkeys(one["adapters"] for one in results))
+        adapters = "/".join(str(n) for n in dict.fromkeys(seed["adapters"] for seed in results))
         for mode in MODES:
-            own = ", ".join(f"{by_task[method, mode, task]:.3f}" for task in tasks)
+            losses = ", ".join(f"{by_task[method, mode, task]:.3f}" for task in tasks)
             seeds = " ".join(f"{mean:.3f}" for mean in means[method, mode])
-            label = f"{method}, {mode}: {adapters} adapters ({own})"
+            label = f"{method}, {mode}: {adapters} adapters ({losses})"
             rows.append((label, f"{np.mean(means[method, mode]):.3f} ({seeds})", "", None))
     others = [m for m in METHODS if m not in ("fedrouter", "oracle")]
     for mode in MODES:
         ratios = [
             ours / min(means[m, mode][i] for m in others) for i, ours in enumerate(means["fedrouter", mode])
         ]
-        label = f"fedrouter ÷ best baseline that is not told the task, {mode}, by seed"
+        label = f"fedrouter ÷ best baseline that does not know the tasks, {mode}, by seed"
         rows.append((label, " ".join(f"{r:.3f}" for r in ratios), "< 1", max(ratios) < 1))
         for task in tasks:
             lower = [m for m in others if by_task[m, mode, task] < by_task["fedrouter", mode, task]]

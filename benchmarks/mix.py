@@ -1,4 +1,4 @@
-"""Minutes of mixed traffic, every twentieth request garbage: what the server answers, and what it holds."""
+"""Minutes of mixed traffic, with garbage in every twentieth request: the server's statuses and memory."""
 
 import asyncio
 import json
@@ -34,31 +34,31 @@ GARBAGE: list[tuple[str, bytes, dict[str, str]]] = [
 
 def wanted(random_: random.Random, prompts: list[str], adapters: list[str]) -> tuple[str, dict[str, Any]]:
     """Return a path and body that a client might send."""
-    one, other, third = random_.sample(prompts, 3)
+    first, second, third = random_.sample(prompts, 3)
     model = random_.choice(["fedrouter"] * 6 + ["base", *adapters[:1]])
     short = {"model": model, "max_tokens": random_.randint(1, 12)}
-    said = [{"role": "user", "content": one}]
-    turns = [*said, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "shorter"}]
+    turn = [{"role": "user", "content": first}]
+    turns = [*turn, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "shorter"}]
     stream = {"stream": random_.random() < 0.5}
     return random_.choice(
         [
-            ("/v1/chat/completions", {**short, **stream, "messages": said}),
+            ("/v1/chat/completions", {**short, **stream, "messages": turn}),
             ("/v1/chat/completions", {**short, **stream, "messages": turns}),
-            ("/v1/completions", {**short, **stream, "prompt": one}),
-            ("/v1/completions", {**short, "prompt": [one, other, third]}),
-            ("/v1/messages", {**short, **stream, "messages": said}),
-            ("/v1/responses", {"model": model, **stream, "input": one, "max_output_tokens": 12}),
-            ("/tokenize", {"model": model, "prompt": one}),
+            ("/v1/completions", {**short, **stream, "prompt": first}),
+            ("/v1/completions", {**short, "prompt": [first, second, third]}),
+            ("/v1/messages", {**short, **stream, "messages": turn}),
+            ("/v1/responses", {"model": model, **stream, "input": first, "max_output_tokens": 12}),
+            ("/tokenize", {"model": model, "prompt": first}),
             ("/v1/fedrouter/route", {"messages": turns}),
         ]
     )
 
 
 async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: list[str]) -> dict[str, Any]:
-    """Ask from ``CLIENTS`` clients at once; return statuses, hangs and memory (MiB) over the time.
+    """Send requests from ``CLIENTS`` concurrent clients; return statuses, failures and memory over time.
 
-    "memory_mib" is of all processes, "hook_mib" of the one that the hook is in; the other is vLLM's engine.
-    Some clients leave before they have their answer. Every run asks the same, if not at the same moments.
+    "memory_mib" is of all processes, "hook_mib" of the process with the middleware, without vLLM's engine.
+    Some clients disconnect before the response. All runs send the same requests, at different times.
     """
     statuses: dict[str, Counter[str]] = {"wanted": Counter(), "garbage": Counter()}
     failures: list[str] = []
@@ -76,20 +76,20 @@ async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: 
                     kind, headers = "wanted", {}
                     path, payload = wanted(random_, prompts, adapters)
                     body = json.dumps(payload).encode()
-                leaves = kind == "wanted" and random_.random() < 0.03
+                disconnects = kind == "wanted" and random_.random() < 0.03
                 try:
                     posted = client.post(path, content=body, headers=JSON | headers)
-                    answer = await asyncio.wait_for(posted, 0.05 if leaves else HANG_S)
-                    status = str(answer.status_code)
-                    if status == "200" and re.search(r'"error": ?\{', answer.text):
+                    response = await asyncio.wait_for(posted, 0.05 if disconnects else HANG_S)
+                    status = str(response.status_code)
+                    if status == "200" and re.search(r'"error": ?\{', response.text):
                         status = "200 with an error"
                 except TimeoutError:
-                    status = "left" if leaves else "hung"
+                    status = "left" if disconnects else "hung"
                 except httpx.HTTPError as error:
                     status = type(error).__name__
                 statuses[kind][status] += 1
-                fine = ("200", "left") if kind == "wanted" else ("400", "404", "415", "422")
-                if status not in fine and len(failures) < 20:
+                expected = ("200", "left") if kind == "wanted" else ("400", "404", "415", "422")
+                if status not in expected and len(failures) < 20:
                     failures.append(f"{kind} {path} {body[:80]!r}: {status}")
 
         async def watch() -> None:
@@ -111,7 +111,7 @@ async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: 
 
 
 def resident_mib(leader: int, alone: bool = False) -> float:
-    """Return the memory of a group's processes, shared pages counted for each, or its leader alone, MiB."""
+    """Return the MiB of resident memory, shared pages included, of a process group or only its leader."""
     total = 0
     for status in Path("/proc").glob(f"{leader if alone else '[0-9]*'}/stat"):
         try:

@@ -1,4 +1,4 @@
-"""Pictures as plain SVG: maps of prompts, confusion, abstention and ROC curves."""
+"""Figures as SVG: maps of prompts, confusion, abstention and ROC curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def draw(
     measured: Mapping[str, Any],
     drawn: Mapping[str, Any],
 ) -> None:
-    """Write all pictures of one federation."""
+    """Write all figures of one federation."""
     target.mkdir(exist_ok=True)
     abstention(target / f"{stem}-abstention.svg", drawn["far"], drawn["strange"])
     roc(target / f"{stem}-roc.svg", drawn["far"], drawn["strange"], drawn["weights"])
@@ -33,11 +33,11 @@ def draw(
 
 
 def roc(path: Path, known: np.ndarray, unknown: np.ndarray, weights: np.ndarray) -> None:
-    """Draw the share of unseen prompts rejected over that of known ones; tasks weigh alike."""
+    """Draw the share of unseen prompts rejected over that of known ones, with equal weights for tasks."""
     truth = np.repeat([0, 1], [len(known), len(unknown)])
-    each = np.r_[weights, np.full(len(unknown), 1 / len(unknown))]
-    wrongly, rightly, _ = roc_curve(truth, np.r_[known, unknown], sample_weight=each)
-    points = " ".join(f"{_at(x)},{_at(1 - y)}" for x, y in zip(wrongly, rightly, strict=True))
+    all_weights = np.r_[weights, np.full(len(unknown), 1 / len(unknown))]
+    false, true, _ = roc_curve(truth, np.r_[known, unknown], sample_weight=all_weights)
+    points = " ".join(f"{_at(x)},{_at(1 - y)}" for x, y in zip(false, true, strict=True))
     body = [
         f'<polyline fill="none" stroke="{COLOURS[0]}" stroke-width="2" points="{points}"/>',
         f'<line x1="{_at(0)}" y1="{_at(1)}" x2="{_at(1)}" y2="{_at(0)}" stroke="#999" stroke-dasharray="4"/>',
@@ -48,7 +48,7 @@ def roc(path: Path, known: np.ndarray, unknown: np.ndarray, weights: np.ndarray)
 
 
 def confusion(path: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Draw which task's prompts (rows) went to which task's cluster (columns)."""
+    """Draw counts of prompts by task (rows) and by the routed cluster's task (columns)."""
     tasks = sorted({*counts, *(name for row in counts.values() for name in row)})
     left, step = 150, (2 * SIZE - 190) / max(len(tasks), 1)
     height = (SIZE - 2 * EDGE) / max(len(tasks), 1)
@@ -70,7 +70,7 @@ def confusion(path: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def abstention(path: Path, known: np.ndarray, unknown: np.ndarray) -> None:
-    """Draw the shares of known and unseen prompts rejected, over the radius' factor from 0 to 3."""
+    """Draw the shares of known and unseen prompts rejected over a factor on all radii, from 0 to 3."""
     factors = np.linspace(0, 3, 121)
     body = []
     for colour, label, far, line in (
@@ -93,15 +93,15 @@ def abstention(path: Path, known: np.ndarray, unknown: np.ndarray) -> None:
 def neighbours(
     path: Path, vectors: Array, tasks: Sequence[str], space: RoutingSpace, right: np.ndarray, num: int = 400
 ) -> None:
-    """Draw t-SNE maps of embedded prompts as they come (left) and in the routing space (right).
+    """Draw t-SNE maps of embedded prompts (left) and of the same in the routing space (right).
 
-    Crosses are centroids, black rings prompts that were routed wrongly.
+    Crosses are centroids; black rings mark prompts that were routed wrongly.
     """
     chosen = np.random.default_rng(0).permutation(len(vectors))[:num]
-    after = (vectors[chosen] - space.mean) @ space.transform
+    transformed = (vectors[chosen] - space.mean) @ space.transform
     names = sorted(set(tasks))
     body = []
-    for side, points in enumerate((vectors[chosen], np.concatenate([after, space.centroids]))):
+    for side, points in enumerate((vectors[chosen], np.concatenate([transformed, space.centroids]))):
         flat = TSNE(perplexity=30, random_state=0, init="pca").fit_transform(points)
         flat = (flat - flat.min(0)) / np.maximum(np.ptp(flat, axis=0), 1e-9)
         for i, (x, y) in enumerate(flat):

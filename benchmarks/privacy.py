@@ -1,8 +1,8 @@
-"""What noise on centroids costs: routing accuracy of the paper's clustering by noise and rows a client.
+"""Cost of noise on centroids: routing accuracy of the paper's clustering by noise and rows per client.
 
-The built-in tasks, eight clients with two tasks each, embedder builtin:tiny. Rows are clipped at the length
-that holds 95 % of the extra tasks' rows, which no client has. Accuracy: a task cluster answers for the task
-that most judged rows in it have, for with noise no labels are revealed.
+The built-in tasks, eight clients with two tasks each, embedder builtin:tiny. Rows are clipped at the 95 %
+quantile of the extra tasks' rows, which no client has. No labels are revealed with noise, so accuracy counts
+a task cluster as being of the task that most test rows in it have.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def one(
     clip: float,
     seed: int,
 ) -> tuple[float, float]:
-    """Cluster one federation; return accuracy and ε of a row."""
+    """Cluster one federation; return accuracy and ε per row."""
     noise = {"centroid_noise": z, "clip_embeddings": clip, "delta": DELTA} if z else {}
     clusters = {"method": "kmeans", "local": 2, "global": 4}
     config = Config.model_validate({"cluster": clusters, "privacy": noise})
@@ -54,7 +54,7 @@ def one(
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="*", default=[300, 1200, 2400], help="a client")
+    parser.add_argument("--rows", type=int, nargs="*", default=[300, 1200, 2400], help="rows per client")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     spec = embedder_spec("base", "builtin:tiny", 512, "float32")
@@ -73,7 +73,7 @@ def main() -> None:
                 runs.append(one(embedder, partition(records, "dual", 8, seed), judged, z, clip, seed))
             accuracy, epsilon = np.mean([a for a, _ in runs]), runs[0][1]
             results.append({"rows": num, "noise": z, "epsilon": epsilon if z else None, "accuracy": accuracy})
-            label = f"{num} rows a client, centroid_noise {z:g}, ε " + (f"{epsilon:.3g}" if z else "none")
+            label = f"{num} rows per client, centroid_noise {z:g}, ε " + (f"{epsilon:.3g}" if z else "none")
             rows.append((label, f"{accuracy:.3f}", "", None))
             print(*rows[-1][:2], flush=True)
     report("privacy", {"clip": clip, "delta": DELTA, "runs": results}, rows)

@@ -1,10 +1,10 @@
-"""What routing costs where the base is a real language model, and where it is ten times larger.
+"""Cost of routing with a real language model as base, and with a base ten times larger.
 
 python benchmarks/real_base.py       SmolLM2-135M-Instruct (make smollm2), and a random Llama of 1.1 B
 
-Each base gets a bundle of the four real tasks, by one short round of ``fedrouter train``, is served by
-``fedrouter serve``, and is asked test prompts of the four tasks. Routing takes what the server says in
-``x-fedrouter-routing-ms``. Answers have one token: of a random base nothing else is of interest.
+Each base gets a bundle of the four real tasks from one short round of ``fedrouter train``. ``fedrouter
+serve`` serves it and gets test prompts of the four tasks. Routing times are those in
+``x-fedrouter-routing-ms``. Answers have one token, because a random base has no useful answers.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--asked", type=int, default=320, help="prompts asked at 16 at a time, of SmolLM2")
+    parser.add_argument("--asked", type=int, default=320, help="prompts for SmolLM2, sent 16 at a time")
     options = parser.parse_args()
     measured = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -63,8 +63,8 @@ def main() -> None:
         rows += [
             (f"{name}: one prompt of 128 tokens, one core, median", f"{found['one_ms']:.1f} ms", "≤ 15 ms",
              found["one_ms"] <= 15),
-            (f"{name}: routing while {CONCURRENCY} ask, p50", f"{found['p50_ms']:.0f} ms", "", None),
-            (f"{name}: routing while {CONCURRENCY} ask, p95", f"{found['p95_ms']:.0f} ms", "≤ 150 ms",
+            (f"{name}: routing with {CONCURRENCY} clients, p50", f"{found['p50_ms']:.0f} ms", "", None),
+            (f"{name}: routing with {CONCURRENCY} clients, p95", f"{found['p95_ms']:.0f} ms", "≤ 150 ms",
              found["p95_ms"] <= 150),
         ]  # fmt: skip
     ratio = measured["random 1B"]["one_ms"] / measured["SmolLM2"]["one_ms"]
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def random_llama(path: Path) -> Path:
-    """Write a random Llama in the shape of Llama-3.2-1B, with SmolLM2's tokenizer, bfloat16."""
+    """Write a random bfloat16 Llama with the shapes of Llama-3.2-1B and SmolLM2's tokenizer."""
     config = LlamaConfig(
         vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
@@ -87,7 +87,7 @@ def random_llama(path: Path) -> Path:
 
 
 def trained(base: Path, out: Path) -> Path:
-    """Train one step a task cluster; return the bundle."""
+    """Train one step per task cluster; return the bundle's path."""
     sources = [str(SHARED / "data" / "four_tasks" / f"{task}.train.jsonl") for task in TASKS]
     settings = [
         f"base.model={json.dumps(str(base))}", f"data.source={json.dumps(sources)}",
@@ -104,7 +104,7 @@ def prompts(task: str) -> list[str]:
 
 
 def one_prompt(path: Path) -> dict[str, float]:
-    """Embed and route prompts of 128 tokens one by one, with one thread."""
+    """Embed and route prompts of 128 tokens one by one, with one thread; return the median time, ms."""
     bundle = load_bundle(path)
     embedder = load_embedder(bundle.embedder, bundle.base)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
@@ -123,7 +123,7 @@ def one_prompt(path: Path) -> dict[str, float]:
 
 
 def crowd(path: Path, room: Path, asked: int) -> dict[str, float]:
-    """Serve a bundle and ask it, ``CONCURRENCY`` prompts at a time; return quantiles of routing time, ms."""
+    """Serve a bundle and send it ``CONCURRENCY`` prompts at a time; return quantiles of routing time, ms."""
     _, command = prepare(path, Options(port=free_port()))
     texts = [text for row in zip(*map(prompts, TASKS), strict=False) for text in row][:asked]
     with running(command, room / "serve.log", 1800):

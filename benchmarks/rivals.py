@@ -1,4 +1,4 @@
-"""What a user would pick instead, with the same embedder; both need every row in one place, labelled."""
+"""Alternatives to FedRouter's routing with the same embedder; both need all rows and labels in one place."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ INSTALL = "pip install --no-deps semantic-router==1.1.1 (docs/evaluation.md name
 
 
 def nearest_rows(embedder: Remembering, taken: Sequence[Record], judged: Sequence[Record]) -> float:
-    """Return the accuracy of the ten nearest training rows, cosine: an upper reference."""
+    """Return the accuracy of a cosine 10-nearest-neighbours classifier on training rows, for reference."""
     fitted = KNeighborsClassifier(10, metric="cosine").fit(embedder.prompts(taken), [r.task for r in taken])
     return mean_over_tasks(fitted.predict(embedder.prompts(judged)), judged)
 
@@ -27,11 +27,11 @@ def semantic_router(
     unseen: dict[str, Array],
     num: int | None,
 ) -> tuple[float, float] | None:
-    """Return accuracy and mean AUROC of the package of that name, as it comes; None where it is absent.
+    """Return accuracy and mean AUROC of the package semantic-router; None if it is not installed.
 
     Parameters
     ----------
-    num : utterances of each route; None takes all rows.
+    num : utterances per route; None: all rows.
     """
     try:
         from semantic_router import Route
@@ -57,7 +57,7 @@ def semantic_router(
         if num is None or len(utterances[r.task]) < num:
             utterances[r.task].append(routing_text(r.turns))
     router = IndexedRouter(
-        Same(), [Route(name=str(task), utterances=own) for task, own in utterances.items()]
+        Same(), [Route(name=str(task), utterances=texts) for task, texts in utterances.items()]
     )
     picks = [router(routing_text(r.turns)) for r in judged]
     weights = task_weights(judged)
@@ -70,20 +70,20 @@ def semantic_router(
 
 
 def auroc(known: np.ndarray, weights: np.ndarray, strange: np.ndarray) -> float:
-    """Return how well a score, larger for strange prompts, tells them; each known task weighs alike."""
+    """Return the AUROC of a score that should be larger for strange prompts; known ones have weights."""
     truth = np.repeat([0, 1], [len(known), len(strange)])
-    each = np.r_[weights, np.full(len(strange), 1 / len(strange))]
-    return float(roc_auc_score(truth, np.r_[known, strange], sample_weight=each))
+    all_weights = np.r_[weights, np.full(len(strange), 1 / len(strange))]
+    return float(roc_auc_score(truth, np.r_[known, strange], sample_weight=all_weights))
 
 
 def task_weights(judged: Sequence[Record]) -> np.ndarray:
-    """Return weights that sum to 1, each task weighing alike."""
+    """Return weights that sum to 1, with equal sums for tasks."""
     tasks = np.array([r.task for r in judged])
     weights = 1 / np.array([(tasks == t).sum() for t in tasks])
     return np.asarray(weights / weights.sum())
 
 
 def mean_over_tasks(names: Sequence[str], judged: Sequence[Record]) -> float:
-    """Return the accuracy, each task weighing alike."""
+    """Return the accuracy, averaged over tasks."""
     right = np.array([name == r.task for name, r in zip(names, judged, strict=True)])
     return float(right @ task_weights(judged))

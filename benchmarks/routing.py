@@ -1,12 +1,12 @@
 """Clustering and routing without adapters: way × embedder × data × scenario × seed.
 
-python benchmarks/routing.py                   the built-in tasks, and the real ones if ../shared is there
-python benchmarks/routing.py --shapes 128      only the federations of other shapes whose names have that
-python benchmarks/routing.py --part validation rows of the train files that no client got, to choose by
+python benchmarks/routing.py                     the built-in tasks, and the real tasks if ../shared exists
+python benchmarks/routing.py --shapes 128        only uneven federations with 128 in their names
+python benchmarks/routing.py --part validation   test on rows of the train files that no client has
 
-Ways, one configuration for all data: FedRouter with nothing given ("auto"); with the number of tasks given;
-and plain k-means as in the paper, twice, with both numbers given, on the same vectors. Then federations of
-other shapes, a fifth task that comes later, and what it costs (routing_more.py).
+There are three ways, each with one configuration for all data: FedRouter without numbers ("auto"); FedRouter
+with the number of tasks ("given"); and the paper's k-means on clients and server with both numbers, on the
+same vectors. routing_more.py adds uneven federations, a fifth task that joins later, and costs.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from fedrouter.train.space import nearest
 from fedrouter.types import Array, Record
 
 SCENARIOS = ("single", "dual", "all")
-# The tiny base has the built-in tasks' vocabulary; SmolLM2 takes too long over all the others.
+# The tiny base only has the built-in tasks' vocabulary; SmolLM2 is too slow for all data.
 ONLY = {"builtin:tiny": ("built-in",), "SmolLM2": ("real", "choice", "shifted")}
-ROWS = {"choice": 150, "together": 150}  # of a task, shared by the clients; 600 elsewhere
+ROWS = {"choice": 150, "together": 150}  # rows per task, divided among the clients; 600 for other data
 
 
 def one(
@@ -47,7 +47,7 @@ def one(
     seed: int,
     privacy: PrivacySettings | None = None,
 ) -> dict[str, Any]:
-    """Cluster one federation and route what no client has seen."""
+    """Cluster one federation and route rows and prompts that no client has."""
     members = [Client(n, r, embedder, seed, privacy) for n, r in clients.items()]
     federation = LocalFederation(members, trainer=None)  # type: ignore[arg-type]
     began = time.process_time()
@@ -56,7 +56,7 @@ def one(
     assignments = federation.assign(space)
     clusters = describe(assignments, max(space.cluster_of) + 1, RoutingSettings())
     radii = np.array([max(c.radius, 1e-9) for c in clusters])
-    # Clients do not tell of labels that few rows carry; here we know them.
+    # Clients do not reveal rare labels; the benchmark counts them directly.
     counts = [
         Counter(str(m._tasks[i]) for m in members for i in m._rows.get(k, ())) for k in range(len(clusters))
     ]
@@ -98,12 +98,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=500, help="the first seed")
+    parser.add_argument("--first", type=int, default=500, help="first seed")
     parser.add_argument("--part", choices=("test", "validation"), default="test")
-    parser.add_argument("--only", nargs="*", help="embedders by name")
-    parser.add_argument("--data", nargs="*", help="data sets by name; without federations of other shapes")
-    parser.add_argument("--shapes", nargs="+", help="only federations of other shapes: parts of their names")
-    parser.add_argument("--cache", type=Path, help="directory that keeps vectors across runs")
+    parser.add_argument("--only", nargs="*", help="names of embedders")
+    parser.add_argument("--data", nargs="*", help="names of data sets; leaves out uneven federations")
+    parser.add_argument("--shapes", nargs="+", help="only uneven federations with these parts in their names")
+    parser.add_argument("--cache", type=Path, help="directory in which vectors are cached across runs")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     more: list[dict[str, Any]] = []
@@ -122,7 +122,7 @@ def main() -> None:
         if name == "MiniLM" and not options.shapes:
             more += routing_more.costs(embedder, data_sets(options.part))
         embedder.keep()
-        report(  # after each embedder: what is there is kept
+        report(  # after each embedder, so that an interruption loses only one
             "routing_shapes" if options.shapes else "routing",
             {"part": options.part, "first_seed": options.first, "runs": results, "more": more},
             summary(results) + routing_more.summary(more),
@@ -149,12 +149,12 @@ def cells(
             judged = [r for task in tasks for r in test[task][:JUDGED]] if test else rest
             near = {task: embedder.prompts(rows) for task, rows in unseen(judged).items()}
             head = {"embedder": name, "data": data, "scenario": shape, "seed": seed}
-            held = max(len(own) for own in plan)
+            num_client_tasks = max(len(tasks_of_client) for tasks_of_client in plan)
             for way, settings in {
                 "auto": ClusterSettings(),
                 "given": ClusterSettings.model_validate({"global": len(tasks)}),
                 "k-means": ClusterSettings.model_validate(
-                    {"method": "kmeans", "local": held, "global": len(tasks)}
+                    {"method": "kmeans", "local": num_client_tasks, "global": len(tasks)}
                 ),
             }.items():
                 measured = one(embedder, settings, clients, judged, near, seed)
@@ -189,12 +189,12 @@ def rivals(
     strange: dict[str, Array],
     head: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Run what a user would pick instead; it is asked one prompt at a time, so of fewer."""
+    """Run the alternatives on fewer prompts, because one of them takes one prompt at a time."""
     head = {**head, "scenario": "all rows in one place"}
     tasks = dict.fromkeys(r.task for r in judged)
     judged = [r for task in tasks for r in [r for r in judged if r.task == task][:JUDGED]]
     found = [{"way": "nearest rows", **head, "accuracy": nearest_rows(embedder, taken, judged)}]
-    for label, num in (("all rows", None), ("10 rows a task", 10)):
+    for label, num in (("all rows", None), ("10 rows per task", 10)):
         measured = semantic_router(embedder, taken, judged, strange, num)
         if measured is None:
             break
@@ -204,7 +204,7 @@ def rivals(
 
 
 def summary(results: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | None]]:
-    """Lines for each embedder, data and scenario: mean ± standard deviation over seeds."""
+    """Return lines for each embedder, data set and scenario: mean ± standard deviation over seeds."""
     rows: list[tuple[str, str, str, bool | None]] = []
     groups: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = defaultdict(
         lambda: defaultdict(list)
@@ -242,7 +242,7 @@ def summary(results: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | N
                     f"{low} to {high}",
                     bool(inside >= 0.95),
                 ),
-                ("  rows astray, worst seed", f"{strayed:.2%}", "≤ 2%", strayed <= 0.02),
+                ("  rows in another task's cluster, worst seed", f"{strayed:.2%}", "≤ 2%", strayed <= 0.02),
                 ("  rejected (3% stated)", f"{rejected:.2%}", "1% to 5%", bool(0.01 <= rejected <= 0.05)),
             ]
             if runs[0]["rejected_shifted"] is not None:

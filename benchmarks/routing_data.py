@@ -1,4 +1,4 @@
-"""What the routing benchmark runs on: embedders, data sets, rows dealt out to clients, unseen prompts."""
+"""Inputs of the routing benchmark: embedders, data sets, clients' rows, unseen prompts."""
 
 import hashlib
 from collections import defaultdict
@@ -19,22 +19,22 @@ from fedrouter.types import Array, BaseSpec, Record, Turn
 Rows = dict[str, list[Record]]
 
 SMOLLM2 = ROOT / "runs" / "smollm2"  # made by ``make smollm2``
-LAYERS: dict[str, Literal["middle"] | int] = {"SmolLM2": 4}  # its middle is the fifteenth
-NUM_TRAIN = 1300  # built-in rows of a task
-JUDGED = 300  # rows of a task, at most
-UNSEEN = 150  # prompts of an unseen task, at most
+LAYERS: dict[str, Literal["middle"] | int] = {"SmolLM2": 4}  # its middle is layer 15
+NUM_TRAIN = 1300  # training rows per built-in task
+JUDGED = 300  # maximum number of test rows per task
+UNSEEN = 150  # maximum number of prompts per unseen task
 
 
 class Remembering:
-    """An embedder that computes every text once; with ``cache`` also across runs."""
+    """An embedder that caches vectors in memory and, with ``cache``, in a file."""
 
     def __init__(self, embedder: Embedder, cache: Path | None):
         self.embedder, self.spec = embedder, embedder.spec
         self._cache = cache
         self._known: dict[bytes, Array] = {}
         if cache and cache.is_file():
-            with np.load(cache) as kept:
-                self._known = dict(zip((bytes(k) for k in kept["keys"]), kept["vectors"], strict=True))
+            with np.load(cache) as stored:
+                self._known = dict(zip((bytes(k) for k in stored["keys"]), stored["vectors"], strict=True))
 
     def embed(self, texts: Sequence[str]) -> Array:
         keys = [hashlib.sha256(text.encode()).hexdigest().encode() for text in texts]
@@ -52,12 +52,12 @@ class Remembering:
 
 
 def embedders(only: Sequence[str] | None, cache: Path | None) -> dict[str, Remembering]:
-    """Load what is there, say what is not."""
+    """Load the available embedders; print which ones are skipped."""
     found = {"builtin:tiny": ("base", "builtin:tiny", 512)}
     if (SHARED / "models" / "english-6m").is_dir():
         found["english-6m"] = ("base", str(SHARED / "models" / "english-6m"), 512)
     else:
-        print(f"skipped: english-6m, {SHARED}/models is not there")
+        print(f"skipped: english-6m, {SHARED}/models does not exist")
     try:
         resolve_base(ENCODER)
         found["MiniLM"] = ("encoder", ENCODER, 256)
@@ -66,7 +66,7 @@ def embedders(only: Sequence[str] | None, cache: Path | None) -> dict[str, Remem
     if (SMOLLM2 / "config.json").is_file():
         found["SmolLM2"] = ("base", str(SMOLLM2), 256)
     else:
-        print(f"skipped: SmolLM2, {SMOLLM2} is not there; make smollm2")
+        print(f"skipped: SmolLM2, {SMOLLM2} does not exist; run make smollm2")
     return {
         name: Remembering(
             load_embedder(
@@ -83,8 +83,8 @@ def embedders(only: Sequence[str] | None, cache: Path | None) -> dict[str, Remem
 def data_sets(part: str) -> dict[str, tuple[Rows, Rows | None]]:
     """Return train records and, for part "test", test records of each data set, by task.
 
-    ``shifted`` is the real tasks and restaurants, whose test prompts differ a little from those of training;
-    ``together`` is all real ones and the further generated ones: 23 tasks.
+    ``shifted`` is the real tasks and restaurants, whose test prompts differ slightly from the training
+    prompts; ``together`` is all real tasks and the extra built-in tasks: 23 tasks.
     """
     test = part == "test"
     seed = 0 if test else 1
@@ -93,7 +93,7 @@ def data_sets(part: str) -> dict[str, tuple[Rows, Rows | None]]:
     sets: dict[str, tuple[Rows, Rows | None]] = {"built-in": (built_in, tests if test else None)}
     real, choice, shifted = (_files(name) for name in ("four_tasks", "choice_tasks", "shifted"))
     if not real[0]:
-        print(f"skipped: the real tasks, {SHARED}/data is not there")
+        print(f"skipped: the real tasks, {SHARED}/data does not exist")
         return sets
     extra = [{task: rows[task] for task in EXTRA_TASKS} for rows in (built_in, tests)]
     for name, parts in {
@@ -122,14 +122,19 @@ def _files(folder: str) -> tuple[Rows, Rows]:
 def deal(
     train: Mapping[str, list[Record]], plan: Sequence[Mapping[str, int]], seed: int
 ) -> tuple[dict[str, list[Record]], list[Record]]:
-    """Draw each client's rows, so many of each task; return them and the rest, at most ``JUDGED`` a task."""
+    """Draw each client's rows; return them and the rest, at most ``JUDGED`` rows per task.
+
+    Parameters
+    ----------
+    plan : number of rows by task, for each client.
+    """
     rng, left = np.random.default_rng(seed), {}
-    for task in dict.fromkeys(task for own in plan for task in own):
+    for task in dict.fromkeys(task for counts in plan for task in counts):
         left[task] = [train[task][i] for i in rng.permutation(len(train[task]))]
     clients: dict[str, list[Record]] = {}
-    for number, own in enumerate(plan):
+    for number, counts in enumerate(plan):
         rows: list[Record] = []
-        for task, num in own.items():
+        for task, num in counts.items():
             rows += left[task][:num]
             left[task] = left[task][num:]
         clients[f"client-{number:03}"] = [rows[i] for i in rng.permutation(len(rows))]
@@ -137,21 +142,23 @@ def deal(
 
 
 def scenario(name: str, tasks: Sequence[str], num_clients: int, per_task: int) -> list[dict[str, int]]:
-    """Return how many rows of which task each client holds: the paper's single, dual and all."""
-    held = {"single": 1, "dual": 2, "all": len(tasks)}[name]
+    """Return the plan, see ``deal``, of one of the paper's scenarios single, dual and all."""
+    num_client_tasks = {"single": 1, "dual": 2, "all": len(tasks)}[name]
     plan: list[dict[str, int]] = [defaultdict(int) for _ in range(num_clients)]
     for t, task in enumerate(tasks):
-        holders = [c for c in range(num_clients) if (t - c) % len(tasks) < held]
-        holders = holders or [(t + i) % num_clients for i in range(held)]  # more tasks than clients
+        holders = [c for c in range(num_clients) if (t - c) % len(tasks) < num_client_tasks]
+        if not holders:  # more tasks than clients
+            holders = [(t + i) % num_clients for i in range(num_client_tasks)]
         for row in range(per_task):
             plan[holders[row % len(holders)]][task] += 1
     return plan
 
 
 def unseen(known: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return prompts of tasks that ``known`` rows are not of: generated ones, and near ones made of theirs.
+    """Return prompts of other tasks than ``known`` rows: generated ones, and near ones made from them.
 
-    Near: a single statement where the task compares two, and a plain sentence where it is made of triples.
+    Near ones are one of a paraphrase prompt's two texts, and a data-to-text answer, which is a plain
+    sentence.
     """
     tasks = {r.task for r in known}
     found = {task: generate(task, "test", UNSEEN, 0) for task in EXTRA_TASKS if task not in tasks}

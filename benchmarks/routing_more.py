@@ -1,4 +1,4 @@
-"""More of the routing benchmark: federations of other shapes, a fifth task later, and what it costs."""
+"""More of the routing benchmark: uneven federations, a fifth task that joins later, and costs."""
 
 import time
 from collections import defaultdict
@@ -30,12 +30,12 @@ from fedrouter.types import (
 )
 
 SEEDS = 3
-ALONE = ", privacy.min_cluster_size 1"  # what a client reveals may be of one row
+ALONE = ", privacy.min_cluster_size 1"  # suffix of shapes in which clients may reveal single rows
 Rows = Mapping[str, list[Record]]
 
 
 def shapes(data: str, four: Sequence[str]) -> dict[str, list[dict[str, int]]]:
-    """Return federations by what is uneven in them: how many rows of which task each client holds."""
+    """Return plans, see ``deal``, of uneven federations by name."""
     large = dict.fromkeys(four, 1250 if data == "built-in" else 2000)
     if data == "real":
         large |= {"dialogue_summary": 500, "headline": 500}
@@ -74,7 +74,7 @@ def federations(
     first: int,
     only: Sequence[str] = ("",),
 ) -> list[dict[str, Any]]:
-    """Cluster and judge each shape in whose name one of ``only`` stands."""
+    """Cluster and evaluate each federation whose name contains one of ``only``."""
     four = TASKS if data == "built-in" else tuple(train)
     found = []
     for shape, plan in shapes(data, four).items():
@@ -82,7 +82,7 @@ def federations(
             continue
         for seed in range(first, first + SEEDS):
             clients, rest = deal(train, plan, seed)
-            tasks = {task for own in plan for task in own}
+            tasks = {task for counts in plan for task in counts}
             judged = [r for task in tasks for r in test[task][:JUDGED]] if test else rest
             privacy = PrivacySettings(min_cluster_size=1) if shape.endswith(ALONE) else None
             measured = one(embedder, ClusterSettings(), clients, judged, {}, seed, privacy)
@@ -95,7 +95,7 @@ def federations(
 def fifth_task(
     embedder: Remembering, name: str, data: str, train: Rows, test: Rows | None, seed: int
 ) -> list[dict[str, Any]]:
-    """Add one client with 300 rows of a further task, as ``fedrouter join`` does; compare accuracies."""
+    """Add a client with 300 rows of a further task, as ``fedrouter join`` does; compare accuracies."""
     four = TASKS if data == "built-in" else tuple(train)
     clients, rest = deal(train, scenario("dual", four, 8, 600 if data == "built-in" else 500), seed)
     judged = [r for task in four for r in test[task][:JUDGED]] if test else rest
@@ -107,9 +107,9 @@ def fifth_task(
         strange = generate(task, "test", JUDGED, 0) if test else rows[300:]
         late = [Client("late", rows[:300], embedder, seed)]
         federation = LocalFederation(late, trainer=None)  # type: ignore[arg-type]
-        found_here = placed(bundle, federation, RoutingSettings().quantile)
-        space, num = found_here.space, found_here.space.num_clusters
-        new = describe(found_here.assignments, num, RoutingSettings(), standing=bundle.clusters)
+        placement = placed(bundle, federation, RoutingSettings().quantile)
+        space, num = placement.space, placement.space.num_clusters
+        new = describe(placement.assignments, num, RoutingSettings(), standing=bundle.clusters)
         after = _by_task(embedder, space, [*bundle.clusters, *new], [*judged, *strange])
         found.append(
             {
@@ -126,8 +126,8 @@ def fifth_task(
 
 
 def costs(embedder: Remembering, sets: Mapping[str, tuple[Rows, Rows | None]]) -> list[dict[str, Any]]:
-    """Bytes sent and seconds taken by a client of 10,000 rows; what routing adds to embedding a prompt."""
-    rows = [r for train, _ in sets.values() for task, own in train.items() for r in own
+    """Return bytes and seconds of a client with 10,000 rows, and time of embedding + routing ÷ embedding."""
+    rows = [r for train, _ in sets.values() for task, records in train.items() for r in records
             if task in TASKS][:10_000]  # fmt: skip
     client = Client("large", rows, embedder, 0)
     federation = Counting([client])
@@ -159,7 +159,7 @@ def costs(embedder: Remembering, sets: Mapping[str, tuple[Rows, Rows | None]]) -
 
 
 class Counting(LocalFederation):
-    """Clients whose messages before the first round are counted: float32, of symmetric matrices one half."""
+    """Clients that count the bytes sent before the first round: float32, half of symmetric matrices."""
 
     def __init__(self, clients: Sequence[Client]):
         super().__init__(clients, trainer=None)  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ class Counting(LocalFederation):
 
 
 def summary(more: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | None]]:
-    """One line for each shape, for all fifth tasks of a data set, and for each cost."""
+    """Return one line for each shape, for all fifth tasks of a data set, and for each cost."""
     rows: list[tuple[str, str, str, bool | None]] = []
     groups = defaultdict(list)
     for run in more:
@@ -206,9 +206,9 @@ def summary(more: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | None
         drop = max(run["drop"] for run in runs)
         lowest = min(run["accuracy"] for run in runs)
         rows += [
-            (f"{embedder}, {data}, each of {len(runs)} fifth tasks: largest drop of another", f"{drop:.4f}",
+            (f"{embedder}, {data}, {len(runs)} fifth tasks: largest drop of another task", f"{drop:.4f}",
              "≤ 0.01", drop <= 0.01 + 1e-9),
-            ("  its own accuracy, lowest", f"{lowest:.4f}", "", None),
+            ("  lowest accuracy of a fifth task", f"{lowest:.4f}", "", None),
         ]  # fmt: skip
     for run in more:
         if run["what"] == "cost":
@@ -217,14 +217,14 @@ def summary(more: list[dict[str, Any]]) -> list[tuple[str, str, str, bool | None
                  "≤ 1,000,000", run["sent_bytes"] <= 1_000_000),
                 (f"clustering {run['num_rows']:,} rows, one core", f"{run['clustering_s']:.2f} s", "≤ 10 s",
                  run["clustering_s"] <= 10),
-                ("routing a prompt ÷ embedding it", f"{run['routing_ratio']:.3f}", "≤ 1.1",
+                ("embedding and routing a prompt ÷ embedding it", f"{run['routing_ratio']:.3f}", "≤ 1.1",
                  run["routing_ratio"] <= 1.1),
             ]  # fmt: skip
     return rows
 
 
 def _bundle(embedder: Remembering, clients: Mapping[str, list[Record]], seed: int) -> Bundle:
-    """Return what routing needs of a bundle; it has no adapters and is not on disk."""
+    """Return a bundle for routing only, without adapters and not on disk."""
     federation = LocalFederation([Client(n, r, embedder, seed) for n, r in clients.items()], trainer=None)  # type: ignore[arg-type]
     space = discover(federation, ClusterSettings(), seed)
     clusters = describe(federation.assign(space), max(space.cluster_of) + 1, RoutingSettings())

@@ -1,8 +1,8 @@
-"""What routing costs a real vLLM, and what it withstands: throughput, waits, start-up, search, reloads.
+"""Cost of routing with a real vLLM, and its robustness: throughput, waits, start-up, search, reloads.
 
-python benchmarks/serving.py                  trains a small bundle of the built-in tasks first; 15 minutes
-python benchmarks/serving.py --bundle DIR     an existing one
-python benchmarks/serving.py --starts 0 --reloads 0 --minutes 0 --name traffic      only some of it
+python benchmarks/serving.py                  first trains a small bundle of the built-in tasks; 15 minutes
+python benchmarks/serving.py --bundle DIR     uses an existing bundle
+python benchmarks/serving.py --starts 0 --reloads 0 --minutes 0 --name traffic      only a part
 """
 
 import argparse
@@ -43,13 +43,13 @@ from fedrouter.types import RoutingSpace, TaskCluster
 
 SMALL = ["data.num_clients=4", "data.num_per_task=60", "train.rounds=2", "train.steps=4", "cluster.global=4"]
 PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 64, seed=5)]
-WARM_RELOADS = 4  # before memory is looked at
-Reply = Mapping[str, str]  # the headers of an answer
+WARM_RELOADS = 4  # before memory is measured
+Reply = Mapping[str, str]  # the headers of a response
 Ask = Callable[[int], Awaitable[Reply]]
 
 
 def bare_seconds(bundle: Path, log: Path) -> float:
-    """Return how long vLLM alone takes with the flags of ``fedrouter serve``, to a good /health, seconds."""
+    """Return the seconds until /health is good of vLLM alone, with the flags of ``fedrouter serve``."""
     _, command = prepare(bundle, Options(port=free_port()))
     argv = list(command.argv)
     at = argv.index("--middleware")
@@ -60,7 +60,7 @@ def bare_seconds(bundle: Path, log: Path) -> float:
 
 
 def serve_seconds(bundle: Path, log: Path) -> float:
-    """Return how long ``fedrouter serve`` takes, from the command to its line Ready, seconds."""
+    """Return the seconds from the command ``fedrouter serve`` to its line Ready."""
     command = [sys.executable, "-m", "fedrouter", "serve", str(bundle), "--port", str(free_port())]
     with log.open("w") as errors:
         began = time.perf_counter()
@@ -74,9 +74,9 @@ def serve_seconds(bundle: Path, log: Path) -> float:
 
 
 async def load(ask: Ask, concurrency: int, number: int) -> tuple[float, list[Reply]]:
-    """Ask ``number`` prompts; return requests a second, and all answers but each client's first two.
+    """Send ``number`` prompts; return requests per second, and the replies.
 
-    All clients begin in the same instant, which they do not do later on.
+    The first 2 × ``concurrency`` replies are left out, because all clients start at the same time.
     """
     queue = iter(range(number))
     answers: list[Reply] = []
@@ -97,16 +97,16 @@ def p95(values: list[float]) -> float:
 
 
 def waits(answers: list[Reply]) -> list[float]:
-    """Return what routing took, ms, as the server says."""
+    """Return the routing times in the headers, ms."""
     return [float(headers["x-fedrouter-routing-ms"]) for headers in answers]
 
 
 async def traffic(url: str) -> dict[str, Any]:
-    """Compare routed requests with those that name the same adapters.
+    """Compare routed requests with requests that name the same adapters.
 
-    Answers are 4 to 12 tokens long, as answers differ; the wait at 32 is measured with equally long ones as
-    well, where all clients come back in one step of the engine. The clients share the server's two cores, so
-    they are aiohttp's, which cost a seventh of httpx's (docs/internals/log.md).
+    Answers have 4 to 12 tokens, like real answers of different lengths; the wait at 32 is also measured with
+    answers of equal length, which bring all clients back in the same step of the engine. The clients share
+    the server's two cores and therefore use aiohttp, which costs a seventh of httpx (docs/internals/log.md).
     """
     timeout, connector = aiohttp.ClientTimeout(300), aiohttp.TCPConnector(limit=64, keepalive_timeout=2)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as client:
@@ -130,15 +130,15 @@ async def traffic(url: str) -> dict[str, Any]:
         def direct(i: int) -> Awaitable[Reply]:
             return ask(named[i], i)
 
-        for kind in (direct, routed):  # warm
+        for kind in (direct, routed):  # warm-up
             await load(kind, 64, 128)
         rates: dict[str, list[float]] = {"routed": [], "direct": []}
-        for turn in range(8):  # taking turns, so that a busy moment hits both
+        for turn in range(8):  # alternately, so that other load affects both
             for kind, way in (("routed", routed), ("direct", direct))[:: 1 if turn % 2 else -1]:
                 rates[kind].append((await load(way, 64, 256))[0])
         ms: dict[str, list[float]] = {"direct": [], "routed": []}
         alone: list[Reply] = []
-        for i in range(128):  # in turn, and of the two by turns first
+        for i in range(128):  # alternately, also in their order
             for kind in ("direct", "routed")[:: 1 if i % 2 else -1]:
                 model = named[i] if kind == "direct" else "fedrouter"
                 began = time.perf_counter()
@@ -158,9 +158,9 @@ async def traffic(url: str) -> dict[str, Any]:
 
 
 def embedding_ms(bundle: Bundle) -> dict[str, float]:
-    """Return the median time of one embedding forward of one prompt, one thread, ms.
+    """Return the median time of embedding one prompt with one thread, ms.
 
-    "paced": one each tenth of a second, as those come who wait for their answers; caches have cooled then.
+    "paced" embeds one prompt every 0.1 s, like requests that wait for their answers; caches are then cold.
     """
     torch.set_num_threads(1)
     base = resolve_base(bundle.base.model, bundle.base.revision)
@@ -179,7 +179,7 @@ def embedding_ms(bundle: Bundle) -> dict[str, float]:
 async def reload_under_load(
     url: str, pid: int, names: list[str], number: int, num_clients: int
 ) -> dict[str, Any]:
-    """Reload ``number`` times while clients ask without pause; return what became of all requests."""
+    """Reload ``number`` times while clients send requests; return counts, seconds and memory."""
     failed, answered, seconds, memory = 0, 0, list[float](), list[float]()
     stop = asyncio.Event()
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
@@ -244,7 +244,7 @@ def search(bundle: Bundle) -> dict[str, Any]:
 
 def second_bundle(first: Bundle, path: Path) -> None:
     """Write the same bundle with other weights."""
-    states = [load_file(first.adapter_path(one) / "adapter_model.safetensors") for one in first.clusters]
+    states = [load_file(first.adapter_path(c) / "adapter_model.safetensors") for c in first.clusters]
     config = first.adapter_path(first.clusters[0]) / "adapter_config.json"
     write_bundle(
         path,
@@ -262,7 +262,7 @@ def second_bundle(first: Bundle, path: Path) -> None:
 
 
 def growth(memory: list[float], skip: int) -> float:
-    """Return how much more memory is held at the end than after ``skip`` samples: highest of three each."""
+    """Return the relative growth of memory from sample ``skip`` to the end; each is the maximum of three."""
     return max(memory[-3:]) / max(memory[skip : skip + 3]) - 1
 
 
@@ -272,9 +272,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--starts", type=int, default=3, help="of each kind, in turn")
+    parser.add_argument("--starts", type=int, default=3, help="starts with and without fedrouter")
     parser.add_argument("--reloads", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=5, help="of mixed traffic")
+    parser.add_argument("--minutes", type=float, default=5, help="minutes of mixed traffic")
     parser.add_argument("--name", default="serving")
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
@@ -309,10 +309,10 @@ def main() -> None:
                 mixed = asyncio.run(mix(command.url, process.pid, options.minutes, PROMPTS, names))
     rates = {kind: statistics.median(found_) for kind, found_ in measured["rates"].items()}
     wait, added = measured["p95_wait_ms"], measured["added_p50_ms"]
-    figure("routed ÷ direct throughput, 64 at once", rates["routed"] / rates["direct"], 0.95, True, 3)
-    figure("p95 routing wait, 32 at once ÷ alone", wait["32"] / wait["1"], 3)
-    rows.append(("the same, all answers equally long", f"{wait['32_in_step'] / wait['1']:.2f}", "", None))
-    figure("added p50 alone ÷ one embedding alone at that pace", added / alone["paced"], 1.15)
+    figure("routed ÷ direct throughput, 64 clients", rates["routed"] / rates["direct"], 0.95, True, 3)
+    figure("p95 routing wait, 32 clients ÷ one client", wait["32"] / wait["1"], 3)
+    rows.append(("the same, answers of equal length", f"{wait['32_in_step'] / wait['1']:.2f}", "", None))
+    figure("latency added for one client (p50) ÷ one embedding at that pace", added / alone["paced"], 1.15)
     rows.append(("the same ÷ one of many embeddings in a row", f"{added / alone['in a row']:.2f}", "", None))
     if options.starts:
         bare, served = (statistics.median(ready[kind]) for kind in ("bare", "served"))
@@ -324,16 +324,16 @@ def main() -> None:
         asked = f"{reloads['failed']} of {reloads['answered']}"
         label = f"failed requests, {options.reloads} reloads, 16 clients"
         rows.append((label, asked, "0", reloads["failed"] == 0))
-        figure("memory after them, growth", growth(reloads["memory_mib"], WARM_RELOADS), 0.05, digits=3)
+        figure("growth of memory over reloads", growth(reloads["memory_mib"], WARM_RELOADS), 0.05, digits=3)
         results["reloads"] = reloads
     if options.minutes:
         number = sum(sum(counts.values()) for counts in mixed["statuses"].values())
-        label = f"{options.minutes:g} minutes of mixed traffic, 5 % garbage: surprises"
+        label = f"{options.minutes:g} minutes of mixed traffic, 5 % garbage: unexpected statuses"
         rows.append((label, f"{len(mixed['failures'])} of {number}", "0", not mixed["failures"]))
         rows.append(("ready afterwards", str(mixed["healthy"]), "True", mixed["healthy"]))
         minute = min(12, len(mixed["memory_mib"]) // 2)
-        for label, kind in (("all processes", "memory_mib"), ("the hook's", "hook_mib")):
-            label = f"memory over the minutes but the first, growth, {label}"
+        for processes, kind in (("all processes", "memory_mib"), ("the middleware's process", "hook_mib")):
+            label = f"growth of memory after the first minute, {processes}"
             figure(label, growth(mixed[kind], minute), 0.05, digits=3)
         results["mix"] = mixed
     results |= {

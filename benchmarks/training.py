@@ -1,15 +1,14 @@
-"""What a federation costs over plain training: seconds and memory, with the same base, batches and steps.
+"""Cost of a federation compared with plain training, in seconds and memory, with the same base and batches.
 
 python benchmarks/training.py
 
-Processes, one after another: a federation of 8 clients, one plain TRL ``SFTTrainer``, a federation of 64, and
-one that trains a client for few steps again and again. Seconds are processor seconds of one thread, which a
-busy machine hardly changes; a federation's are those of one whole round (the second: training, averaging,
-checkpoint). The plain trainer gets the very batches of that round in their order, and so pads as much: the
-difference is what federating costs. Batches mixed over tasks hold more padding; what a trainer takes for
-those is shown beside it. Seconds by the clock: the same round with all threads in one process, and with
-processes that train side by side. Memory is the peak that the operating system saw. The base is
-``../shared/models/english-6m`` where it is, else ``builtin:tiny``.
+Runs one process after another: a federation of 8 clients, one plain TRL ``SFTTrainer``, a federation of 64,
+and one that repeatedly trains a client for few steps. Seconds are CPU seconds of one thread, which a busy
+machine hardly changes; a federation's are of its whole second round: training, averaging, checkpoint. The
+plain trainer gets exactly the batches of that round, and so the same padding: the difference is the cost of
+the federation. Batches mixed over tasks have more padding and are timed as well. Wall-clock seconds are of
+the same round, with all threads in one process and with parallel processes. Memory is the operating system's
+peak value. The base is ``../shared/models/english-6m`` if it exists, else ``builtin:tiny``.
 """
 
 import json
@@ -27,18 +26,18 @@ from common import SHARED, report
 from rich.console import Console
 
 BASE = SHARED / "models" / "english-6m"
-STEPS = 128  # a round, over all clients
+STEPS = 128  # per round, over all clients
 THREADS = min(4, os.cpu_count() or 1)
-FEW, MANY = 1, 9  # steps, to tell a trainer's set-up from its steps
+FEW, MANY = 1, 9  # steps; their difference separates a trainer's set-up from its steps
 
 
 def main() -> None:
     """Measure and report."""
     if not BASE.exists():
-        print("../shared/models/english-6m is absent: measured on builtin:tiny")
+        print("../shared/models/english-6m does not exist: measured with builtin:tiny")
     with tempfile.TemporaryDirectory() as scratch:
         batches = str(Path(scratch) / "batches.json")
-        eight, plain, mixed = (child(what, batches) for what in ("8", "plain", "mixed"))
+        eight, plain, mixed = (child(mode, batches) for mode in ("8", "plain", "mixed"))
     sixty_four, setup = child("64"), child("setup")
     together, beside = child("threads"), child("processes")
     ratio = eight["seconds"] / plain["seconds"]
@@ -50,12 +49,12 @@ def main() -> None:
         ("one round of 8 clients, seconds", f"{eight['seconds']:.1f}", "", None),
         ("8 clients ÷ plain, seconds", f"{ratio:.3f}", "≤ 1.15", ratio <= 1.15),
         ("padded tokens: 8 clients, plain, mixed",
-         ", ".join(f"{one['tokens']:,.0f}" for one in (eight, plain, mixed)), "the first two alike",
+         ", ".join(f"{run['tokens']:,.0f}" for run in (eight, plain, mixed)), "the first two equal",
          eight["tokens"] == plain["tokens"]),
         ("set-up of a trainer, for each client, task and round, seconds", f"{setup['seconds']:.3f}", "≤ 0.15",
          setup["seconds"] <= 0.15),
-        (f"one round by the clock, {THREADS} threads, seconds", f"{together['seconds']:.1f}", "", None),
-        (f"the same in {THREADS} processes of a thread, seconds", f"{beside['seconds']:.1f}", "", None),
+        (f"one round, wall clock, {THREADS} threads, seconds", f"{together['seconds']:.1f}", "", None),
+        (f"the same in {THREADS} processes of one thread, seconds", f"{beside['seconds']:.1f}", "", None),
         ("processes ÷ threads, seconds", f"{beside['seconds'] / together['seconds']:.3f}", "", None),
         ("peak MiB: plain", f"{plain['peak_mib']:.0f}", "", None),
         ("peak MiB: 8 clients", f"{eight['peak_mib']:.0f}", "", None),
@@ -70,7 +69,7 @@ def main() -> None:
 
 
 def child(*arguments: str) -> dict[str, float]:
-    """Measure in a process of its own."""
+    """Measure in a new process."""
     command = [sys.executable, __file__, *arguments]
     threads = THREADS if arguments[0] in ("threads", "processes") else 1
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -78,28 +77,34 @@ def child(*arguments: str) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(what: str, file: Path | None = None) -> dict[str, float]:
-    """Train so many clients, or as another child is to; return seconds and peak memory."""
+def measure(mode: str, file: Path | None = None) -> dict[str, float]:
+    """Run one measurement; return seconds and peak memory.
+
+    Parameters
+    ----------
+    mode : number of clients, or another of the modes in ``main``.
+    file : where the batches of 8 clients are written, and read by "plain".
+    """
     from fedrouter.config_file import load_config
 
-    clients = int(what) if what.isdigit() else 8
+    clients = int(mode) if mode.isdigit() else 8
     settings = [f"base.model={BASE}"] if BASE.exists() else []
     settings += [
         f"data.num_clients={clients}",
         "data.num_per_task=400",
-        "train.schedule=all",  # a client's 16 steps are for two subsets, as a user's own configuration has it
-        f"train.rounds={2 if what in ('8', 'threads', 'processes') else 1}",
+        "train.schedule=all",  # the default of user configurations: both subsets in every round
+        f"train.rounds={2 if mode in ('8', 'threads', 'processes') else 1}",
         f"train.steps={STEPS // clients}",
     ]
     config = load_config(None, settings)
-    if what.isdigit():
+    if mode.isdigit():
         found = federated(config, file)
-    elif what in ("threads", "processes"):
-        found = {"seconds": clock_seconds(config, THREADS if what == "processes" else 1)}
-    elif what == "setup":
+    elif mode in ("threads", "processes"):
+        found = {"seconds": clock_seconds(config, THREADS if mode == "processes" else 1)}
+    elif mode == "setup":
         found = {"seconds": setup_seconds(config)}
     else:
-        found = plainly(config, json.loads(file.read_text()) if file and what == "plain" else None)
+        found = plainly(config, json.loads(file.read_text()) if file and mode == "plain" else None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**{k: round(v, 4) for k, v in found.items()}, "peak_mib": peak}
 
@@ -135,15 +140,15 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
     rows = []
     for ids, labels, masks in batches[-STEPS:]:
         assert len(ids) == config.train.batch_size, "a plain trainer could not make this batch"
-        for i, own, mask in zip(ids, labels, masks, strict=True):
-            rows.append({"input_ids": i[: sum(mask)], "labels": own[: sum(mask)]})
+        for row, row_labels, mask in zip(ids, labels, masks, strict=True):
+            rows.append({"input_ids": row[: sum(mask)], "labels": row_labels[: sum(mask)]})
     file.write_text(json.dumps(rows))
     tokens = sum(len(ids) * len(ids[0]) for ids, _, _ in batches[-STEPS:])
     return {"seconds": seconds, "tokens": tokens}
 
 
 def clock_seconds(config: Any, processes: int) -> float:
-    """Return what the last round takes, with so many adapters trained at a time."""
+    """Return the wall-clock seconds of the last round with ``processes`` adapters trained in parallel."""
     from fedrouter.train.run import train
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -154,7 +159,7 @@ def clock_seconds(config: Any, processes: int) -> float:
 
 
 def plainly(config: Any, rows: Any) -> dict[str, float]:
-    """Return the seconds and padded tokens of one SFTTrainer: over ``rows`` in order, or over all, mixed."""
+    """Return the seconds and padded tokens of one SFTTrainer over ``rows`` in order; None: all, shuffled."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -166,7 +171,7 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
     path = resolve_base(config.base.model)
     base, tokenizer = load_base(path, "float32", "cpu"), load_tokenizer(path)
     if rows is None:
-        records = [record for own in load_clients(config).values() for record in own]
+        records = [record for rows_of_client in load_clients(config).values() for record in rows_of_client]
         data = tokenise(records, tokenizer, config.train.max_length)
     else:
         data = Dataset.from_list(rows)
@@ -210,7 +215,7 @@ def plainly(config: Any, rows: Any) -> dict[str, float]:
 
 
 def setup_seconds(config: Any) -> float:
-    """Return what a client's training takes beyond its steps: the median of ten, on batches of one length."""
+    """Return the median seconds of a client's training beyond its steps, on batches of one length."""
     from fedrouter.models import load_base, load_tokenizer, resolve_base
     from fedrouter.train.client.sft import AdapterTrainer
     from fedrouter.train.client.sources import load_clients

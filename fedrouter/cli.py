@@ -1,4 +1,7 @@
-"""The commands, thin: options in, one call, domain errors as one red line. Heavy imports happen inside."""
+"""The command line: each command parses its options, makes one call and prints a FedRouterError as one line.
+
+Heavy modules are imported inside the commands, so that ``--help`` is fast.
+"""
 
 import errno
 import os
@@ -37,21 +40,23 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console()
 stderr = Console(stderr=True)
 
-Out = Annotated[Path | None, typer.Option(help="Where the run goes; resumes a run that is there.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory; a run that is already there is resumed.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
 ]
 Processes = Annotated[
     int,
-    typer.Option(min=1, help="Train so many adapters at a time: each on a GPU, or a share of the threads."),
+    typer.Option(
+        min=1, help="Number of adapters trained in parallel, each on its own GPU or share of the CPU threads."
+    ),
 ]
-BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory that holds one.")]
+BundleDir = Annotated[Path, typer.Argument(help="A bundle, or a run directory that contains one.")]
 BaseOption = Annotated[
-    str | None, typer.Option(help="Where the base model is, if not where the bundle says.")
+    str | None, typer.Option(help="Path or hub id of the base model; default: the one in the bundle.")
 ]
 EmbedderUrl = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Where the bundle's embedder is, if it is an embeddings endpoint."),
+    typer.Option(metavar="URL", help="Address of the bundle's embedder, if it is an embeddings endpoint."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyOption = Annotated[
@@ -59,12 +64,12 @@ KeyOption = Annotated[
 ]
 FieldOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="FIELD=NAME", help="What the files call a field, as in [data.fields]."),
+    typer.Option(metavar="FIELD=NAME", help="The name of a field in the files, as in [data.fields]."),
 ]
 
 
 def version(show: bool) -> None:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if show:
         console.print(f"fedrouter {__version__}", highlight=False)
         raise typer.Exit
@@ -73,7 +78,7 @@ def version(show: bool) -> None:
 @app.callback()
 def root(
     *,
-    debug: Annotated[bool, typer.Option(help="Show the whole trace of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     _version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
 ) -> None:
     """One LoRA adapter per task, trained across clients, served behind one endpoint."""
@@ -91,7 +96,7 @@ def train(
     processes: Processes = 1,
     federation: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Train with the clients of this federation, on their machines."),
+        typer.Option(metavar="DIR", help="Train on the machines of this federation's clients."),
     ] = None,
 ) -> None:
     """Train one adapter per task cluster and write a bundle."""
@@ -108,7 +113,9 @@ def train(
 
             bundle = run(load_config(config, set_ or []), directory, console, processes)
     except KeyboardInterrupt:
-        stderr.print(f"interrupted; the same command goes on from the last finished round in {directory}")
+        stderr.print(
+            f"interrupted; run the same command again to resume from the last finished round in {directory}"
+        )
         raise typer.Exit(130) from None
     console.print(
         f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}", highlight=False, soft_wrap=True
@@ -121,9 +128,9 @@ def check(
         Path | None, typer.Argument(help="TOML; without it the built-in four tasks, dual.")
     ] = None,
     set_: Set = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")] = False,
 ) -> None:
-    """Show what training would do with your data; trains nothing. Fails where train would refuse."""
+    """Show what training would do with your data, without training. Fails where train would fail."""
     import json
 
     from fedrouter.config_file import load_config
@@ -145,29 +152,30 @@ def check(
 
 @app.command()
 def join(
-    run: Annotated[Path, typer.Argument(help="A finished run; it stays as it is.")],
+    run: Annotated[Path, typer.Argument(help="A finished run; it is not changed.")],
     client: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="A client to add, and its data.")
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A new client and its data.")
     ] = None,
     moved: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A client that is there, and the data it has now."),
+        typer.Option(metavar="NAME=FILE", help="A client of the run and its new data."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where to; otherwise RUN and the names, beside it.")
+        Path | None,
+        typer.Option(help="New run directory; default: beside RUN, named after RUN and the clients."),
     ] = None,
     processes: Processes = 1,
 ) -> None:
-    """Add clients to a finished run, or let them move; train only what is new."""
+    """Add clients to a finished run, or change the data of its clients; train only what is new."""
     sources, changed = _sources(client, "--client"), _sources(moved, "--moved")
     if not sources and not changed:
-        raise ConfigError("nobody to join: give --client NAME=FILE or --moved NAME=FILE")
+        raise ConfigError("no client to join: give --client NAME=FILE or --moved NAME=FILE")
     from fedrouter.train.join import join as add
 
     try:
         bundle = add(run, sources, changed, out, console, processes)
     except KeyboardInterrupt:
-        stderr.print("interrupted; the same command goes on from the last finished round")
+        stderr.print("interrupted; run the same command again to resume from the last finished round")
         raise typer.Exit(130) from None
     console.print(
         f"bundle: {bundle.path}\non a running server: fedrouter reload URL {bundle.path}",
@@ -186,60 +194,78 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key_env: KeyOption = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="BUNDLE is a link: when it points elsewhere, serve that.")
+        bool,
+        typer.Option("--watch", help="BUNDLE is a link: whenever its target changes, serve the new one."),
     ] = False,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Serve one more PEFT adapter by name; not routed to."),
+        typer.Option(metavar="NAME=DIR", help="Also serve this PEFT adapter by name; never routed to."),
     ] = None,
     fallback: Annotated[
         str | None,
-        typer.Option(metavar="POLICY", help="Beyond the radius: base, generalist, nearest or reject."),
+        typer.Option(
+            metavar="POLICY", help="For prompts beyond every radius: base, generalist, nearest or reject."
+        ),
     ] = None,
     require_signature: Annotated[
         Path | None,
-        typer.Option(metavar="KEY", help="Serve bundles alone that the owner of this public key has signed."),
+        typer.Option(
+            metavar="KEY", help="Only serve bundles signed with the private key of this public key."
+        ),
     ] = None,
     keys_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Clients' API keys: JSON, SHA-256 of a key to client name."),
+        typer.Option(
+            metavar="FILE", help="API keys of clients: JSON, from the SHA-256 of a key to a client name."
+        ),
     ] = None,
     metrics_key_env: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Environment variable with the key of /metrics, open without."),
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable that holds the key for /metrics; default: no key needed.",
+        ),
     ] = None,
     upstream: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="Start no vLLM: route to this server, which holds the adapters."),
+        typer.Option(
+            metavar="URL", help="Do not start vLLM: forward to this server, which serves the adapters."
+        ),
     ] = None,
     overload: Annotated[
-        str, typer.Option(metavar="base|reject", help="Too many wait to be routed: base answers, or 503.")
+        str,
+        typer.Option(
+            metavar="base|reject",
+            help="When the routing queue is full: answer with the base model, or with 503.",
+        ),
     ] = "base",
-    max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait to be routed.")] = 256,
-    routing_timeout_s: Annotated[float, typer.Option(help="The longest wait to be routed.")] = 5.0,
-    max_body_mib: Annotated[float, typer.Option(help="The largest body that is read.")] = 8.0,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Maximum number of texts in the routing queue.")
+    ] = 256,
+    routing_timeout_s: Annotated[float, typer.Option(help="Maximum time in the routing queue.")] = 5.0,
+    max_body_mib: Annotated[float, typer.Option(help="Maximum size of a request body.")] = 8.0,
     decision_log: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep every decision, as JSON Lines.")
+        Path | None, typer.Option(metavar="FILE", help="Log every routing decision, as JSON Lines.")
     ] = None,
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Keep texts of prompts in the decision log as well.")
-    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also log the prompts' texts.")] = False,
     log_vectors: Annotated[
-        bool, typer.Option("--log-vectors", help="Keep vectors of prompts in the decision log as well.")
+        bool, typer.Option("--log-vectors", help="Also log the prompts' embeddings.")
     ] = False,
     decision_log_mib: Annotated[
-        float, typer.Option(help="The size of a decision log at which the next one is begun.")
+        float, typer.Option(help="Size at which the decision log is rotated.")
     ] = 64.0,
     shadow: Annotated[
         Path | None,
-        typer.Option(metavar="BUNDLE", help="Let this bundle decide as well, and count where it differs."),
+        typer.Option(metavar="BUNDLE", help="Also route with this bundle, and count where it differs."),
     ] = None,
     canary: Annotated[
-        float, typer.Option(min=0, max=100, help="Percent of requests that --shadow's bundle answers.")
+        float, typer.Option(min=0, max=100, help="Percentage of requests answered by the --shadow bundle.")
     ] = 0.0,
-    no_console: Annotated[bool, typer.Option("--no-console", help="No web page at /fedrouter/.")] = False,
+    no_console: Annotated[
+        bool, typer.Option("--no-console", help="Do not serve the web page at /fedrouter/.")
+    ] = False,
 ) -> None:
-    """Serve a bundle with vLLM: model "fedrouter" routes. Flags after -- go to vLLM."""
+    """Serve a bundle with vLLM: the model "fedrouter" routes. Options after -- are passed to vLLM."""
     try:
         from fedrouter.serve.decision_log import LogOptions
         from fedrouter.serve.launch import Options
@@ -248,9 +274,9 @@ def serve(
         from fedrouter.serve.upstream import serve_upstream
 
         if (log_prompts or log_vectors) and decision_log is None:
-            raise ConfigError("--log-prompts and --log-vectors belong to --decision-log FILE")
+            raise ConfigError("--log-prompts and --log-vectors need --decision-log FILE")
         if canary and shadow is None:
-            raise ConfigError("--canary PERCENT belongs to --shadow BUNDLE, which answers that share")
+            raise ConfigError("--canary PERCENT needs --shadow BUNDLE, which answers that share of requests")
         directory = bundle_directory(bundle)
         options = Options(
             base=base,
@@ -277,7 +303,7 @@ def serve(
             vllm_args=context.args,
         )
         code = serve_upstream(directory, upstream, options) if upstream else run(directory, options)
-    except KeyboardInterrupt:  # while it was starting: told to stop, it has stopped
+    except KeyboardInterrupt:  # during startup
         code = 0
     raise typer.Exit(code)
 
@@ -286,18 +312,20 @@ def serve(
 def reload(
     url: Annotated[str, typer.Argument(help="The server, http://HOST:PORT.")],
     bundle: Annotated[
-        str, typer.Argument(help="A bundle where the server runs, beside the one that it serves.")
+        str, typer.Argument(help="A bundle on the server's machine, in the same folder as the one it serves.")
     ],
     api_key_env: KeyOption = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Old requests are waited for.")] = 900.0,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, help="Maximum time for the reload, which waits for running requests.")
+    ] = 900.0,
 ) -> None:
-    """Let a running server serve another bundle, without a restart."""
+    """Make a running server serve another bundle, without a restart."""
     from fedrouter.serve.client import request_reload
 
     changes = request_reload(url, bundle, _api_key(api_key_env), timeout_s)
-    for what in ("loaded", "kept", "unloaded"):
-        if changes[what]:
-            console.print(f"{what}: {', '.join(changes[what])}", highlight=False, soft_wrap=True)
+    for change in ("loaded", "kept", "unloaded"):
+        if changes[change]:
+            console.print(f"{change}: {', '.join(changes[change])}", highlight=False, soft_wrap=True)
     console.print(f"{url} serves {changes['bundle']}", highlight=False, soft_wrap=True)
 
 
@@ -309,14 +337,16 @@ def evaluate(
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model to ask; several are compared. oracle: each task's own adapter."),
+        typer.Option(
+            help="A model to evaluate; several are compared. oracle: the adapter of each record's task."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
     records: Annotated[Path | None, typer.Option(help="Write every answer here as JSONL.")] = None,
     api_key_env: KeyOption = None,
     concurrency: Annotated[int, typer.Option(min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many records a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of records per task.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one request.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0)] = 3,
     field: FieldOption = None,
@@ -346,16 +376,18 @@ def evaluate(
 @app.command()
 def experiment(
     config: Annotated[Path, typer.Argument(help="TOML: worlds, methods, scenarios, seeds.")],
-    out: Annotated[Path | None, typer.Option(help="Where cells go; goes on with what is there.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each a process.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the cells; cells that are already there are resumed.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of cells in parallel, each a process.")] = 1,
     only: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Cells to run: WORLD/SCENARIO/METHOD/SEED.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Their results; without: in --out.")
+        Path | None, typer.Option(metavar="FILE", help="Results file; default: in the --out directory.")
     ] = None,
 ) -> None:
-    """Run an evaluation like the paper's: methods × scenarios × seeds, cell by cell."""
+    """Run an evaluation like the paper's: every combination of method, scenario and seed is one cell."""
     from fedrouter.experiment.run import run_experiment
     from fedrouter.experiment.settings import load_experiment
 
@@ -364,7 +396,7 @@ def experiment(
     try:
         run_experiment(settings, directory, console, jobs=jobs, only=only or (), results=results)
     except KeyboardInterrupt:
-        stderr.print(f"interrupted; the same command goes on with the cells in {directory}")
+        stderr.print(f"interrupted; run the same command again to resume the cells in {directory}")
         raise typer.Exit(130) from None
 
 
@@ -378,11 +410,11 @@ def evaluate_routing(
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Records a task of built-in data.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Records per task of built-in data.")] = 100,
     field: FieldOption = None,
     as_json: Json = False,
 ) -> None:
-    """Say how a bundle routes labelled prompts; no server needed."""
+    """Measure how a bundle routes labelled prompts; needs no server."""
     from fedrouter.evaluate import load, offline
 
     records = load(data, num_per_task=limit, fields=_fields(field))
@@ -400,19 +432,19 @@ def evaluate_routing(
 def route(
     bundle: BundleDir,
     prompt: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; without one they are read line by line.")
+        list[str] | None, typer.Argument(help="Prompts; default: one per line from standard input.")
     ] = None,
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Say which adapter would answer a prompt, and why; no server needed."""
+    """Show which adapter would answer a prompt, and why; needs no server."""
     from fedrouter.decide import decide
     from fedrouter.route import Router
 
     loaded, embedder = _load(bundle, base, embedder_url)
     router = Router(loaded)
-    for text in prompt or _typed():
+    for text in prompt or _stdin_lines():
         [decision] = decide(router, embedder, [text])
         if as_json:
             _print_json(_decision_json(text, decision), indent=None)
@@ -422,7 +454,7 @@ def route(
 
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")], as_json: Json = False) -> None:
-    """Show what is in a run or a bundle."""
+    """Show the contents of a run or a bundle."""
     from fedrouter.inspect import look, show
 
     if as_json:
@@ -433,13 +465,13 @@ def inspect(path: Annotated[Path, typer.Argument(help="A run or a bundle.")], as
 
 @app.command()
 def replay(
-    log: Annotated[Path, typer.Argument(help="A decision log; its older files FILE.1 … are read too.")],
+    log: Annotated[Path, typer.Argument(help="A decision log; its rotated files FILE.1 … are read too.")],
     bundle: BundleDir,
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Say what another bundle would have decided."""
+    """Route the prompts of a decision log with another bundle, and show what changes."""
     from fedrouter.replay import render
     from fedrouter.replay import replay as run
 
@@ -454,13 +486,13 @@ def replay(
 def probe(
     bundle: BundleDir,
     file: Annotated[
-        Path | None, typer.Argument(help="Probes, JSON Lines; without it those that the bundle carries.")
+        Path | None, typer.Argument(help="Probes as JSON Lines; default: the bundle's own probes.")
     ] = None,
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Ask whether each probe goes to its task cluster; exit code 1 if one does not."""
+    """Check that each probe is routed to its expected task cluster; exit code 1 if one is not."""
     import asyncio
 
     from fedrouter.bundle import parse_probes, read_probes
@@ -472,30 +504,30 @@ def probe(
     loaded, embedder = _load(bundle, base, embedder_url)
     probes = probes or loaded.probes
     if not probes:
-        raise ConfigError(f"{loaded.path} carries no probes; give a file of them")
+        raise ConfigError(f"{loaded.path} contains no probes; give a file of probes")
     router = Router(loaded)
 
     async def route(texts: Sequence[str]) -> "list[Decision]":
         return decide(router, embedder, texts)
 
-    asked = asyncio.run(ask(probes, route))
-    broken = [one for one in asked if not one.holds]
+    results = asyncio.run(ask(probes, route))
+    broken = [result for result in results if not result.holds]
     if as_json:
         found = [
             {
-                "where": one.probe.where,
-                "turns": one.probe.turns,
-                "expected": one.probe.cluster,
-                "holds": one.holds,
+                "where": result.probe.where,
+                "turns": result.probe.turns,
+                "expected": result.probe.cluster,
+                "holds": result.holds,
             }
-            | {"cluster": one.decision.cluster, "fallback": one.decision.fallback}
-            for one in asked
+            | {"cluster": result.decision.cluster, "fallback": result.decision.fallback}
+            for result in results
         ]
         _print_json({"probes": found, "num_broken": len(broken)})
     else:
-        for one in broken:
-            console.print(str(one), highlight=False, soft_wrap=True, markup=False)
-        console.print(f"{len(asked) - len(broken)} of {len(asked)} probes hold", highlight=False)
+        for result in broken:
+            console.print(str(result), highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{len(results) - len(broken)} of {len(results)} probes hold", highlight=False)
     if broken:
         raise typer.Exit(1)
 
@@ -505,13 +537,15 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory, or an experiment's.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Test records with a task; built-in runs take theirs."),
+        typer.Option(
+            metavar="FILE", help="Test records with a task; default for built-in runs: built-in ones."
+        ),
     ] = None,
-    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
     base: BaseOption = None,
     embedder_url: EmbedderUrl = None,
 ) -> None:
-    """Write one HTML file about a run: losses, task clusters, routing on test data, costs."""
+    """Write a report of a run as one HTML file: losses, task clusters, routing on test data, costs."""
     if (run / "experiment.json").is_file():
         from fedrouter.experiment.report import show_report
 
@@ -530,7 +564,7 @@ def report(
 @app.command()
 def sign(
     bundle: BundleDir,
-    key: Annotated[Path, typer.Argument(help="A private Ed25519 key, PEM.")],
+    key: Annotated[Path, typer.Argument(help="A private Ed25519 key in PEM format.")],
 ) -> None:
     """Sign a bundle, for servers with --require-signature."""
     from fedrouter.bundle import load_bundle, sign_bundle
@@ -543,10 +577,15 @@ def sign(
 def push(
     bundle: BundleDir,
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository has to be made.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it does not exist yet.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     sign: Annotated[
-        Path | None, typer.Option(metavar="KEY", help="Sign it before: a private Ed25519 key, PEM.")
+        Path | None,
+        typer.Option(
+            metavar="KEY", help="First sign the bundle with this private Ed25519 key in PEM format."
+        ),
     ] = None,
 ) -> None:
     """Upload a bundle to the Hugging Face hub, with a model card for each adapter."""
@@ -563,13 +602,13 @@ def push(
 @app.command()
 def demo(
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="Another federation than the built-in one.")
+        Path | None, typer.Option("--config", help="Use this configuration instead of the built-in one.")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Its test records; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
-    num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts a task.")] = 100,
+    data: Annotated[list[str] | None, typer.Option(help="Test records; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    num_per_task: Annotated[int, typer.Option(min=1, help="Test prompts per task.")] = 100,
 ) -> None:
-    """Go the whole way on a small federation: train, serve, ask, score, stop."""
+    """Train a small federation, serve it, send it test prompts, score the answers and stop."""
     from fedrouter.config_file import load_config
     from fedrouter.evaluate import evaluate as run_eval
     from fedrouter.evaluate import first_of_each_task, load
@@ -579,13 +618,13 @@ def demo(
     from fedrouter.train.run import train as run_train
 
     if (config_file is None) != (data is None):
-        raise ConfigError("demo: --config and --data belong together")
+        raise ConfigError("demo: give both --config and --data, or neither")
     config = load_config(config_file)
     console.rule("1 · train: clients that share no data, one adapter per task")
     bundle = run_train(config, out, console, side_by_side(config.base))
     console.rule("2 · serve: vLLM with one adapter per task")
     with running_server(bundle.path, log=out / "server.log") as url:
-        console.print(f"ready at {url}, its log is {out / 'server.log'}", highlight=False)
+        console.print(f"ready at {url}; server log: {out / 'server.log'}", highlight=False)
         console.rule('3 · ask: every test prompt goes to model "fedrouter"')
         records = first_of_each_task(
             load(data or ["builtin:four-tasks"], num_per_task=num_per_task), num_per_task
@@ -594,7 +633,7 @@ def demo(
     _show(report, out / "eval.json", None)
     page = write_report(out, data or ["builtin:four-tasks"])
     console.print(
-        f"\nThe server is stopped. All of this as one page: {page}\nNext:\n"
+        f"\nThe server has stopped. Report of this run: {page}\nNext:\n"
         f"  fedrouter serve {bundle.path}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
         f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
         f"  fedrouter inspect {out}\n"
@@ -605,7 +644,7 @@ def demo(
 
 
 def bundle_directory(path: Path) -> Path:
-    """Accept a run directory where a bundle is asked for."""
+    """Return the bundle's directory, given it or its run directory."""
     return path / "bundle" if not (path / "manifest.json").exists() and (path / "bundle").is_dir() else path
 
 
@@ -616,10 +655,10 @@ def _load(directory: Path, base: str | None, embedder_url: str | None) -> "tuple
     return bundle, find_embedder(bundle, find_base(bundle, base), embedder_url)
 
 
-def _typed() -> Iterator[str]:
-    """Yield what is typed or piped in, line by line; blank lines mean nothing."""
+def _stdin_lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank."""
     if sys.stdin.isatty():
-        stderr.print("one prompt a line; Ctrl-D ends", highlight=False)
+        stderr.print("one prompt per line; Ctrl-D ends", highlight=False)
     while True:
         if sys.stdin.isatty():
             stderr.print("> ", end="", highlight=False)
@@ -639,7 +678,7 @@ def _decision_json(text: str, decision: "Decision") -> dict[str, object]:
 
     found = {"prompt": text, **asdict(decision), "verdict": verdict(decision)}
     found |= {name: None for name in ("distance", "margin") if not isfinite(found[name])}
-    del found["turn"]  # one prompt has one
+    del found["turn"]  # always 0 for a single prompt
     return found
 
 
@@ -661,8 +700,9 @@ def _show_decision(text: str, decision: "Decision", bundle: "Bundle") -> None:
     rejected = decision.model == REJECT
     answer = "nobody" if rejected else decision.model
     where = f"{verdict(decision)} of {decision.cluster}" if decision.cluster else verdict(decision)
-    then = f", {'rejected' if rejected else f'falls back ({bundle.fallback})'}" if decision.fallback else ""
-    console.print(Text(f"→ {answer}: {where}{then}"), soft_wrap=True, highlight=False)
+    policy = "rejected" if rejected else f"falls back ({bundle.fallback})"
+    suffix = f", {policy}" if decision.fallback else ""
+    console.print(Text(f"→ {answer}: {where}{suffix}"), soft_wrap=True, highlight=False)
 
 
 def _print_json(value: object, indent: int | None = 2) -> None:
@@ -671,10 +711,10 @@ def _print_json(value: object, indent: int | None = 2) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=indent), flush=True)  # noqa: T201 - for programs
 
 
-def _print_whole(what: "RenderableType") -> None:
+def _print_whole(content: "RenderableType") -> None:
     from fedrouter.layout import show
 
-    show(console, what)
+    show(console, content)
 
 
 def _show(report: "Report", out: Path | None, records: Path | None, *, as_json: bool = False) -> None:
@@ -700,7 +740,7 @@ def _named(text: str, option: str, form: str) -> tuple[str, str]:
 def _sources(given: list[str] | None, option: str) -> dict[str, str]:
     sources = dict(_named(text, option, "NAME=FILE") for text in given or [])
     if len(sources) < len(given or []):
-        raise ConfigError(f"{option}: a name is given twice")
+        raise ConfigError(f"{option}: two entries have the same name")
     return sources
 
 
@@ -720,20 +760,20 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def main() -> None:
-    """Run the command line; a domain error, or an output that takes no more, is one line and exit code 1."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job inherits it ignored
+    """Run the command line; a FedRouterError or a full disk prints one line and exits with code 1."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script ignore SIGINT
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can say it in one line
+            sys.stdout.flush()  # here, because an error at interpreter exit would print a traceback
     except FedRouterError as error:
         _fail(error, str(error))
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        _fail(error, f"cannot write {error.filename or 'the output'}: {error.strerror}; make room")
+        _fail(error, f"cannot write {error.filename or 'the output'}: {error.strerror}; free some disk space")
 
 
 def _fail(error: Exception, message: str) -> None:
@@ -742,13 +782,13 @@ def _fail(error: Exception, message: str) -> None:
     stderr.print(f"[red]error:[/red] {_escape(message)}", soft_wrap=True, highlight=False)
     try:
         sys.stdout.flush()
-    except OSError:  # what is left in its buffer would fail once more at the end
+    except OSError:  # the rest of the buffer would fail again at interpreter exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
 
 def _interrupt(number: int, _frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # it is stopping: a second one must not break that off
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The commands of a federation on many machines: of who runs the server, and of who runs a site."""
+"""Commands for a federation on many machines: ``federation`` for its server, ``client`` for its sites."""
 
 import json
 from pathlib import Path
@@ -11,59 +11,61 @@ console = Console()
 
 federation = typer.Typer(
     name="federation",
-    help="Many machines, the server's side: make, serve and watch a federation.",
+    help="Federation on many machines, server side: create, serve and monitor it.",
     no_args_is_help=True,
 )
 client = typer.Typer(
     name="client",
-    help="Many machines, a site's side: take part with data that stays here.",
+    help="Federation on many machines, site side: take part with data that stays on this machine.",
     no_args_is_help=True,
 )
 
 FederationDir = Annotated[Path, typer.Argument(help="The federation's directory.")]
-SiteDir = Annotated[Path, typer.Argument(help="The site's directory, as client init made it.")]
+SiteDir = Annotated[Path, typer.Argument(help="The site's directory, made by client init.")]
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @federation.command()
 def setup() -> None:
-    """Install Flower into an environment of its own, once, on the server and on every site."""
+    """Install Flower into a separate environment; needed once on the server and on every site."""
     from fedrouter.train.flower.environment import VERSION
     from fedrouter.train.flower.environment import setup as make
 
-    _say(f"Flower {VERSION} is in {make()}")
+    _print_line(f"Flower {VERSION} is in {make()}")
 
 
 @federation.command("init")
 def init_federation(
     directory: FederationDir,
     host: Annotated[
-        str, typer.Option(help="The name or address that sites reach this machine by.")
+        str, typer.Option(help="The name or address at which sites reach this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="For the sites.")] = 9092,
-    control_port: Annotated[int, typer.Option(min=1, max=65535, help="For this machine alone.")] = 9093,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for the sites.")] = 9092,
+    control_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port for processes on this machine.")
+    ] = 9093,
 ) -> None:
-    """Make a federation's directory: settings, and certificates of a trial CA."""
+    """Create a federation's directory: settings, and certificates from a trial CA."""
     import shlex
 
     from fedrouter.train.flower.certificates import DAYS
     from fedrouter.train.flower.federation import make_directory
 
     made = make_directory(directory, host, port, control_port)
-    _say(
+    _print_line(
         f"{directory / 'federation.toml'}: add each site's public key under [clients]\n"
-        f"{directory / 'ca.crt'}: a TRIAL CA, for {DAYS} days; give it to every site. "
-        "For real use put your own ca.crt, server.crt and server.key in their places\n"
+        f"{directory / 'ca.crt'}: a TRIAL CA, valid for {DAYS} days; give it to every site. "
+        "In production replace ca.crt, server.crt and server.key with your own\n"
         f"serve it: fedrouter federation serve {directory}\nwhich runs: {shlex.join(made.superlink())}"
     )
 
 
 @federation.command("serve")
 def serve_federation(directory: FederationDir) -> None:
-    """Run Flower's superlink until interrupted; sites connect to it."""
+    """Run Flower's superlink, to which sites connect, until interrupted."""
     import os
 
     from fedrouter.train.flower.environment import variables
@@ -72,57 +74,60 @@ def serve_federation(directory: FederationDir) -> None:
     made = load_directory(directory)
     command = made.superlink()
     console.file.flush()
-    os.execve(command[0], command, variables(made.home))  # noqa: S606 - this process is the superlink from now on
+    os.execve(command[0], command, variables(made.home))  # noqa: S606 - this process becomes the superlink
 
 
 @federation.command()
 def status(
     directory: FederationDir,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show who is there, since when, with how many rows, and when each answered last."""
+    """Show which clients are connected, since when, with how many rows, and their last answers."""
     from rich.table import Table
 
     from fedrouter.layout import Whole, show
     from fedrouter.train.flower.status import status as look
 
-    found = look(directory)
+    clients = look(directory)
     if as_json:
-        print(json.dumps(found))  # noqa: T201 - for programs
+        print(json.dumps(clients))  # noqa: T201 - for programs
         return
     table = Table("client", "there", "since", "rows", "last answer", "to")
-    for one in found:
-        table.add_row(*(str(one[key]) for key in ("client", "there", "since", "rows", "last_answer", "to")))
+    for row in clients:
+        table.add_row(*(str(row[key]) for key in ("client", "there", "since", "rows", "last_answer", "to")))
     show(console, Whole(table))
 
 
 @client.command("init")
 def init_client(
     name: Annotated[str, typer.Argument(help="The site's name in the federation.")],
-    data: Annotated[str, typer.Option(help="File or directory with the rows.")] = "rows.jsonl",
+    data: Annotated[str, typer.Option(help="File or directory with the site's rows.")] = "rows.jsonl",
     server: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="The federation's server.")
     ] = "127.0.0.1:9092",
-    directory: Annotated[Path | None, typer.Option("--dir", help="Where to; otherwise NAME.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The site's directory; default: NAME.")
+    ] = None,
 ) -> None:
-    """Make a site's directory: a key pair that never leaves it, settings, and a policy."""
+    """Create a site's directory: a key pair that stays on this machine, settings, and a policy."""
     from fedrouter.train.client.site_files import make_site
 
     made, public = make_site(directory or Path(name), name, data, server)
-    _say(
-        f"{made.directory / 'site.toml'}: where the data and the base are, and the site's policy\n"
-        f'put the federation\'s ca.crt beside it, and give its operator this line:\n{name} = "{public}"'
+    _print_line(
+        f"{made.directory / 'site.toml'}: paths of the data and the base, and the site's policy\n"
+        f"put the federation's ca.crt beside it, and give the federation's operator this line:\n"
+        f'{name} = "{public}"'
     )
 
 
 @client.command()
 def check(directory: SiteDir) -> None:
-    """Show what this site would reveal, kinds and bytes, before anything is."""
+    """List what this site would reveal, with sizes; reveals nothing."""
     from fedrouter.train.client.site import load_site
     from fedrouter.train.client.site_files import revealed
 
     for line in revealed(load_site(directory)):
-        _say(line)
+        _print_line(line)
 
 
 @client.command()
@@ -138,4 +143,4 @@ def run(directory: SiteDir) -> None:
     try:
         run_site(site, resident, console)
     except KeyboardInterrupt:
-        _say(f"client {site.settings.name}: has left")
+        _print_line(f"client {site.settings.name}: has left")

@@ -1,4 +1,7 @@
-"""Typed, validated settings. Unknown keys are errors; every setting is documented beneath it."""
+"""Typed, validated settings; unknown keys are errors.
+
+The string beneath a setting documents it: what it sets, then its values and the meaning of its default.
+"""
 
 import datetime
 from typing import Annotated, Any, Literal
@@ -8,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrouter.errors import ConfigError
 
-EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with an embeddings endpoint's API key, if any
+EMBEDDER_KEY = "FEDROUTER_EMBEDDER_KEY"  # environment variable with the embeddings endpoint's API key
 
-MAX_RANK = 512  # of an adapter that vLLM serves
+MAX_RANK = 512  # vLLM's limit for the rank of an adapter
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
-"""A number of clusters, given or found."""
+"""A number of clusters; ``auto``: found from the data."""
 
 
 class _Section(BaseModel):
@@ -28,15 +31,16 @@ class BaseSettings(_Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU."""
+    """Data type of the frozen weights; ``auto``: float32 on a CPU, bfloat16 on a GPU."""
     device: Literal["auto", "cpu", "cuda", "spread"] = "auto"
-    """Where to train; auto: a GPU when there is one; spread: a base too large for one, over all GPUs."""
+    """Device to train on; ``auto``: a GPU if there is one; ``spread``: the base is split over all GPUs."""
     quantization: Literal["none", "nf4"] = "none"
-    """nf4: train on a base of 4-bit weights (QLoRA, bitsandbytes); prompts are embedded before, without."""
+    """``nf4``: train on 4-bit base weights (QLoRA, bitsandbytes). Prompts are embedded with the
+    unquantised base before training."""
     chat_template: str | None = None
-    """Instead of the base's own: ``alpaca`` or a Jinja file; either travels in the bundle."""
+    """Replacement for the base's chat template, stored in the bundle: ``alpaca`` or a Jinja file."""
     date: datetime.date = datetime.date(2024, 7, 26)
-    """What a chat template writes that asks for the date, in training and serving alike."""
+    """The date given to chat templates that ask for today's date, in training and in serving."""
 
 
 class DataSettings(_Section):
@@ -45,64 +49,72 @@ class DataSettings(_Section):
     source: str | list[str] = "builtin:four-tasks"
     """One data set to partition: ``builtin:four-tasks``, files, directories, a hub id …"""
     split: str = "train"
-    """Which split of a Hugging Face data set or of the built-in one."""
+    """Split of a Hugging Face data set or of the built-in data set."""
     clients: dict[str, str] = Field(default_factory=dict)
-    """Instead of ``source``: one file (or data set) per client, by the client's name."""
+    """Data source of each client by the client's name; replaces ``source``."""
     partition: Literal["single", "dual", "all", "iid", "dirichlet"] = "dual"
-    """How ``source`` is dealt out: one task a client, two, every task, blind, or Dirichlet over tasks."""
+    """How ``source`` is partitioned: one task per client (``single``), two (``dual``) or all tasks;
+    ``iid``: regardless of tasks; ``dirichlet``: in Dirichlet proportions of each task."""
     num_clients: int = Field(8, ge=1)
+    """Number of clients that ``source`` is partitioned into."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of ``dirichlet``; smaller is more uneven."""
     num_per_task: int = Field(600, ge=2)
-    """Rows a task of the built-in data set."""
+    """Rows per task of the built-in data set."""
     max_per_client: int | None = Field(None, ge=2)
-    """Cap on a client's rows."""
+    """Maximum number of rows per client; unset: no limit."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Other names of fields: ``prompt = "question"``, ``completion = "answer"``, ``task = "category"``."""
+    """Names of fields in the data: ``prompt = "question"``, ``completion = "answer"``, ``task = "topic"``."""
     ignore: list[str] = Field(default_factory=list)
-    """Fields that are left out on purpose: nothing is said of them."""
+    """Fields to skip without a warning."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSettings":
         given = self.model_fields_set
         clash = given & {"source", "partition", "num_clients", "alpha", "num_per_task"}
         if self.clients and clash:
-            raise ValueError(f"data.clients gives each client its own file; remove data.{sorted(clash)[0]}")
+            raise ValueError(f"data.clients gives each client its own data; remove data.{sorted(clash)[0]}")
         return self
 
 
 class EmbedderSettings(_Section):
-    """The vectors that clustering and routing see."""
+    """The embedder, whose vectors are used for clustering and routing."""
 
     kind: Literal["auto", "base", "encoder", "sentence-transformers", "endpoint"] = "auto"
-    """``base``: hidden states of the base model; ``encoder``: of another; or a sentence embedder's output,
-    loaded here or asked of an ``endpoint``. ``auto``: the base where that costs little, else MiniLM."""
+    """``base``: hidden states of the base model; ``encoder``: hidden states of another model;
+    ``sentence-transformers``: a sentence embedder; ``endpoint``: an embeddings API.
+    ``auto``: the base if it is small, else MiniLM."""
     model: str | None = None
-    """The other model: a local directory or a hub id; or what the endpoint calls it."""
+    """Model of the embedder: a local directory, a hub id, or the endpoint's name for it."""
     url: str | None = None
-    """Of kind ``endpoint``: a server with OpenAI's ``/v1/embeddings``. Its key: FEDROUTER_EMBEDDER_KEY."""
+    """Address of a server with OpenAI's ``/v1/embeddings``, for kind ``endpoint``. Its API key is read from
+    the environment variable FEDROUTER_EMBEDDER_KEY."""
     layer: Literal["middle", "last"] | Annotated[int, Field(ge=0)] = "middle"
-    """Whose hidden states; ``last`` is the paper's. The middle knows a prompt's form as well as its topic."""
+    """Layer of the hidden states; ``last`` is the paper's. The middle layer encodes a prompt's form as well
+    as its topic."""
     pooling: Literal["unit", "mean"] = "unit"
-    """Each token's state at unit length, then the mean; ``mean``: as it is (paper). In pretrained decoders
-    the first token's state is a hundred times as long as all others and would be all that is seen."""
+    """How tokens' hidden states are averaged; ``unit``: each scaled to unit length first; ``mean``: unscaled
+    (paper). In pretrained decoders the first token's state is a hundred times as long as the others and
+    would dominate the mean."""
     max_tokens: int = Field(512, ge=8)
-    """Longer prompts are cut, in training and serving alike."""
+    """Number of tokens to which prompts are truncated, in training and in serving."""
     cache: str | None = None
-    """Directory that keeps clients' embeddings, for several runs; without it ``embeddings/`` in the run."""
+    """Directory where clients' embeddings are cached across runs; unset: ``embeddings/`` in the run."""
 
     @model_validator(mode="after")
     def _model_fits(self) -> "EmbedderSettings":
         if (self.kind in ("auto", "base")) != (self.model is None):
-            raise ValueError("embedder.model belongs to every kind but auto and base, and they need it")
+            raise ValueError(
+                "embedder.model is needed for all embedder.kind but auto and base, and not allowed for these"
+            )
         if (self.kind == "endpoint") != (self.url is not None):
-            raise ValueError("embedder.url belongs to kind endpoint, and that needs it")
+            raise ValueError("embedder.url is needed for embedder.kind endpoint, and not allowed for others")
         if self.url is not None:
             checked_url(self.url)
         if self.kind in ("auto", "sentence-transformers", "endpoint"):
             for name in sorted({"layer", "pooling"} & self.model_fields_set):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"embedder.{name} belongs to kinds base and encoder; remove it")
+                    raise ValueError(f"embedder.{name} is only for kinds base and encoder; remove it")
         return self
 
 
@@ -110,15 +122,18 @@ class ClusterSettings(_Section):
     """Local clustering on the clients, global clustering on the server."""
 
     method: Literal["tree", "kmeans"] = "tree"
-    """``tree``: join fine local clusters until tasks stand apart; ``kmeans``: twice k-means (paper)."""
+    """``tree``: merge fine local clusters until the tasks are separate; ``kmeans``: k-means on the clients
+    and again on the server (paper)."""
     local: Count = "auto"
-    """Local clusters a client; "auto" cuts finer than tasks."""
+    """Number of local clusters per client; ``auto``: more than it has tasks."""
     global_: Count = Field("auto", alias="global")
-    """Task clusters, or found from what the clients reveal; method ``clustered``: groups of clients."""
+    """Number of task clusters, or of client groups with method ``clustered``; ``auto``: found from what the
+    clients reveal."""
     every: int | None = Field(None, ge=1)
-    """Cluster anew after so many rounds, with the rows that the files of ``data.clients`` hold then."""
+    """Number of rounds after which clusters are computed again, from the current rows in the files of
+    ``data.clients``; unset: never."""
     warmup: int = Field(1, ge=1)
-    """Of method ``clustered``: rounds of FedAvg before clients are grouped."""
+    """Rounds of FedAvg before clients are grouped, for method ``clustered``."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "ClusterSettings":
@@ -131,14 +146,17 @@ class LoraSettings(_Section):
     """The adapters."""
 
     rank: int = Field(8, ge=1)
-    """Of every task cluster's adapter."""
+    """Rank of every adapter."""
     ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Lower ranks of clients that cannot train the full one, by the client's name."""
+    """Lower ranks for clients that cannot train the full rank, by the client's name."""
     alpha: int = Field(16, ge=1)
+    """LoRA's scale: the product BA is multiplied by alpha ÷ rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the adapters' inputs in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the modules that get adapters; ``all-linear``: all linear layers but the output layer."""
     freeze_a: bool = False
-    """Train B alone and keep A as it was drawn (FFA-LoRA): averaging is then exact."""
+    """Train only B and keep A at its random initial value (FFA-LoRA): averaging is then exact."""
 
     @model_validator(mode="after")
     def _can_be_served(self) -> "LoraSettings":
@@ -160,43 +178,50 @@ class TrainSettings(_Section):
     """The rounds."""
 
     rounds: int = Field(10, ge=1)
+    """Number of rounds."""
     steps: int | None = Field(20, ge=1)
-    """Optimizer steps a client and round, shared over its subsets by size."""
+    """Optimizer steps per client and round, divided among its subsets by size."""
     epochs: int | None = Field(None, ge=1)
-    """Instead of ``steps``: how often a client goes over each subset in a round."""
+    """Passes over each of a client's subsets per round; replaces ``steps``."""
     schedule: Literal["all", "one"] = "all"
-    """A client trains all of its subsets in every round, or one in turn (the paper's reference code)."""
+    """``all``: a client trains all of its subsets in every round; ``one``: one subset per round, in turn (the
+    paper's reference code)."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Share of the clients that is asked in a round, drawn anew in each; at least one."""
+    """Share of the clients that takes part in a round, drawn again for each round; at least one client."""
     validation: float = Field(0.0, ge=0, le=0.5)
-    """Share of each subset's rows not trained on; with it the bundle gets each adapter's best round."""
+    """Share of each subset's rows held out for validation; above 0 the bundle gets each adapter from its best
+    round."""
     patience: int | None = Field(None, ge=1)
-    """Stop after so many rounds in which no task cluster's validation loss fell."""
+    """Number of rounds without a lower validation loss in any task cluster after which training stops; unset:
+    all rounds are run."""
     batch_size: int = Field(8, ge=1)
-    """Rows in memory at a time; an optimizer step takes ``gradient_accumulation`` times as many."""
+    """Rows in memory at a time."""
     gradient_accumulation: int = Field(1, ge=1)
-    """Batches an optimizer step: the same step as with one batch so many times as large."""
+    """Batches per optimizer step, which is the same step as with one batch of all their rows."""
     learning_rate: float = Field(5e-4, gt=0)
+    """Learning rate of the first round."""
     learning_rate_end: float = Field(1e-5, ge=0)
-    """Cosine from ``learning_rate`` to this over the rounds (paper section 4)."""
+    """End of the learning rate's cosine decay over the rounds (paper section 4)."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of the clients' optimizer."""
     proximal: float = Field(0.0, ge=0)
-    """FedProx's μ: pulls a client's adapter back to the one it was sent; 0.01 to 1 are common."""
+    """FedProx's μ, which pulls a client's adapter towards the one it received; 0.01 to 1 are common."""
     max_length: int = Field(512, ge=16)
-    """Tokens of a row: the answer comes first, a longer prompt loses its beginning."""
+    """Maximum number of tokens per row; prompts are truncated at their beginning before answers are."""
     loss: Literal["answers", "last"] = "answers"
-    """What of a conversation is learned: every answer of the assistant, or the last one alone."""
+    """Turns of a conversation that carry loss: all of the assistant's, or only the last one."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, slower, the same adapters."""
+    """Recompute activations instead of storing them: less memory, slower, the same adapters."""
     stacked: bool = False
-    """Train all adapters of a round in one batch: many times as quick where the base is small for its GPU."""
+    """Train all adapters of a round in one batch: many times faster if the base is small for its GPU."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Number of newest checkpoints to keep."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
-    """Trackers that get every round's metrics, beside metrics.jsonl."""
+    """Trackers that get every round's metrics, in addition to metrics.jsonl."""
 
     @property
     def step_size(self) -> int:
-        """Rows an optimizer step."""
+        """Rows per optimizer step."""
         return self.batch_size * self.gradient_accumulation
 
     @model_validator(mode="before")
@@ -209,63 +234,69 @@ class TrainSettings(_Section):
     @model_validator(mode="after")
     def _options_fit(self) -> "TrainSettings":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give train.steps or train.epochs, one of them")
+            raise ValueError("give either train.steps or train.epochs")
         if self.stacked and self.gradient_checkpointing:
-            raise ValueError("train.stacked keeps activations; remove train.gradient_checkpointing")
+            raise ValueError("train.stacked stores activations; remove train.gradient_checkpointing")
         if self.patience is not None and not self.validation:
-            raise ValueError("train.patience needs rows to judge by: set train.validation, 0.1 say")
+            raise ValueError("train.patience needs validation rows: set train.validation, to 0.1 for example")
         return self
 
 
 class AggregateSettings(_Section):
-    """What the server makes of one round's updates of a task cluster."""
+    """How the server aggregates the updates of a task cluster's adapter in a round."""
 
     method: Literal["average", "exact"] = "average"
-    """Mean of A and mean of B (paper), or the mean of the products BA cut back to the rank."""
+    """``average``: mean of A and mean of B (paper); ``exact``: mean of the products BA, cut to the rank."""
     robust: Literal["none", "median", "trimmed"] = "none"
-    """Instead of a mean, for each weight: median, or mean without the extremes. Each client counts alike."""
+    """Replacement for the mean of each weight: ``median``, or ``trimmed``: mean without the extremes. All
+    clients have the same weight."""
     trim: float = Field(0.2, gt=0, lt=0.5)
-    """Share of clients that ``trimmed`` leaves out at each end, at least one."""
+    """Share of clients that ``trimmed`` leaves out at each end; at least one client."""
     clip: float | None = Field(None, gt=0)
-    """Shorten longer updates to this L2 norm, over all weights of an adapter; metrics show norms."""
+    """L2 norm over all weights of an adapter to which the server clips updates; unset: no clipping. The
+    metrics show the norms."""
     outlier: float = Field(10.0, gt=1)
-    """Refuse updates so many times as long as their round's median, a step; among four clients or more."""
+    """Reject updates whose norm per step is more than this multiple of the median in their round; applies to
+    four or more clients."""
     server: Literal["none", "momentum", "adam"] = "none"
-    """Server optimizer over the rounds: FedAvgM or FedAdam."""
+    """Server optimizer over the rounds: ``momentum`` is FedAvgM, ``adam`` is FedAdam."""
     server_learning_rate: float | None = Field(None, gt=0)
-    """Of the server optimizer; without: 1 for momentum, 0.001 for adam."""
+    """Learning rate of the server optimizer; unset: 1 for ``momentum``, 0.001 for ``adam``."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> "AggregateSettings":
         if self.method == "exact" and (self.robust != "none" or self.server != "none"):
             other = "robust" if self.robust != "none" else "server"
-            raise ValueError(f"aggregate.{other} works on A and B apart; it needs aggregate.method average")
+            raise ValueError(
+                f"aggregate.{other} needs aggregate.method average: it works on A and B separately"
+            )
         if self.trim != 0.2 and self.robust != "trimmed":
-            raise ValueError("aggregate.trim belongs to aggregate.robust trimmed; remove it")
+            raise ValueError("aggregate.trim is only for aggregate.robust trimmed; remove it")
         if self.server_learning_rate is not None and self.server == "none":
-            raise ValueError("aggregate.server_learning_rate belongs to aggregate.server; remove it")
+            raise ValueError("aggregate.server_learning_rate is only for aggregate.server; remove it")
         return self
 
 
 class PrivacySettings(_Section):
-    """What a client lets out; docs/privacy.md lists it all."""
+    """What a client reveals; docs/privacy.md is the complete list."""
 
     min_cluster_size: int = Field(5, ge=1)
-    """Nothing is revealed of fewer rows of a client together, and no adapter trained on them."""
+    """Minimum number of a client's rows that are revealed as a group or that an adapter is trained on."""
     clip_embeddings: float | None = Field(None, gt=0)
-    """With ``centroid_noise``: vectors are cut to this distance from those of three fixed texts, averaged."""
+    """Distance from the mean embedding of three fixed texts to which embeddings are clipped, with
+    ``centroid_noise``."""
     centroid_noise: float = Field(0.0, ge=0)
-    """Multiplier of the Gaussian noise on all that is revealed before the rounds; protects a row."""
+    """Multiplier of the Gaussian noise on everything revealed before the rounds; protects each row."""
     clip_updates: float | None = Field(None, gt=0)
-    """A client cuts its updates to this L2 norm, over all weights of an adapter, before it sends them."""
+    """L2 norm over all weights of an adapter to which a client clips its updates; unset: no clipping."""
     update_noise: float = Field(0.0, ge=0)
-    """Multiplier of the Gaussian noise on each update; protects all that a client holds."""
+    """Multiplier of the Gaussian noise on each update; protects all rows of a client together."""
     delta: float = Field(1e-5, gt=0, lt=1)
-    """The δ for which ε is reported; well below one over the number of rows."""
+    """The δ for which ε is reported; should be far below 1 ÷ the number of rows."""
 
     @property
     def noisy(self) -> bool:
-        """Whether anything is sent with noise."""
+        """Whether noise is added to anything."""
         return bool(self.centroid_noise or self.update_noise)
 
     @model_validator(mode="after")
@@ -274,32 +305,37 @@ class PrivacySettings(_Section):
             raise ValueError("privacy.clip_embeddings and privacy.centroid_noise need each other")
         if self.update_noise and self.clip_updates is None:
             raise ValueError(
-                "privacy.update_noise needs privacy.clip_updates: noise hides bounded updates only"
+                "privacy.update_noise needs privacy.clip_updates: noise only hides updates of bounded norm"
             )
         if self.delta != 1e-5 and not self.noisy:
-            raise ValueError("privacy.delta belongs to privacy.centroid_noise and update_noise; remove it")
+            raise ValueError(
+                "privacy.delta is only for privacy.centroid_noise and privacy.update_noise; remove it"
+            )
         return self
 
 
 class RoutingSettings(_Section):
-    """What the bundle says about far prompts."""
+    """The radii of task clusters and the fallback beyond them."""
 
     quantile: float = Field(0.97, gt=0.5, le=1)
-    """A task cluster's radius holds this share of its prompts."""
+    """Share of a task cluster's prompts that lie within its radius."""
     slack: float = Field(1.0, gt=0)
-    """Widens every radius; above 1 where prompts to come differ more than rows do."""
+    """Factor on every radius; above 1 if served prompts will vary more than the training rows."""
     fallback: Literal["base", "nearest", "generalist", "reject"] = "base"
-    """What answers beyond the radius: base model, nearest adapter, mean of all adapters, or nobody."""
+    """What answers a prompt beyond the radius: ``base``: the base model; ``nearest``: the nearest task
+    cluster's adapter; ``generalist``: the mean of all adapters; ``reject``: nothing."""
     probes: str | None = None
-    """A file of conversations and where each must go; the bundle carries it, and reloads ask it."""
+    """File of conversations with their expected task clusters; it is stored in the bundle and checked on
+    every reload."""
 
 
 class Config(_Section):
     """All settings of a run."""
 
     method: Literal["fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle"] = "fedrouter"
-    """The paper's method or a baseline under the same loop, data, steps and seeds; see docs/training.md."""
+    """The paper's method, or a baseline with the same loop, data, steps and seeds; see docs/training.md."""
     seed: int = Field(0, ge=0)
+    """Seed of every random draw."""
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     embedder: EmbedderSettings = Field(default_factory=EmbedderSettings)
@@ -313,60 +349,62 @@ class Config(_Section):
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
-        own = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
+        used = {"fedrouter": {"method", "local", "global_", "every"}, "clustered": {"global_", "warmup"}}.get(
             method, set()
         )
         for name, field in ClusterSettings.model_fields.items():
-            if name not in own and getattr(self.cluster, name) != field.default:
+            if name not in used and getattr(self.cluster, name) != field.default:
                 key = field.alias or name
                 raise ValueError(
-                    f"method {method} has no use for cluster.{key}; "
-                    "remove it, or empty a file's section with --set cluster={}"
+                    f"method {method} does not use cluster.{key}; "
+                    "remove it, or clear the file's section with --set cluster={}"
                 )
         if self.cluster.every and not self.data.clients:
-            raise ValueError("cluster.every reads clients' own files again: give them in data.clients")
+            raise ValueError("cluster.every reads the clients' files again: list them in data.clients")
         if self.cluster.every and self.base.quantization != "none" and self.embedder.kind in ("auto", "base"):
             raise ValueError(
-                "cluster.every embeds between rounds, which a base with base.quantization cannot; "
-                "set embedder.kind and embedder.model"
+                "cluster.every embeds prompts between rounds, which a quantised base cannot do; "
+                "remove base.quantization, or set embedder.kind and embedder.model"
             )
         if method == "local" and self.aggregate != AggregateSettings():
-            raise ValueError("method local averages nothing; remove [aggregate]")
+            raise ValueError("method local does not aggregate; remove [aggregate]")
         if method == "fedprox" and not self.train.proximal:
             raise ValueError("method fedprox needs train.proximal above 0; 0.01 to 1 are common")
         if method in ("fedavg", "local") and self.train.proximal:
-            raise ValueError(
-                f"method {method} has no use for train.proximal; FedAvg with it is method fedprox"
-            )
+            raise ValueError(f"method {method} does not use train.proximal; remove it, or use method fedprox")
         if method not in ("fedrouter", "oracle", "feddpa") and self.train.schedule == "one":
-            raise ValueError(f"method {method} gives a client one subset; leave train.schedule at all")
+            raise ValueError(f'method {method} gives each client one subset; set train.schedule to "all"')
         if method == "clustered" and (
             self.train.participation < 1 or self.cluster.warmup >= self.train.rounds
         ):
             raise ValueError(
-                "method clustered needs every client in its warm-up, and rounds after it: "
-                "remove train.participation, raise train.rounds"
+                "method clustered needs every client in its warm-up rounds, and rounds after them: "
+                "remove train.participation, and set train.rounds above cluster.warmup"
             )
         if self.privacy.centroid_noise and (method, self.cluster.method) != ("fedrouter", "kmeans"):
             raise ValueError(
-                "privacy.centroid_noise covers method fedrouter with cluster.method kmeans; "
-                "other ways reveal matrices that it would drown"
+                "privacy.centroid_noise is only for method fedrouter with cluster.method kmeans; "
+                "the others reveal matrices that the noise would make useless"
             )
         if self.privacy.update_noise and self.train.validation:
             raise ValueError("privacy.update_noise does not cover validation losses; remove train.validation")
         if self.privacy.noisy and self.cluster.every:
-            raise ValueError("privacy's noise is accounted for one clustering; remove cluster.every")
+            raise ValueError(
+                "privacy.centroid_noise and privacy.update_noise are accounted for a single clustering; "
+                "remove cluster.every"
+            )
         if method == "feddpa" and 2 * self.lora.rank > MAX_RANK:
             raise ValueError(
-                f"method feddpa mixes adapters to twice lora.rank, and vLLM serves rank {MAX_RANK} at most"
+                f"method feddpa merges adapters to twice lora.rank, and vLLM serves rank {MAX_RANK} at most; "
+                "lower lora.rank"
             )
         if self.train.stacked and (self.lora.ranks or self.lora.freeze_a or self.base.quantization != "none"):
             raise ValueError(
-                "train.stacked trains whole adapters of one rank on an unquantised base; remove it, or "
+                "train.stacked trains A and B of one rank on an unquantised base; remove it, or remove "
                 "lora.ranks, lora.freeze_a and base.quantization"
             )
         if self.lora.ranks and self.aggregate.robust != "none":
-            raise ValueError("aggregate.robust compares adapters of one rank; remove it or lora.ranks")
+            raise ValueError("aggregate.robust needs adapters of one rank; remove it or lora.ranks")
         if method in ("fedavg", "fedprox", "local") and self.routing.fallback == "generalist":
             raise ValueError(
                 f'method {method} has no generalist; set routing.fallback to "base" or "nearest"'
@@ -380,15 +418,16 @@ def checked_url(url: str) -> str:
     Raises
     ------
     ConfigError
-        If it is none, or holds a secret: it is written into the run and shown in messages.
+        If it is not a URL, or contains a secret, which would be written into the run and into messages.
     """
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ConfigError(f"the embedder's address is none: {error}") from error
+        raise ConfigError(f"the embedder's address is not a URL: {error}") from error
     if parts.username or parts.password or parts.query:
         raise ConfigError(
-            f"the embedder's address holds a password or a key; put that into the variable {EMBEDDER_KEY}"
+            "the embedder's address contains a password or a key; put it into the environment variable "
+            f"{EMBEDDER_KEY} instead"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"the embedder's address {url}: expected http://HOST:PORT")

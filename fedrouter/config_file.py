@@ -1,4 +1,4 @@
-"""Configuration files: TOML and overrides to settings, and the resolved ones beside a run."""
+"""Configuration files: TOML and overrides → settings; the resolved settings stored in a run."""
 
 import difflib
 import json
@@ -21,18 +21,18 @@ BUILTIN_CONFIG = Path(__file__).parent / "builtin" / "four_tasks.toml"
 def load_config(
     path: Path | None, overrides: Sequence[str] = (), clients: Sequence[str] | None = None
 ) -> Config:
-    """Read a TOML file, or the built-in federation's; apply ``section.key=value`` overrides; validate.
+    """Read a TOML file, or the built-in one; apply ``section.key=value`` overrides; validate.
 
     Relative data and model paths in the file are resolved against the file's directory.
 
     Parameters
     ----------
-    clients : names of clients on other machines, which have the data; the file must say nothing of data.
+    clients : names of clients on other machines, which have the data; the file must not have a data section.
 
     Raises
     ------
     ConfigError
-        For a missing file, TOML that does not parse, an unknown key or a value that does not fit.
+        If the file is missing or not TOML, a key is unknown or a value is invalid.
     """
     values: dict[str, Any] = {}
     if path is None:
@@ -44,7 +44,7 @@ def load_config(
         _apply(values, override)
     if clients is not None:
         if path is not None and values.get("data"):
-            raise ConfigError(f"{path}: [data] is the sites' with --federation; remove it")
+            raise ConfigError(f"{path}: with --federation the sites configure their data; remove [data]")
         values["data"] = {"clients": dict.fromkeys(clients, ELSEWHERE)}
     return fitted(values, Config, str(path) if path else "configuration")
 
@@ -54,13 +54,13 @@ def read_toml(path: Path, name: str | None = None, missing: str | None = None) -
 
     Parameters
     ----------
-    name : what errors call it, if not by its path.
-    missing : what to say where there is no such file.
+    name : name of the file in error messages; default: its path.
+    missing : error message if the file does not exist.
 
     Raises
     ------
     ConfigError
-        If it is missing, or not readable as TOML.
+        If the file is missing, or not readable as TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def fitted(values: dict[str, Any], model: type[Model], name: str) -> Model:
     Raises
     ------
     ConfigError
-        For an unknown key or a value that does not fit; it begins with ``name``.
+        If a key is unknown or a value is invalid; the message begins with ``name``.
     """
     try:
         return model.model_validate(values)
@@ -85,17 +85,17 @@ def fitted(values: dict[str, Any], model: type[Model], name: str) -> Model:
 
 
 def read_resolved(file: Path) -> Config:
-    """Read the resolved configuration that lies beside a run.
+    """Read a run's resolved configuration.
 
     Raises
     ------
     ConfigError
-        If it is missing, or this version cannot read it.
+        If the file is missing, or this version cannot read it.
     """
     try:
         return validated(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise ConfigError(f"{file.parent} is not a run: no config.json in it") from error
+        raise ConfigError(f"{file.parent} is not a run: it contains no config.json") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
 
@@ -103,12 +103,12 @@ def read_resolved(file: Path) -> Config:
 def validated(resolved: dict[str, Any]) -> Config:
     """Return resolved settings as a configuration.
 
-    Defaults are left out first: an option that was never given may not be given with others.
+    Defaults are removed first: some settings are refused beside others even at their default value.
 
     Raises
     ------
     ValueError
-        If they are none.
+        If a key is unknown or a value is invalid.
     """
     return Config.model_validate(_differing(resolved, Config().model_dump(mode="json", by_alias=True)))
 
@@ -138,7 +138,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def resolve_paths(values: dict[str, Any], directory: Path) -> None:
-    """Make the file's relative paths absolute where such a path exists; other names are hub ids."""
+    """Make relative paths absolute if they exist below ``directory``; other names are hub ids."""
 
     def resolve(name: Any) -> Any:
         if isinstance(name, list):
@@ -150,7 +150,7 @@ def resolve_paths(values: dict[str, Any], directory: Path) -> None:
     places = {"base": "model", "data": "source", "embedder": "model", "routing": "probes"}
     for section, key in places.items():
         table = values.get(section)
-        if isinstance(table, dict) and table.get("kind") != "endpoint":  # which has names of its own
+        if isinstance(table, dict) and table.get("kind") != "endpoint":  # its model is no path
             table.update({key: resolve(table[key])} if key in table else {})
     match values:
         case {"data": {"clients": dict(clients)}}:
@@ -158,7 +158,7 @@ def resolve_paths(values: dict[str, Any], directory: Path) -> None:
 
 
 def explained(error: Any, model: Any) -> str:
-    """Say what one of pydantic's errors about settings of ``model`` means."""
+    """Return a readable message for one of pydantic's errors about settings of ``model``."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":

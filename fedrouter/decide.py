@@ -1,4 +1,4 @@
-"""Texts to decisions, for serving and offline alike: what has no text is not embedded, and falls back."""
+"""Texts → decisions, for serving and offline routing; blank texts are not embedded and fall back."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from fedrouter.types import Decision
 NO_TEXT = Decision(
     model=BASE_NAME, cluster="", distance=math.inf, radius=0.0, margin=0.0, fallback=True, distances={}
 )
-NEAR = 1.25  # × radius: up to there a prompt is said to lie just beyond
+NEAR = 1.25  # × radius: up to this distance a prompt is "just beyond", further away it is "far"
 
 
 def verdict(decision: Decision) -> str:
-    """Say in a few words how a prompt lies to the nearest task cluster."""
+    """Describe how far a prompt is from the nearest task cluster."""
     if not decision.cluster:
         return "no text"
     if decision.radius <= 0:
@@ -26,10 +26,10 @@ def verdict(decision: Decision) -> str:
 
 
 def difference(first: Decision, second: Decision) -> str:
-    """Say how the decision of a second bundle differs: "same", "moved", "rejected" or "accepted".
+    """Return how the decision of a second bundle differs: "same", "moved", "rejected" or "accepted".
 
-    Task clusters are compared, by name: a bundle trained anew has other adapters for the same tasks.
-    "rejected" is what lies within a radius of the first bundle alone, "accepted" of the second alone.
+    Names of task clusters are compared, because a retrained bundle has new adapters for the same tasks.
+    "rejected" lies within a radius of the first bundle only, "accepted" within one of the second only.
     """
     if first.fallback != second.fallback:
         return "rejected" if second.fallback else "accepted"
@@ -37,11 +37,11 @@ def difference(first: Decision, second: Decision) -> str:
 
 
 def without_text(router: Router) -> Decision:
-    """Return what is decided without a text to route by: as beyond a radius, the base for the nearest."""
+    """Return the decision for a prompt without text: the fallback; with fallback "nearest" the base model."""
     return replace(NO_TEXT, model=router.beyond or BASE_NAME)
 
 
 def decide(router: Router, embedder: Embedder, texts: Sequence[str]) -> list[Decision]:
-    """Decide for each text, as a server with this bundle does."""
+    """Decide for each text."""
     decided = iter(router.route(embedder.embed([text for text in texts if text.strip()])))
     return [next(decided) if text.strip() else without_text(router) for text in texts]

@@ -1,11 +1,10 @@
-"""Text to vectors: the one embedder that training, serving and offline routing share.
+"""Text → vectors: the embedder that training, serving and offline routing share.
 
-φ(x) is the mean over the prompt's tokens of a model's hidden states in its middle layer, each at unit length:
-pretrained decoders park attention on a token whose state is a hundred times as long as all others (Xiao et
-al. 2024, "attention sinks"), and a plain mean would be nothing but that token divided by the prompt's length.
-The paper's way (section 3) is the plain mean of the last layer. Adapters are off, and the raw prompt is
-embedded, without the chat template. The model is the base where that costs little, else a small encoder
-(``chosen``), so that routing costs the same whatever the base.
+φ(x) is the mean over the prompt's tokens of the hidden states in a model's middle layer, each scaled to unit
+length: in pretrained decoders one token, the "attention sink" (Xiao et al. 2024), has a state a hundred times
+as long as the others and would dominate an unscaled mean. The paper (section 3) uses the unscaled mean of the
+last layer. Adapters are off, and the raw prompt is embedded, without the chat template. The model is the base
+if it is small, else a small encoder (``chosen``), so that the cost of routing does not grow with the base.
 """
 
 import threading
@@ -28,44 +27,39 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096  # padded tokens in one forward pass: bounds memory whatever the texts' lengths
-MAX_PADDING = (
-    0.25  # of a forward pass's shortest text: padding costs what tokens cost, another pass costs little
-)
+BATCH_TOKENS = 4096  # padded tokens in one forward pass; bounds memory
+MAX_PADDING = 0.25  # share of a batch's shortest text; padding costs as much as tokens, another pass little
 
-CHEAP = 6_000_000  # parameters of the layers below the middle: as many as ENCODER has there
-ENCODER_TOKENS = 256  # as many as ENCODER was trained on
+CHEAP = 6_000_000  # parameters of the layers below the middle; ENCODER has as many
+ENCODER_TOKENS = 256  # length of the texts that ENCODER was trained on
 
-TRACED = 100_000_000  # parameters of a model whose Python overhead is worth a graph, at most
+TRACED = 100_000_000  # maximum parameters of a model to trace; in larger ones Python's overhead is small
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "How far is the harbour from the old town? - What is the distance between the old town and the harbour?",
     'Ana: are we still on for Friday?\nBen: yes, at six, bring the blue folder | 42 | €7.50 {"k": [1, 2]}',
 )
-"""Fixed texts whose vectors a bundle records, so that another embedder is refused by what it computes."""
+"""Fixed texts whose vectors a bundle records, so that an embedder with other weights is detected."""
 
 
 class Embedder(Protocol):
-    """What routing needs of an embedder."""
+    """The interface of embedders."""
 
     spec: EmbedderSpec
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text: (n, d) float32, independent of the batch up to rounding."""
+        """Return one vector per text: (n, d) float32, independent of the batch up to rounding."""
         ...
 
 
 def user_texts(turns: Sequence[Turn]) -> list[str]:
-    """Return the texts of the user turns that have any, in their order."""
+    """Return the texts of the user turns that are not blank, in their order."""
     return [turn.content for turn in turns if turn.role == "user" and turn.content.strip()]
 
 
 def routing_text(turns: Sequence[Turn]) -> str:
-    """Return the text that is embedded for a training record: its last user turn.
-
-    A served conversation's last user turn is the same text; where it is a follow-up, an earlier one decides.
-    """
+    """Return the text that is embedded for a training record: its last user turn."""
     return next(reversed(user_texts(turns)), "")
 
 
@@ -74,7 +68,7 @@ class HiddenStateEmbedder:
 
     Parameters
     ----------
-    owned : nobody else uses ``model``: it may lose the blocks above the layer, half of the work as a rule.
+    owned : whether ``model`` is not used elsewhere, so that the blocks above the layer can be removed.
     """
 
     def __init__(
@@ -90,16 +84,16 @@ class HiddenStateEmbedder:
         self._tokenizer = tokenizer
         self._causal = spec.kind == "base"
         self._top = _drop_blocks(model, spec.layer) if owned else None
-        self._seen = threading.local()  # a reload checks the embedder while requests use it
+        self._captured = threading.local()  # a reload checks the embedder while requests use it
         self._graph: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         if self._top is not None:
-            self._top.register_forward_hook(self._see)
-            model.requires_grad_(False)  # its weights are the graph's constants
+            self._top.register_forward_hook(self._capture)
+            model.requires_grad_(False)  # tracing needs constant weights
             if sum(p.numel() for p in model.parameters()) <= TRACED:
                 self._graph = _traced(self._pooled, self._device, spec.max_tokens)
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text: (n, d) float32; a text without tokens gets zeros."""
+        """Return one vector per text: (n, d) float32; zeros for a text without tokens."""
         import torch
 
         if not texts:
@@ -116,7 +110,7 @@ class HiddenStateEmbedder:
                 lengths = [len(ids[row]) for row in rows]
                 width = lengths[-1]
                 tokens = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows])  # (B, T)
-                # Without a mask attention is quicker, and no token of a causal model sees padding behind it.
+                # Attention is faster without a mask, and a causal model's tokens do not attend to padding.
                 masked = not self._causal and lengths[0] < width
                 run = partial(self._pooled, masked=True) if masked else self._graph or self._pooled
                 vectors[rows] = run(tokens.to(self._device), torch.tensor(lengths, device=self._device)).cpu()
@@ -140,16 +134,16 @@ class HiddenStateEmbedder:
             states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
             return states.hidden_states[self.spec.layer]  # type: ignore[no-any-return]
         self._model(input_ids=tokens, attention_mask=mask, use_cache=False)
-        return vars(self._seen).pop("output")  # type: ignore[no-any-return]
+        return vars(self._captured).pop("output")  # type: ignore[no-any-return]
 
-    def _see(
+    def _capture(
         self, _block: object, _inputs: object, output: "torch.Tensor | tuple[torch.Tensor, ...]"
     ) -> None:
-        self._seen.output = output[0] if isinstance(output, tuple) else output
+        self._captured.output = output[0] if isinstance(output, tuple) else output
 
 
 class SentenceEmbedder:
-    """A sentence-transformers model, as it comes."""
+    """A sentence-transformers model with its own pooling."""
 
     def __init__(self, path: Path, spec: EmbedderSpec):
         try:
@@ -164,7 +158,7 @@ class SentenceEmbedder:
         self._model.max_seq_length = spec.max_tokens
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text: (n, d) float32."""
+        """Return one vector per text: (n, d) float32."""
         vectors = self._model.encode(
             [beginning(text, self.spec.max_tokens) for text in texts],
             batch_size=64,
@@ -175,11 +169,10 @@ class SentenceEmbedder:
 
 
 def chosen(settings: EmbedderSettings, base: Path) -> tuple[EmbedderSettings, str]:
-    """Choose what kind "auto" stands for, and say why in one line; other settings stay as they are.
+    """Resolve kind "auto"; return the settings and the reason in one line, "" for every other kind.
 
-    The base's layers below the middle cost little in a small model. Those of a large one would take longer
-    than its answer on a GPU: then it is MiniLM's first layers or, where that cannot be had, as many of the
-    base's first layers as cost little.
+    A small base embeds with its middle layer. A large one would take longer to embed than to answer on a GPU:
+    MiniLM replaces it or, if MiniLM cannot be loaded, as many of the base's first layers as are cheap.
 
     Parameters
     ----------
@@ -191,7 +184,7 @@ def chosen(settings: EmbedderSettings, base: Path) -> tuple[EmbedderSettings, st
 
     config = AutoConfig.from_pretrained(str(base)).get_text_config()
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    block = width * (4 * width + 3 * inner)  # parameters of a layer, or a little more
+    block = width * (4 * width + 3 * inner)  # upper bound for the parameters of a layer
     given = settings.model_dump(exclude={"kind", "model", "layer"})
     if block * (config.num_hidden_layers // 2) <= CHEAP:
         return EmbedderSettings(kind="base", **given), "prompts are embedded by the base's middle layer"
@@ -200,24 +193,24 @@ def chosen(settings: EmbedderSettings, base: Path) -> tuple[EmbedderSettings, st
     except ModelError as error:
         layer = max(1, CHEAP // block)
         return EmbedderSettings(kind="base", layer=layer, **given), (
-            f"prompts are embedded by the base's first {layer} layers: the smaller {ENCODER} cannot be had "
+            f"prompts are embedded by the base's first {layer} layers: the smaller {ENCODER} is unavailable "
             f"({error}); install fedrouter[encoder], or name an encoder in embedder.model"
         )
     given["max_tokens"] = min(settings.max_tokens, ENCODER_TOKENS)
     return EmbedderSettings(kind="encoder", model=ENCODER, **given), (
-        f"prompts are embedded by the middle layer of {ENCODER}: quicker than the base"
+        f"prompts are embedded by the middle layer of {ENCODER}: faster than the base"
     )
 
 
 def chosen_spec(
     settings: EmbedderSettings, base: BaseSpec, path: Path, dtype: str
 ) -> tuple[EmbedderSpec, str]:
-    """Return the embedder that the settings ask for as a bundle records it, and why where it was chosen.
+    """Return the spec of the configured embedder, and the reason if ``chosen`` resolved kind "auto".
 
     Parameters
     ----------
     path : the directory of ``base``.
-    dtype : of the base's weights.
+    dtype : data type of the base's weights.
     """
     wanted, why = chosen(settings, path)
     if wanted.model is None:
@@ -225,8 +218,8 @@ def chosen_spec(
             "base", base.model, wanted.max_tokens, dtype, wanted.layer, base.revision, pooling=wanted.pooling
         )
     else:
-        asked = wanted.model, wanted.max_tokens, "float32", wanted.layer
-        spec = embedder_spec(wanted.kind, *asked, url=wanted.url, pooling=wanted.pooling)
+        options = wanted.model, wanted.max_tokens, "float32", wanted.layer
+        spec = embedder_spec(wanted.kind, *options, url=wanted.url, pooling=wanted.pooling)
     return spec, why
 
 
@@ -240,11 +233,11 @@ def embedder_spec(
     url: str | None = None,
     pooling: str = "unit",
 ) -> EmbedderSpec:
-    """Describe an embedder as a bundle records it; reads its config, loads no weights.
+    """Return an embedder's spec from its config, without loading weights.
 
     Parameters
     ----------
-    url : of kind endpoint, which is asked for one vector.
+    url : address of an embedder of kind endpoint, which is asked for one vector.
 
     Raises
     ------
@@ -281,15 +274,15 @@ def load_embedder(
 
     Parameters
     ----------
-    base_path : where the base model is, when not where the bundle says.
-    url : where an embedder of kind endpoint is.
+    base_path : directory of the base model; default: the one that the bundle records.
+    url : address of an embedder of kind endpoint.
 
     Raises
     ------
     ConfigError
-        If ``url`` is missing, or the embedder is of another kind.
+        If ``url`` is missing for kind endpoint, or given for another kind.
     ModelError
-        If it cannot be found or loaded, or its config or tokenizer is not the recorded one.
+        If the model cannot be found or loaded, or its config or tokenizer differs from the recorded one.
     """
     _check_address(spec, url)
     if url is not None:
@@ -310,7 +303,7 @@ def load_embedder(
 
 
 def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None) -> Path:
-    """Return the directory of an embedder's model, checked without loading it; see ``load_embedder``."""
+    """Return the directory of an embedder's model, checked but not loaded; see ``load_embedder``."""
     _check_address(spec, None)
     if spec.kind == "base":
         path = base_path or resolve_base(base.model, base.revision)
@@ -318,7 +311,7 @@ def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None
         path = resolve_base(spec.model)
     if base_fingerprint(path) != spec.fingerprint:
         raise ModelError(
-            f"embedder {spec.model}: config or tokenizer in {path} differ from those of training; "
+            f"embedder {spec.model}: config or tokenizer in {path} differ from those used in training; "
             "serve with the same embedder or train again"
         )
     return path
@@ -326,10 +319,10 @@ def find_model(spec: EmbedderSpec, base: BaseSpec, base_path: Path | None = None
 
 def _check_address(spec: EmbedderSpec, url: str | None) -> None:
     if spec.kind == ENDPOINT and url is None:
-        raise ConfigError(f"embedder {spec.model} is an endpoint: say where it is with --embedder-url")
+        raise ConfigError(f"embedder {spec.model} is an endpoint: give its address with --embedder-url")
     if spec.kind != ENDPOINT and url is not None:
         raise ConfigError(
-            f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: leave --embedder-url out"
+            f"embedder {spec.model} is of kind {spec.kind}, not an endpoint: remove --embedder-url"
         )
 
 
@@ -339,15 +332,15 @@ def probe(embedder: Embedder) -> Array:
 
 
 def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | None":
-    """Drop a model's blocks above ``layer``; return the one whose output is that hidden state.
+    """Remove a model's blocks above ``layer``; return the block that outputs that layer's hidden state.
 
-    None, and nothing is dropped, where the layer is the last one, whose state is normalised, or where the
-    blocks cannot be told.
+    Does nothing and returns None for the last layer, whose state is normalised, and for a model whose list of
+    blocks is not found.
     """
     import torch
 
     num: int = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    lists = [one for one in model.modules() if isinstance(one, torch.nn.ModuleList) and len(one) == num]
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num]
     if len(lists) != 1 or not 0 < layer < num:
         return None
     del lists[0][layer:]
@@ -357,14 +350,14 @@ def _drop_blocks(model: "torch.nn.Module", layer: int) -> "torch.nn.Module | Non
 def _traced(
     forward: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", device: "torch.device", longest: int
 ) -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None":
-    """Return ``forward`` as one graph, without Python between its operations; None where that differs.
+    """Trace ``forward`` into a graph, without Python between its operations; None if its output differs.
 
-    For a small model Python is most of the work, and beside a busy event loop each step waits its turn.
+    In a small model most of the time is Python's, and each of its steps competes with a busy event loop.
 
     Parameters
     ----------
     forward : (B, T) token ids and (B,) lengths → (B, d).
-    longest : tokens of the longest text: a window of attention shows only beyond its width.
+    longest : tokens of the longest text, because windowed attention differs only beyond its window.
     """
     import torch
 
@@ -373,7 +366,7 @@ def _traced(
         return ids, torch.arange(width, width - num, -1, device=device)
 
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # what is constant in the graph is compared below
+        warnings.simplefilter("ignore")  # the comparison below finds values wrongly traced as constants
         try:
             graph: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.jit.trace(
                 forward, rows(2, 9), check_trace=False
@@ -382,7 +375,7 @@ def _traced(
                 torch.allclose(graph(*x), forward(*x), atol=1e-5)
                 for x in (rows(1, 1), rows(1, 5), rows(3, 17), rows(1, longest))
             ]
-        except (IndexError, RuntimeError, TypeError, ValueError):  # no graph, no harm
+        except (IndexError, RuntimeError, TypeError, ValueError):  # forward works without a graph
             return None
     return graph if all(same) else None
 
@@ -390,7 +383,8 @@ def _traced(
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Group row numbers by length, shortest first; skip rows of length 0.
 
-    A group has at most ``BATCH_TOKENS`` padded tokens, and its shortest row at most ``MAX_PADDING`` more.
+    A group has at most ``BATCH_TOKENS`` padded tokens. Its longest row is at most ``MAX_PADDING`` longer than
+    its shortest.
     """
     groups: list[list[int]] = [[]]
     for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: (lengths[r], r)):

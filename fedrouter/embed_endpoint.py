@@ -1,7 +1,7 @@
-"""An embeddings endpoint as embedder: text to vectors over OpenAI's ``/v1/embeddings``.
+"""An embeddings endpoint as embedder: text → vectors through OpenAI's ``/v1/embeddings``.
 
-A bundle records the model's name and what it computes, never where it is or how to get in: the address
-belongs to the deployment, and a bundle from elsewhere cannot send prompts or keys to a host of its choice.
+A bundle records the model's name and its probe vectors, but neither its address nor its key: these belong to
+the deployment, and an untrusted bundle must not choose where prompts and keys are sent.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from fedrouter.errors import EndpointError, first_line
 from fedrouter.types import Array, EmbedderSpec
 
 KIND = "endpoint"
-BATCH_TEXTS = 64  # in one request
-CHARACTERS = 8  # a token, at most: what is beyond is not even sent, or tokenised
-TIMEOUT_S, CONNECT_S, RETRIES = 60.0, 5.0, 4  # while training; retries pause 0.5 s and longer
-CUT = "truncate_prompt_tokens"  # vLLM's field; who does not know it gets texts uncut and cuts them itself
+BATCH_TEXTS = 64  # texts per request
+CHARACTERS = 8  # per token; longer texts are cut before they are sent or tokenised
+TIMEOUT_S, CONNECT_S, RETRIES = 60.0, 5.0, 4  # in training; retries wait 0.5 s and longer
+CUT = "truncate_prompt_tokens"  # vLLM's field; not sent again to a server that rejects it
 UNKNOWN = re.compile("unrecognized|unknown|unexpected|unsupported|not permitted", re.IGNORECASE)
 
 
 class EndpointEmbedder:
-    """The embeddings of a server elsewhere: a vLLM pooling server, say.
+    """The embeddings of a remote server, for example a vLLM pooling server.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class EndpointEmbedder:
     Raises
     ------
     ConfigError
-        If ``url`` is none, or holds a password.
+        If ``url`` is invalid or contains a password.
     """
 
     def __init__(self, spec: EmbedderSpec, url: str):
@@ -45,46 +45,51 @@ class EndpointEmbedder:
         self._url = checked_url(url)
         self._client = openai.OpenAI(
             base_url=f"{self._url}/v1",
-            api_key=os.environ.get(EMBEDDER_KEY) or "none",  # never the one in OPENAI_API_KEY
+            api_key=os.environ.get(EMBEDDER_KEY) or "none",  # must not default to OPENAI_API_KEY
             timeout=openai.Timeout(TIMEOUT_S, connect=CONNECT_S),
             max_retries=RETRIES,
         )
         self._options: dict[str, Any] = {CUT: spec.max_tokens}
 
     def hurry(self, timeout_s: float) -> None:
-        """Wait at most so long for an answer, and try only once: somebody waits for it."""
+        """Limit requests to one attempt of ``timeout_s`` seconds, for callers that a user waits for."""
         import openai
 
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
         self._client = self._client.with_options(timeout=timeout, max_retries=0)
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text: (n, d) float32; a blank text gets zeros.
+        """Return one vector per text: (n, d) float32; zeros for a blank text.
 
         Raises
         ------
         EndpointError
-            If the endpoint cannot be reached, refuses, or answers with something else than such vectors.
+            If the endpoint cannot be reached, refuses the request, or does not return such vectors.
         """
         vectors = np.zeros((len(texts), self.spec.dim), dtype=np.float32)
         rows = iter([row for row, text in enumerate(texts) if text.strip()])
         while batch := list(islice(rows, BATCH_TEXTS)):
             found = self.ask([texts[row] for row in batch])
             if found.shape[1] != self.spec.dim:
-                raise EndpointError(f"{self._name}: {found.shape[1]} dimensions, not {self.spec.dim}")
+                raise EndpointError(
+                    f"{self._name}: vectors have {found.shape[1]} dimensions, not {self.spec.dim}; "
+                    "serve with the same embedder or train again"
+                )
             vectors[batch] = found
         return vectors
 
     def ask(self, texts: Sequence[str]) -> Array:
-        """Return one vector a text, of whatever dimension, in one request."""
+        """Return one vector per text, of any dimension, with one request."""
         import openai
 
         cut = [beginning(text, self.spec.max_tokens) for text in texts]
         try:
-            answer = self._client.embeddings.create(
+            response = self._client.embeddings.create(
                 model=self.spec.model, input=cut, extra_body=self._options
             )
-            vectors = np.array([one.embedding for one in sorted(answer.data, key=lambda one: one.index)])
+            vectors = np.array(
+                [item.embedding for item in sorted(response.data, key=lambda item: item.index)]
+            )
         except openai.BadRequestError as error:
             if CUT in self._options and CUT in str(error) and UNKNOWN.search(str(error)):
                 self._options = {}
@@ -93,7 +98,7 @@ class EndpointEmbedder:
         except (openai.OpenAIError, TypeError, ValueError, AttributeError) as error:
             raise EndpointError(f"{self._name}: {_reason(error)}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
-            raise EndpointError(f"{self._name}: it does not answer with one vector a text")
+            raise EndpointError(f"{self._name}: the response is not one finite vector per text")
         return vectors.astype(np.float32)
 
     @property
@@ -102,19 +107,21 @@ class EndpointEmbedder:
 
 
 def beginning(text: str, max_tokens: int) -> str:
-    """Cut a text by characters, so that one huge prompt costs no more than one of ``max_tokens``."""
+    """Cut a text to the characters that ``max_tokens`` can cover, so that huge prompts cost no more."""
     return text[: CHARACTERS * max_tokens]
 
 
 def endpoint_spec(model: str, max_tokens: int, url: str) -> EmbedderSpec:
-    """Describe an endpoint's embedder as a bundle records it; asks it for the dimension.
+    """Return the spec of an endpoint's embedder; requests one vector to get the dimension.
 
-    The fingerprint covers what the model is called: what it computes is told apart by the probe vectors.
+    The fingerprint covers only names and sizes; other weights are detected by the probe vectors.
 
     Raises
     ------
-    ConfigError, EndpointError
-        If ``url`` is none, or the endpoint does not answer.
+    ConfigError
+        If ``url`` is invalid.
+    EndpointError
+        If the endpoint does not respond with a vector.
     """
     spec = EmbedderSpec(KIND, model, layer=0, max_tokens=max_tokens, dtype="float32", dim=0, fingerprint="")
     dim = EndpointEmbedder(spec, url).ask(["dimension"]).shape[1]
@@ -123,7 +130,7 @@ def endpoint_spec(model: str, max_tokens: int, url: str) -> EmbedderSpec:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without a key: what the endpoint said, or why it said nothing."""
+    """Return the endpoint's error message, or the connection error: one line, without the API key."""
     cause = error.__cause__ or error
     line = first_line(cause)
     key = os.environ.get(EMBEDDER_KEY)

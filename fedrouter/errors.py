@@ -1,18 +1,18 @@
-"""What users can do wrong, as one small hierarchy.
+"""The errors that a user can cause or resolve.
 
 FedRouterError
 ├── ConfigError       a configuration file, key or command-line option
 ├── DataError         a data file or data set
 ├── ModelError        a base model or an embedder
-│   └── EndpointError an embeddings endpoint that cannot be reached, or refuses
-├── TrainingError     a run that cannot go on
-│   └── WorkerError   a training process that is gone
-├── WireError         bytes of another machine that are no message
-├── ClientError       clients that could not do their part before the rounds
+│   └── EndpointError an embeddings endpoint that cannot be reached, or refuses the request
+├── TrainingError     a run that cannot continue
+│   └── WorkerError   a training process that has died
+├── WireError         an invalid message from another machine
+├── ClientError       clients that failed before the first round
 ├── BundleError       a bundle that cannot be written or must not be served
 └── ServingError      a server that cannot start, or an endpoint that cannot be reached
 
-Every message says what was wrong, where, and what to do, in one line.
+Every message says in one line what was wrong, where, and what to do.
 """
 
 from collections.abc import Mapping
@@ -35,23 +35,23 @@ class ModelError(FedRouterError):
 
 
 class EndpointError(ModelError):
-    """An embeddings endpoint cannot be reached, or refuses."""
+    """An embeddings endpoint cannot be reached, or refuses the request."""
 
 
 class TrainingError(FedRouterError):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
 
 class WorkerError(TrainingError):
-    """A training process is gone."""
+    """A training process has died."""
 
 
 class ClientError(FedRouterError):
-    """Clients could not do their part before the rounds; without them the others can (left_out.py).
+    """Clients failed before the first round; the others can continue without them (left_out.py).
 
     Parameters
     ----------
-    reasons : by client, in no word of its rows.
+    reasons : by client; must not quote the client's rows.
     """
 
     def __init__(self, reasons: Mapping[str, str]):
@@ -60,7 +60,7 @@ class ClientError(FedRouterError):
 
 
 class WireError(FedRouterError):
-    """Bytes that came from another machine are no message, or not one that belongs here."""
+    """Bytes from another machine are not a valid message, or not the expected one."""
 
 
 class BundleError(FedRouterError):
@@ -72,5 +72,5 @@ class ServingError(FedRouterError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type's name where it says nothing."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

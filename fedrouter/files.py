@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all."""
+"""Atomic writes of files and directories."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
 
     Parameters
     ----------
-    mode : permissions of the file from its first byte on; the umask still applies.
+    mode : permissions that the file is created with; the umask still applies.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # it may be a link, or belong to a run that was killed
+    partial.unlink(missing_ok=True)  # it may be a link, or left over from a killed run
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with os.fdopen(os.open(partial, flags, mode), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""Show what is in a run or a bundle: the people's view of config, metrics and manifest, and the programs'."""
+"""Contents of a run or a bundle, as JSON values or printed: configuration, metrics and manifest."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def look(path: Path) -> dict[str, Any]:
-    """Return what is in a run (``run``, and ``bundle`` once it is there) or in a bundle (``bundle`` alone).
+    """Return the contents of a run (``run``, and ``bundle`` once it exists) or of a bundle (``bundle`` only).
 
     Raises
     ------
@@ -29,18 +29,18 @@ def look(path: Path) -> dict[str, Any]:
         return {"bundle": _bundle(load_bundle(path))}
     if not (path / "config.json").exists():
         raise DataError(f"{path}: neither a run (config.json) nor a bundle (manifest.json)")
-    told = read_metrics(path)
+    metrics = read_metrics(path)
     joined = path / "joined.json"
     run = {
         "path": str(path),
         "config": json.loads((path / "config.json").read_text(encoding="utf-8")),
-        "num_rounds": max((line["round"] + 1 for line in told if "cluster" in line), default=0),
+        "num_rounds": max((line["round"] + 1 for line in metrics if "cluster" in line), default=0),
         "joined": json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else [],
-        "left_out": {client: why for line in told for client, why in line.get("left_out", {}).items()},
-        "rounds": [line for line in told if "cluster" in line],
+        "left_out": {client: why for line in metrics for client, why in line.get("left_out", {}).items()},
+        "rounds": [line for line in metrics if "cluster" in line],
     }
-    there = (path / "bundle").exists()
-    return {"run": run, **({"bundle": _bundle(load_bundle(path / "bundle"))} if there else {})}
+    has_bundle = (path / "bundle").exists()
+    return {"run": run, **({"bundle": _bundle(load_bundle(path / "bundle"))} if has_bundle else {})}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def show(path: Path, console: Console) -> None:
-    """Print a run's progress and its bundle, or a bundle alone.
+    """Print a run's progress and its bundle, or only a bundle.
 
     Raises
     ------
@@ -63,8 +63,8 @@ def show(path: Path, console: Console) -> None:
     if "bundle" in found:
         _show_bundle(found["bundle"], console)
     else:
-        again = "join" if found["run"]["joined"] else "train"
-        console.print(f"no bundle yet; give the same {again} command again to go on")
+        command = "join" if found["run"]["joined"] else "train"
+        console.print(f"no bundle yet; run the same {command} command again to resume")
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "embedder": asdict(bundle.embedder),
         "clusters": [asdict(cluster) for cluster in bundle.clusters],
         "generalist": bundle.generalist,
-        "privacy": [{**asdict(one), "text": str(one)} for one in bundle.guarantees],
+        "privacy": [{**asdict(guarantee), "text": str(guarantee)} for guarantee in bundle.guarantees],
         "versions": dict(bundle.versions),
     }
 
@@ -88,21 +88,21 @@ def _show_run(run: dict[str, Any], console: Console) -> None:
     config = run["config"]
     base = config["base"]["model"]
     line(f"run {run['path']}: {run['num_rounds']} of {config['train']['rounds']} rounds, base {base}")
-    for one in run["joined"]:
-        moved = [f"{name} (moved)" for name in one.get("moved", {})]
-        line(f"joined {one['run']}: {', '.join([*one['clients'], *moved])}")
+    for join in run["joined"]:
+        moved = [f"{name} (moved)" for name in join.get("moved", {})]
+        line(f"joined {join['run']}: {', '.join([*join['clients'], *moved])}")
     for client, reason in run["left_out"].items():
         line(f"left out {client}: {reason}")
     if not run["rounds"]:
         return
     table = Table("task cluster", "loss by round", "first", "last", "examples", "clients", title="training")
-    trained = [one for one in run["rounds"] if one["loss"] is not None]  # null: no update could be used
-    for name in sorted({one["cluster"] for one in trained}):
-        own = [one for one in trained if one["cluster"] == name]
-        losses = [one["loss"] for one in own]
-        examples = str(sum(one["num_examples"] for one in own))
+    trained = [round_ for round_ in run["rounds"] if round_["loss"] is not None]  # null: no usable update
+    for name in sorted({round_["cluster"] for round_ in trained}):
+        rounds = [round_ for round_ in trained if round_["cluster"] == name]
+        losses = [round_["loss"] for round_ in rounds]
+        examples = str(sum(round_["num_examples"] for round_ in rounds))
         ends = f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
-        table.add_row(Text(name), spark(losses), *ends, examples, str(own[-1]["num_clients"]))
+        table.add_row(Text(name), spark(losses), *ends, examples, str(rounds[-1]["num_clients"]))
     show_whole(console, Whole(table))
 
 

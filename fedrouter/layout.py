@@ -1,4 +1,4 @@
-"""What people read: tables that never cut a name, row by row where the terminal is narrower; sizes."""
+"""Terminal output: tables that never truncate a cell, and sizes in bytes."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ UNBOUNDED = 10_000  # columns
 
 
 class Whole:
-    """Show a table whole: in a file as wide as it is, on a narrow terminal as one block a row."""
+    """A table at its full width; on a terminal narrower than that, one block of lines per row."""
 
     def __init__(self, table: Table):
         self._table = table
@@ -41,13 +41,13 @@ class Whole:
                     yield Text.assemble((f"  {head}: ", "dim"), cell, no_wrap=True, overflow="ignore")
 
 
-def show(console: Console, what: RenderableType) -> None:
-    """Print something whole: rich would cut lines at a width that a file has not."""
-    console.print(what, crop=False)
+def show(console: Console, content: RenderableType) -> None:
+    """Print something without cropping: rich would crop lines in files to a default width."""
+    console.print(content, crop=False)
 
 
 def size_text(number: float) -> str:
-    """Write a number of bytes."""
+    """Format a number of bytes."""
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.0f} {unit}"

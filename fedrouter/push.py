@@ -1,4 +1,4 @@
-"""A bundle to the Hugging Face hub, with a model card for each adapter."""
+"""Upload of a bundle to the Hugging Face hub, with a model card for each adapter."""
 
 import re
 from pathlib import Path
@@ -10,22 +10,22 @@ from fedrouter.bundle import MANIFEST, SIGNATURE, Bundle
 from fedrouter.errors import ConfigError, ServingError, first_line
 from fedrouter.types import TaskCluster
 
-HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # of its HTTP library
+HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # from its HTTP library
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def push(bundle: Bundle, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Upload a bundle in one commit and return the commit's address.
+    """Upload a bundle in one commit and return the commit's URL.
 
-    The repository is made if it is missing. The token is found as huggingface_hub finds it (``HF_TOKEN`` or
-    ``hf auth login``). Each adapter loads from there with plain PEFT, ``subfolder="adapters/NAME"``.
+    A missing repository is created. The token comes from ``HF_TOKEN`` or ``hf auth login``. PEFT alone can
+    load each adapter from the repository, with ``subfolder="adapters/NAME"``.
 
     Raises
     ------
     ConfigError
         If ``repo`` is not ``OWNER/NAME``.
     ServingError
-        If the hub cannot be reached or refuses.
+        If the hub cannot be reached or refuses the upload.
     """
     if not HUB_ID.fullmatch(repo):
         raise ConfigError(f"hub repository {repo}: expected OWNER/NAME")
@@ -46,8 +46,8 @@ def push(bundle: Bundle, repo: str, *, private: bool = False, revision: str | No
 
 
 def _operations(bundle: Bundle, repo: str) -> list[CommitOperationAdd]:
-    around = [name for name in (MANIFEST, SIGNATURE, "README.md") if (bundle.path / name).is_file()]
-    added = [CommitOperationAdd(name, bundle.path / name) for name in sorted([*around, *bundle.files])]
+    unlisted = [name for name in (MANIFEST, SIGNATURE, "README.md") if (bundle.path / name).is_file()]
+    added = [CommitOperationAdd(name, bundle.path / name) for name in sorted([*unlisted, *bundle.files])]
     for cluster in bundle.clusters:
         card = Path("adapters") / cluster.adapter / "README.md"
         added.append(CommitOperationAdd(card.as_posix(), model_card(bundle, cluster, repo).encode()))
@@ -55,7 +55,7 @@ def _operations(bundle: Bundle, repo: str) -> list[CommitOperationAdd]:
 
 
 def model_card(bundle: Bundle, cluster: TaskCluster, repo: str) -> str:
-    """Return the card of one adapter; a base that is not on the hub is named in the text alone."""
+    """Return the card of one adapter; its metadata names the base only if that is a hub id."""
     base = bundle.base.model
     on_hub = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
     tasks = ", ".join(f"{task} ({count} rows)" for task, count in cluster.task_counts.items())

@@ -1,4 +1,4 @@
-"""What another bundle would have decided: a decision log, decided anew."""
+"""Replay of a decision log with another bundle, to see which decisions change."""
 
 import asyncio
 import base64
@@ -30,30 +30,30 @@ DIFFERENCES = ("same", "moved", "rejected", "accepted")
 
 @dataclass(slots=True)
 class Replay:
-    """A log decided anew."""
+    """How a bundle's decisions differ from those in a log."""
 
     log: str
     bundle: str
     num_decided: int = 0
-    # decisions that were made anew
+    # decisions that were replayed
     differences: dict[str, Counter[str]] = field(default_factory=dict)
-    # by the task cluster of the log, how the other bundle differs; "" holds prompts without text
+    # counts of DIFFERENCES by the log's task cluster; prompts without text are under ""
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)
-    # from task cluster to task cluster
+    # (log's task cluster, bundle's task cluster)
     num_skipped: Counter[str] = field(default_factory=Counter)
-    # by why they were not
+    # by reason
 
-    def total(self, which: str) -> int:
-        """Return the number of decisions that differ so."""
-        return sum(counts[which] for counts in self.differences.values())
+    def total(self, difference: str) -> int:
+        """Return the number of decisions with this difference."""
+        return sum(counts[difference] for counts in self.differences.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the replay as a JSON object."""
         return {
             "log": self.log,
             "bundle": self.bundle,
             "decided": self.num_decided,
-            **{which: self.total(which) for which in DIFFERENCES},
+            **{name: self.total(name) for name in DIFFERENCES},
             "by_cluster": {name: dict(counts) for name, counts in sorted(self.differences.items())},
             "moved_to": [
                 {"from": first, "to": second, "decisions": number}
@@ -64,22 +64,22 @@ class Replay:
 
 
 def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
-    """Decide a log's prompts with another bundle.
+    """Route a log's prompts with another bundle.
 
-    Texts are used where the log holds them (``--log-prompts``), else vectors (``--log-vectors``), if the
-    bundle has the embedder that made them. Each caller is kept to its own task clusters, as a server does.
+    Uses the texts if the log has them (``--log-prompts``), else the vectors (``--log-vectors``), if they
+    have the dimension of the bundle's embedder. A named caller is routed among its own task clusters only.
 
     Raises
     ------
     DataError
-        If there is no such log, a line of it is none, or it holds neither texts nor vectors.
+        If the log is missing or empty, has an invalid line, or has neither texts nor vectors.
     """
     found = Replay(str(log), str(bundle.path))
     routers: dict[str | None, Router] = {None: Router(bundle)}
     clients = {client for cluster in bundle.clusters for client in cluster.clients}
-    seen = False
+    is_empty = True
     for line in read_log(log):
-        seen = True
+        is_empty = False
         if line.caller is not None and line.caller not in clients:
             found.num_skipped["client unknown to the bundle"] += 1
             continue
@@ -92,28 +92,28 @@ def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
         if isinstance(second, str):
             found.num_skipped[second] += 1
             continue
-        how = difference(_logged(line), second)
+        changed = difference(_logged(line), second)
         found.num_decided += 1
-        found.differences.setdefault(line.cluster, Counter())[how] += 1
-        if how == "moved":
+        found.differences.setdefault(line.cluster, Counter())[changed] += 1
+        if changed == "moved":
             found.moved[line.cluster, second.cluster] += 1
-    if not seen:
-        raise DataError(f"{log}: holds no decision")
+    if is_empty:
+        raise DataError(f"{log}: contains no decisions")
     if not found.num_decided and found.num_skipped["neither texts nor vectors"]:
         raise DataError(
-            f"{log}: holds neither texts nor vectors of prompts, so nothing can be decided anew; "
-            "keep them with fedrouter serve --log-vectors or --log-prompts"
+            f"{log}: contains neither texts nor vectors of prompts, so nothing can be replayed; "
+            "log them with fedrouter serve --log-vectors or --log-prompts"
         )
     return found
 
 
 def read_log(log: Path) -> Iterator[LoggedDecision]:
-    """Yield the decisions of a log and of its older files, the oldest first.
+    """Yield the decisions of a log and of its rotated files, the oldest first.
 
     Raises
     ------
     DataError
-        If there is none, or a line is none.
+        If there is no such log, or a line is invalid.
     """
     older = [log.with_name(f"{log.name}.{number}") for number in range(99, 0, -1)]
     files = [file for file in [*older, log] if file.is_file()]
@@ -127,17 +127,17 @@ def read_log(log: Path) -> Iterator[LoggedDecision]:
                         yield LINE.validate_json(line)
                 except (ValueError, ValidationError) as error:
                     raise DataError(
-                        f"{file}, line {number}: no line of a decision log: {first_line(error)}"
+                        f"{file}, line {number}: not a line of a decision log: {first_line(error)}"
                     ) from error
 
 
 def render(found: Replay) -> RenderableType:
-    """Lay it out for a terminal."""
-    table = Table("task cluster", title="decided anew, by the log's task cluster")
-    for which in DIFFERENCES:
-        table.add_column(which, justify="right")
-    for name, counts in sorted(found.differences.items()):
-        table.add_row(Text(name or "(no text)"), *(str(counts[which]) for which in DIFFERENCES))
+    """Format the replay for a terminal."""
+    table = Table("task cluster", title="replayed decisions by the log's task cluster")
+    for name in DIFFERENCES:
+        table.add_column(name, justify="right")
+    for cluster, counts in sorted(found.differences.items()):
+        table.add_row(Text(cluster or "(no text)"), *(str(counts[name]) for name in DIFFERENCES))
     lines = [Text(f"{found.num_decided} decisions of {found.log}, with {found.bundle}")]
     lines.append(
         Text(
@@ -155,15 +155,15 @@ def _logged(line: LoggedDecision) -> Decision:
 
 
 def _decide(line: LoggedDecision, router: Router, embedder: Embedder, bundle: Bundle) -> Decision | str:
-    """Decide as a server does; or say why that cannot be known."""
+    """Decide as a server does; return the reason if the log does not contain enough for that."""
     if line.texts is not None:
         texts = list(reversed(line.texts))
 
-        async def embedded(asked: Sequence[str]) -> list[Decision]:
-            rows = iter(router.route(embedder.embed([text for text in asked if text.strip()])))
-            return [next(rows) if text.strip() else without_text(router) for text in asked]
+        async def route(texts: Sequence[str]) -> list[Decision]:
+            rows = iter(router.route(embedder.embed([text for text in texts if text.strip()])))
+            return [next(rows) if text.strip() else without_text(router) for text in texts]
 
-        return asyncio.run(conversation.decide([texts], embedded))[0]
+        return asyncio.run(conversation.decide([texts], route))[0]
     if line.reason == "no_text":
         return without_text(router)
     if not line.vectors or line.vectors[0] is None:
@@ -171,7 +171,7 @@ def _decide(line: LoggedDecision, router: Router, embedder: Embedder, bundle: Bu
     first = None
     for packed in line.vectors:
         if packed is None:
-            return "an earlier turn would decide, and its vector is not in the log"
+            return "an earlier turn would decide, but its vector is not in the log"
         vector = _unpacked(packed)
         if len(vector) != bundle.embedder.dim:
             return "vectors of another embedder"

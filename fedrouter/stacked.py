@@ -1,8 +1,8 @@
-"""Several adapters in one base model at once: the rows of a batch lie in blocks, each with its own adapter.
+"""Several adapters in one batch through a base model: each block of the batch's rows has its own adapter.
 
-A small model leaves a large GPU waiting for Python: a step of one adapter takes as long as a step of thirty.
-So all of them go through the base in one batch (batched matrix products; Punica, Chen et al. 2023, does the
-same for serving), which computes for each what it would alone.
+With a small model a large GPU waits for Python: a step of one adapter takes as long as a step of thirty. One
+batch with batched matrix products computes the same for each adapter as a batch of its own would; Punica
+(Chen et al. 2023) does this for serving.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,19 +21,19 @@ PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's
 
 
 class StackedAdapters:
-    """Adapters of equal shapes as rows of one matrix, put into a base model by hooks.
+    """Adapters of equal shapes as rows of one matrix, added to a base model by hooks.
 
     Parameters
     ----------
-    model : the base, or one with PEFT's layers, which must be switched off.
-    like : an adapter of the shapes that all have.
-    scale : what BA is multiplied by, alpha ÷ rank.
-    dropout : of what goes into A, while ``training`` is set.
+    model : the base, without PEFT's layers or with those layers disabled.
+    like : an adapter with the shapes of all adapters.
+    scale : factor on BA, alpha ÷ rank.
+    dropout : dropout probability of A's input while ``training`` is True.
 
     Raises
     ------
     ModelError
-        If an adapter is more than A and B beside modules of ``model``.
+        If ``like`` has tensors other than A and B, or for modules that ``model`` does not have.
     """
 
     def __init__(self, model: torch.nn.Module, like: AdapterState, scale: float, dropout: float = 0.0):
@@ -42,7 +42,7 @@ class StackedAdapters:
         self._modules: dict[str, torch.nn.Module] = {}
         for name in self._shapes:
             if not name.startswith(PREFIX) or not name.endswith((A, B)):
-                raise ModelError(f"adapters with {name} cannot be stacked: only plain A and B can")
+                raise ModelError(f"adapters with tensor {name} cannot be stacked: only A and B can")
             path = name.removeprefix(PREFIX).removesuffix(A).removesuffix(B)
             try:
                 module: Any = model.get_submodule(path)
@@ -68,7 +68,7 @@ class StackedAdapters:
         ]
 
     def use(self, matrix: Tensor, dtype: torch.dtype) -> None:
-        """Let block i of the next batch go through row i of ``matrix``, (n, p)."""
+        """Apply row i of ``matrix``, (n, p), to block i of the next batches."""
         sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
         parts = dict(zip(self._shapes, matrix.to(dtype).split(sizes, dim=1), strict=True))
         shaped = {name: part.unflatten(1, self._shapes[name]) for name, part in parts.items()}
@@ -76,7 +76,7 @@ class StackedAdapters:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Have the base's modules add what the adapters in use give; without any in use they add nothing."""
+        """Add the output of the adapters in use to the base's modules, within the context."""
         hooks = [
             module.register_forward_hook(partial(self._add, path)) for path, module in self._modules.items()
         ]

@@ -1,7 +1,7 @@
-"""The carriers that cross boundaries: frozen dataclasses, no torch, no I/O.
+"""The dataclasses that modules exchange: frozen, without torch and I/O.
 
-Reading order is the order in which data flows: records → what a client reveals → what a
-round exchanges → what a bundle holds → what a route decides.
+They are in the order of the data flow: records → what a client reveals → messages of a round → contents of a
+bundle → decisions.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ class Turn:
 
     role: str  # "system" | "user" | "assistant" | "tool"
     content: str
-    more: Mapping[str, Any] = field(default_factory=dict)  # what else chat templates read: tool_calls, name …
-    learned: bool = True  # of an assistant turn: it carries loss
+    more: Mapping[str, Any] = field(default_factory=dict)  # other keys for chat templates: tool_calls, name …
+    learned: bool = True  # whether an assistant turn carries loss
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One training or test example."""
 
-    turns: tuple[Turn, ...]  # the conversation before the answer; a user turn with text is among them
-    completion: str  # the answer's text; of one that only calls tools, the calls as JSON
-    task: str | None = None  # a label for names and scores; never used to cluster or to route
-    answer: Turn | None = None  # where it is more than its text
-    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, as chat templates take them
+    turns: tuple[Turn, ...]  # the conversation before the answer, with at least one user turn with text
+    completion: str  # the answer's text; JSON of the tool calls if there is no text
+    task: str | None = None  # label for names and scores; never used to cluster or to route
+    answer: Turn | None = None  # None if the answer is only text
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas for chat templates
     where: str = field(default="", compare=False, repr=False)  # file and row
 
     @property
@@ -46,84 +46,82 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class LocalClusters:
-    """What a client reveals of its rows in groups: its local clusters (paper: μ_{c,j}, n_{c,j})."""
+    """What a client reveals of its rows: local clusters (paper: μ_{c,j}, n_{c,j})."""
 
-    counts: Float64s  # (m,) rows in each
-    centroids: Float64s  # (m, d) of embedded prompts; zeros where the count is 0
-    scatter: Float64s  # (d, d), sum over rows of (x - centroid)(x - centroid)ᵀ, all groups together
+    counts: Float64s  # (m,), rows per cluster
+    centroids: Float64s  # (m, d), of embedded prompts; zeros where the count is 0
+    scatter: Float64s  # (d, d), sum of (x - centroid)(x - centroid)ᵀ over the rows of all clusters
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingSpace:
-    """Where distances are measured: z = (φ(x) - mean) @ transform, then nearest centroid."""
+    """The space in which distances are measured: z = (φ(x) - mean) @ transform."""
 
     mean: Array  # (d,)
     transform: Array  # (d, m)
     centroids: Array  # (n, m), in the transformed space
     cluster_of: tuple[int, ...]  # (n,), the task cluster of each centroid
-    map: Array | None = None  # (m, 2): z @ map is where a picture shows z; older bundles have none
+    map: Array | None = None  # (m, 2): z @ map is the position of z in figures; None in older bundles
 
     @property
     def num_clusters(self) -> int:
-        """How many task clusters the centroids belong to."""
+        """Number of task clusters."""
         return max(self.cluster_of) + 1
 
     def project(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Return embedded prompts (n, d) in the space's coordinates: (n, m), in the wider dtype of both."""
+        """Map embedded prompts (n, d) to the space: (n, m), in the wider of both dtypes."""
         return np.asarray((x - self.mean) @ self.transform)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What a client says of itself when it is asked who is there."""
+    """A client's answer to the roll call at the start of a run."""
 
     client: str
     num_rows: int
-    digest: (
-        str  # changes with its rows; says nothing else of them, for it is made with a secret of the client
-    )
+    digest: str  # changes with the client's rows; keyed with the client's secret, so it reveals nothing else
 
 
 @dataclass(frozen=True, slots=True)
 class Reread:
-    """What came of a client that was asked to read its rows again."""
+    """A client's answer to the request to read its rows again."""
 
     client: str
-    problem: str | None  # why it goes on with the rows it had, in no word of them
+    problem: str | None  # why it keeps its old rows, without quoting them; None: it has read its rows again
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How a client's rows lie among task clusters that already exist."""
+    """How a client's rows are distributed over existing task clusters."""
 
     client: str
-    within: Mapping[int, int]  # task cluster → rows within its radius, where they are enough to be revealed
-    num_beyond: int  # rows beyond every radius; 0 where they are too few to be revealed
-    may_summarise: bool  # the rows beyond are enough for a local cluster
+    within: Mapping[int, int]  # task cluster → rows within its radius; without counts too small to reveal
+    num_beyond: int  # rows beyond every radius; 0 if too few to reveal
+    may_summarise: bool  # whether the rows beyond every radius are enough for a local cluster
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Task clusters told instead of found, for the baselines: by client, or by task label."""
+    """Predefined task clusters, for the baselines: by client or by task label."""
 
-    clients: Mapping[str, tuple[int, ...]]  # all rows of a client: to each of these; prompts go to the first
-    tasks: Mapping[str, int]  # all rows with a label
-    num: int  # task clusters that prompts go to; any beyond are trained only
+    clients: Mapping[str, tuple[int, ...]]  # task clusters of all rows of a client; prompts go to the first
+    tasks: Mapping[str, int]  # task cluster of all rows with a label
+    num: int  # number of task clusters that prompts are routed to; later ones are only trained
 
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """What a client reveals of its rows that belong to one task cluster (paper: D_{c,j})."""
+    """What a client reveals of its rows in one task cluster (paper: D_{c,j})."""
 
     cluster: int  # the task cluster
     num_examples: int
-    distances: Array  # (101,), to the nearest centroid, at quantiles 0 %, 1 % … 100 %
+    distances: Array  # (101,), quantiles 0 %, 1 % … 100 % of the distance to the nearest centroid
     task_counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A client's answer to the routing space: how its rows fall on the task clusters."""
+    """A client's answer to the routing space: its rows by task cluster."""
 
     client: str
     subsets: tuple[Subset, ...]  # non-empty ones, by task cluster
@@ -131,7 +129,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class TrainRequest:
-    """The server asks a client to train one task cluster's adapter on its subset, in one round."""
+    """The server's request that a client trains a task cluster's adapter on its subset, in one round."""
 
     client: str
     cluster: int  # the task cluster
@@ -143,28 +141,30 @@ class TrainRequest:
 
 @dataclass(frozen=True, slots=True)
 class TrainReply:
-    """The client answers with the trained adapter."""
+    """The client's reply with the trained adapter."""
 
     client: str
     cluster: int
     adapter: AdapterState
-    num_examples: int  # examples really trained in this round: the weight; with noise, those asked for
-    loss: float | None  # mean training loss over the steps, nats a token; with noise it stays with the client
-    seconds: float  # with noise 0
+    num_examples: (
+        int  # examples trained on in this round, the weight of the update; with noise, those requested
+    )
+    loss: float | None  # mean training loss over the steps, nats per token; None with noise
+    seconds: float  # 0 with noise
 
 
 @dataclass(frozen=True, slots=True)
 class TrainFailure:
-    """The client could not do it; it costs this round, not the run."""
+    """The client's reply if it could not train; it misses this round, but the run continues."""
 
     client: str
     cluster: int
-    reason: str  # one line, in no word of the rows
+    reason: str  # one line; must not quote the client's rows
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationRequest:
-    """The server asks a client how well an adapter does on the rows of a subset that are not trained on."""
+    """The server's request that a client evaluates an adapter on the validation rows of a subset."""
 
     client: str
     cluster: int
@@ -173,96 +173,96 @@ class ValidationRequest:
 
 @dataclass(frozen=True, slots=True)
 class ValidationReply:
-    """The client answers with a mean."""
+    """The client's reply with its mean validation loss."""
 
     client: str
     cluster: int
-    loss: float  # nats a completion token
-    num_tokens: int  # completion tokens behind it: the weight; 0 where no row was held back
+    loss: float  # nats per completion token
+    num_tokens: int  # completion tokens, the weight of the loss; 0 without validation rows
 
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """The base model that a bundle's adapters belong to."""
+    """The base model of a bundle's adapters."""
 
     model: str  # a hub id, a path, or builtin:tiny
     revision: str | None
-    fingerprint: str  # of its config and tokenizer
+    fingerprint: str  # hash of its config and tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedderSpec:
-    """The embedder that a bundle's centroids belong to."""
+    """The embedder of a bundle's centroids."""
 
     kind: str  # hidden states of the "base" or an "encoder"; "sentence-transformers"; "endpoint"
-    model: str  # the base's name, a hub id or a path; for an endpoint what it calls the model
-    layer: int  # whose hidden states are averaged over tokens; 0 is the token embedding, or no layer of ours
+    model: str  # the base's name, a hub id or a path; an endpoint's name for its model
+    layer: int  # of the hidden states; 0 is the token embedding, and the value for endpoints
     max_tokens: int
     dtype: str  # of the forward pass; vectors are float32
     dim: int
     fingerprint: str
-    pooling: str = "unit"  # mean of tokens' states at "unit" length, or as they are: "mean"
+    pooling: str = "unit"  # mean over tokens of the states scaled to "unit" length, or unscaled: "mean"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskCluster:
     """One task cluster of a bundle and the adapter that answers for it."""
 
-    name: str  # "headline" when the clients label their tasks, else "task-0" …
+    name: str  # a task label if the clients' rows have labels, else "task-0" …
     adapter: str  # name and content hash: "headline-1f2e3d4c"
     num_examples: int
     clients: tuple[str, ...]
     task_counts: Mapping[str, int]  # training rows by task label; empty without labels
-    radius: float  # distance beyond which a prompt is out of distribution
+    radius: float  # distance beyond which a prompt falls back
     training: Mapping[str, float] = field(default_factory=dict)  # "loss", "steps", "examples"
 
     @property
     def task(self) -> str:
-        """The commonest task label of its rows; "" without labels."""
+        """The most common task label of its rows; "" without labels."""
         return max(self.task_counts, key=lambda task: (self.task_counts[task], task), default="")
 
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """(ε, δ)-differential privacy towards whoever sees all messages of a client (docs/privacy.md)."""
+    """(ε, δ)-differential privacy against an observer of all messages of a client (docs/privacy.md)."""
 
-    unit: str  # what may be replaced by anything else: "row", or "client": all of its rows
-    covers: str  # which messages
+    unit: str  # what is protected: one "row", or all rows of a "client"
+    covers: str  # the messages that the guarantee applies to
     num_releases: int
     epsilon: float
     delta: float
 
     def __str__(self) -> str:
-        what = "a row" if self.unit == "row" else "all rows of a client"
-        return f"ε = {self.epsilon:.3g}, δ = {self.delta:g} for {what}: {self.covers}"
+        unit = "a row" if self.unit == "row" else "all rows of a client"
+        return f"ε = {self.epsilon:.3g}, δ = {self.delta:g} for {unit}: {self.covers}"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where one prompt goes, and why."""
+    """The model that answers a prompt, and why."""
 
-    model: str  # the name to ask vLLM for: an adapter, or "base"; "reject" when nobody is to answer
+    model: str  # vLLM's model name: an adapter or "base"; "reject" if the prompt is rejected
     cluster: str  # the nearest task cluster's name
-    distance: float  # to the nearest centroid; smaller is closer
+    distance: float  # to the nearest centroid
     radius: float  # of the nearest task cluster
     margin: float  # distance to the second nearest task cluster minus ``distance``
     fallback: bool  # the prompt lies beyond the radius
     distances: Mapping[str, float]  # by task cluster name
-    turn: int = 0  # of a conversation's user turns with text, the number of the one that decides
+    turn: int = 0  # number of the deciding turn among the conversation's user turns with text, from 0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A conversation, and where it must go."""
+    """A conversation and its expected task cluster."""
 
     turns: tuple[str, ...]  # texts of the user turns
     cluster: str | None  # a task cluster's name; None: the fallback
-    where: str = field(default="", compare=False)  # the line
+    where: str = field(default="", compare=False)  # its line in the file
 
 
 @dataclass(frozen=True, slots=True)
 class OtherDecision:
-    """What another bundle decided for the same prompt."""
+    """Another bundle's decision for the same prompt."""
 
     bundle: str
     adapter: str
@@ -273,23 +273,23 @@ class OtherDecision:
 
 @dataclass(frozen=True, slots=True)
 class LoggedDecision:
-    """One line of the decision log: a prompt of a request, without its text unless that is asked for."""
+    """One line of the decision log: the decision for one prompt of a request."""
 
     time: float  # seconds since 1970
-    id: str  # of the request, as in the answer's ``x-fedrouter-id``
-    prompt: int  # which of the request's prompts, from 0
-    bundle: str  # of whose manifest the SHA-256 begins so
-    caller: str | None  # the client, where one is named or known
+    id: str  # of the request; the response header ``x-fedrouter-id``
+    prompt: int  # number of the prompt in the request, from 0
+    bundle: str  # first digits of the SHA-256 of the bundle's manifest
+    caller: str | None  # the client, if the request names it or its API key identifies it
     adapter: str
     cluster: str
     distance: float | None  # null: no text was embedded
     radius: float
     margin: float | None  # null: there is no second task cluster
     fallback: bool
-    reason: str  # of the fallback: "radius", "no_text" or "overload"; empty without
-    turn: int  # the user turn that decided
-    turns: int  # user turns with text
+    reason: str  # of the fallback: "radius", "no_text" or "overload"; "" without fallback
+    turn: int  # number of the deciding user turn
+    turns: int  # number of user turns with text
     routing_ms: float
     other: OtherDecision | None = None
-    texts: tuple[str, ...] | None = None  # of the turns that may decide, the last one first
-    vectors: tuple[str | None, ...] | None = None  # theirs, base64 of float16; null: not embedded
+    texts: tuple[str, ...] | None = None  # of the turns that may decide, the latest first; only if requested
+    vectors: tuple[str | None, ...] | None = None  # of these turns, base64 of float16; null: not embedded

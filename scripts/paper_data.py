@@ -1,7 +1,7 @@
-"""The paper's four data sets from the Hugging Face hub, as JSON Lines: python scripts/paper_data.py OUT
+"""Download the paper's four data sets from the Hugging Face hub: python scripts/paper_data.py OUT
 
-QQP, Gigaword, SAMSum and WebNLG, cut as the paper cuts them: enough for 8 clients of 600 train rows each, and
-300 test rows a task. Prompts carry the bare input, no instruction sentence. Needs a network.
+Writes QQP, Gigaword, SAMSum and WebNLG as JSON Lines, in the paper's sizes: enough rows for 8 clients with
+600 training rows each, and 300 test rows per task. Prompts are the bare input, without an instruction.
 """
 
 import json
@@ -20,22 +20,22 @@ def paraphrase(row: Row) -> tuple[str, str]:
 
 
 def headline(row: Row) -> tuple[str, str]:
-    """Return Gigaword's."""
+    """Return Gigaword's prompt and answer."""
     return row["document"], row["summary"]
 
 
 def dialogue_summary(row: Row) -> tuple[str, str]:
-    """Return SAMSum's."""
+    """Return SAMSum's prompt and answer."""
     return row["dialogue"], row["summary"]
 
 
 def data_to_text(row: Row) -> tuple[str, str]:
-    """Return WebNLG's: triples as they are written in the paper's code, the first text."""
+    """Return WebNLG's prompt, triples as in the paper's code, and answer, the first text."""
     triples = row["modified_triple_sets"]["mtriple_set"][0]
     return " , ".join(triples), row["lex"]["text"][0] if row["lex"]["text"] else ""
 
 
-# task: (hub id, configuration, revision, train split, test split, row to prompt and answer)
+# task: (hub id, configuration, revision, train split, test split, row → prompt and answer)
 SOURCES: dict[str, tuple[str, str | None, str | None, str, str, Callable[[Row], tuple[str, str]]]] = {
     "paraphrase": ("nyu-mll/glue", "qqp", None, "train", "validation", paraphrase),
     "headline": ("Harvard/gigaword", None, "refs/convert/parquet", "train", "test", headline),
@@ -56,7 +56,7 @@ def rows_of(
 
 
 def main(out: Path) -> None:
-    """Write eight files."""
+    """Write a train and a test file for each task."""
     from datasets import load_dataset
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Text that the built-in base is pretrained on: seeded, generated here, endless.
+"""Pretraining text of the built-in base: a seeded, endless generator.
 
-Two sources. *Plain* text draws single sentences, questions, chats and headlines from the grammars of
-the built-in tasks, a prompt or an answer by itself and never the two of one example. *Generic* formats
-(repeat, list, look-up, marked span, membership, same or other, fill in, reorder, quote, reword) run over
-made-up words and over statements about made-up names, so that copying and comparing work for words
-never seen before. None is one of the tasks, none asks a question twice, none uses the chat template.
+There are two sources. *Plain* text consists of single sentences, questions, chats and headlines from the
+grammars of the built-in tasks: only a prompt or only an answer, never both of one example. *Generic* formats
+(repeat, list, look-up, marked span, membership, same or other, fill in, reorder, quote, reword) use invented
+words and statements about invented names, so that copying and comparing generalise to unknown words. No
+format is one of the tasks, asks the same question twice or uses the chat template.
 """
 
 import random
@@ -62,7 +62,7 @@ def made_up(rng: random.Random, capital: bool = False) -> str:
 
 
 class InventedSlots(Slots):
-    """Training slot values, every second one replaced by an invented word or any number."""
+    """Training slot values, half of them replaced by invented words or arbitrary numbers."""
 
     def draw(self, kind: str) -> str:
         """Draw one value of a kind."""
@@ -83,7 +83,7 @@ def word(rng: random.Random) -> str:
 
 
 def some(rng: random.Random, low: int, high: int) -> list[str]:
-    """Return several different words."""
+    """Return up to ``high`` distinct words."""
     return list(dict.fromkeys(word(rng) for _ in range(rng.randint(low, high))))
 
 
@@ -139,7 +139,7 @@ def same(rng: random.Random) -> str:
 
 
 def judge(rng: random.Random) -> str:
-    """Return one to three comparisons in one layout, their values among common words of questions."""
+    """Return one to three comparisons in one layout, with the values among common words of questions."""
     heads = f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n {{}}\n"
     layout = heads if rng.random() < 0.7 else f"{{}} {rng.choice(MARKS)} {{}}"
     between = rng.choice((" - ", " - ", " - ", " / ", "\n", " & ", "; ", " | "))
@@ -176,10 +176,10 @@ def statements(rng: random.Random) -> tuple[str, str]:
 
 
 def reports(rng: random.Random) -> str:
-    """Return two to four pairs of statements, each with the verdict whether the two say the same.
+    """Return two to four pairs of statements, each with a verdict whether the two have the same meaning.
 
-    Where they differ, one value was replaced or the second is a statement of another kind. Verdicts are
-    common words, or any two that the earlier pairs show.
+    If not, one value was replaced, or the second statement is unrelated. The verdicts are common words, or
+    any two words, whose meaning the earlier pairs show.
     """
     verdicts = rng.choice(VERDICTS) if rng.random() < 0.8 else some(rng, 2, 2)
     if len(verdicts) < 2:
@@ -195,8 +195,8 @@ def reports(rng: random.Random) -> str:
         left, how = slots.fill(first), rng.random()
         if how < 0.4:
             name = rng.choice(list(slots))
-            kept = slots.pop(name)
-            while slots[name] == kept:
+            first_value = slots.pop(name)
+            while slots[name] == first_value:
                 del slots[name]
         elif how < 0.5:
             second = statements(rng)[1]
@@ -208,7 +208,7 @@ def reports(rng: random.Random) -> str:
 
 
 def reword(rng: random.Random) -> str:
-    """Return statements with another wording, or one of two statements picked, in one layout."""
+    """Return statements with another wording, or pairs of statements with one of them, in one layout."""
     picks = rng.random() < 0.4
     between = rng.choice((" - ", " / ", "\n", " & ", "; ", " | "))
     heads = f"### {word(rng)}:\n{{}}\n\n### {word(rng)}:\n{{}}\n"
@@ -225,13 +225,13 @@ def reword(rng: random.Random) -> str:
 
 
 def mapping(rng: random.Random) -> str:
-    """Return two to five examples of one made-up rewriting: values leave one frame and enter another."""
+    """Return two to five examples of an invented rewriting that moves values from one frame to another."""
     slots = [f"{{{index}}}" for index in range(rng.randint(1, 4))]
     frames = []
-    for kept in (slots, rng.sample(slots, rng.randint(1, len(slots)))):
+    for used in (slots, rng.sample(slots, rng.randint(1, len(slots)))):
         small = [rng.choice(LITTLE) if rng.random() < 0.5 else rng.choice(FAMILIAR) if rng.random() < 0.7
                  else made_up(rng) for _ in range(rng.randint(1, 6))]  # fmt: skip
-        frame = small + kept
+        frame = small + used
         rng.shuffle(frame)
         frames.append(rng.choice((" ", " ", " ", " | ", ", ")).join(frame))
     marks = rng.choice((*MARKS, "\n"))
@@ -246,7 +246,7 @@ def mapping(rng: random.Random) -> str:
 
 
 def related(rng: random.Random) -> str:
-    """Return texts of two different grammars about the same names and things, never of one task."""
+    """Return texts from the grammars of two different tasks about the same names and things."""
     slots = InventedSlots(rng, "train")
     first, second = (source(slots) for source in rng.sample(PLAIN, 2))
     if rng.random() < 0.3:
@@ -295,7 +295,7 @@ JOINING: Mix = {
 
 
 def documents(seed: str, mix: Mix) -> Iterator[str]:
-    """Yield documents without end: plain texts singly, a generic format one to four times in a row."""
+    """Yield documents endlessly; short generic formats are repeated one to four times in a document."""
     rng = random.Random(seed)
     formats, weights = list(mix), list(mix.values())
     while True:

@@ -1,15 +1,15 @@
-"""Make ``builtin:tiny``: its tokenizer and weights, from nothing but text generated here.
+"""Train the tokenizer and weights of ``builtin:tiny`` on generated text.
 
     torchrun --nproc-per-node 2 scripts/pretrain_tiny.py
 
-A Llama with 3.5 M parameters (6 layers, 192 wide, head size 64, tied embeddings, context 512) learns
-next-token prediction on ``pretrain_text.py`` in PHASES, 3,200 steps of 8,192 tokens, seed SEED: hidden
-matrices by Muon, the rest by AdamW, weights held in float32 and computed with in bfloat16. Two
-single-threaded processes average their gradients; their number changes the result. Fifty minutes on
-two cores at 0.8 to 1 second a step. It never sees a (prompt, answer) pair of a built-in task.
+A Llama with 3.5 M parameters (6 layers, width 192, head size 64, tied embeddings, context 512) learns
+next-token prediction on the text of ``pretrain_text.py`` in PHASES, 3,200 steps of 8,192 tokens. Muon
+optimizes hidden matrices, AdamW the rest; weights are stored in float32 and computed with in bfloat16. Two
+single-threaded processes average their gradients; their number changes the result. It takes fifty minutes on
+two cores, 0.8 to 1 second per step. No (prompt, answer) pair of a built-in task is in the text.
 
-The shipped weights are what this file made at commit 68f6758; the training values of the built-in grammars,
-a part of the text, have grown since. Another processor or another release of PyTorch rounds differently too.
+The shipped weights were made with this file at commit 68f6758. Since then the built-in grammars have got more
+training values, which changes the text; other processors and PyTorch releases also round differently.
 """
 
 import os
@@ -29,20 +29,20 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 SEED = 7
 ROWS, LENGTH = 16, 256  # per process and step
 MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 0.015, 3e-3, 60, 0.5
-VERDICT_WEIGHT = 8.0  # of a verdict's token in the second phase's loss; it is one token in thirty
+VERDICT_WEIGHT = 8.0  # of verdict tokens in the second phase's loss; one in thirty tokens is a verdict
 VOCABULARY = 2048
 OUT = Path(__file__).parents[1] / "fedrouter" / "builtin" / "tiny"
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training; each starts with fresh optimizers."""
+    """A phase of training with its own optimizers."""
 
     name: str
     mix: Mix
     steps: int
-    planned: int  # the learning rate falls to zero at this step; copying stops before
-    share: float  # of the peak learning rates
+    planned: int  # step at which the learning rate would reach zero; copying stops earlier
+    share: float  # factor on the peak learning rates
 
 
 PHASES = (
@@ -56,8 +56,8 @@ TEMPLATE = """{% for m in messages %}{% if m['role']=='user' %}### Instruction:
 {% elif m['role']=='system' %}{{m['content']}}
 
 {% elif m['role']=='assistant' %}{{m['content']}}</s>{% endif %}{% endfor %}"""
-# Capitalised words and digits never swallow the space before them: a name has the same tokens
-# wherever it stands, so copying it to the start of an answer needs no second spelling.
+# Capitalised words and digits never include the space before them, so that a name has the same tokens
+# everywhere, also at the start of an answer.
 PIECES = r" ?[a-z]+| ?[A-Z]?[^\sA-Za-z0-9]+|[A-Z][a-z]*|[0-9]|\s"
 
 
@@ -124,14 +124,14 @@ def train(
         flat = torch.cat([p.grad.float().view(-1) for p in model.parameters() if p.grad is not None])
         dist.all_reduce(flat)
         flat *= min(1.0 / world, 1.0 / (flat.norm().item() + 1e-6))  # mean, then clipped to unit norm
-        falling = (phase.planned - step) / (COOLDOWN * phase.planned)
+        decay = (phase.planned - step) / (COOLDOWN * phase.planned)
         with torch.no_grad():
             for master, grad in zip(
                 masters.values(), flat.split([m.numel() for m in masters.values()]), strict=True
             ):
                 master.grad = grad.view_as(master)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * min((step + 1) / WARMUP, 1.0, falling)
+                optimizer.param_groups[0]["lr"] = peak * min((step + 1) / WARMUP, 1.0, decay)
                 optimizer.step()
             for p, master in zip(model.parameters(), masters.values(), strict=True):
                 p.copy_(master)

@@ -1,4 +1,4 @@
-"""A real Chromium without a screen: Debian's packages chromium and chromium-driver, driven by selenium."""
+"""A headless Chromium, from Debian's packages chromium and chromium-driver, controlled by selenium."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 Found = TypeVar("Found")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WAIT_S = 60.0  # for a machine that has more to do
+WAIT_S = 60.0  # long enough for a busy machine
 needs_chromium = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="NO CHROMIUM: apt-get install -y chromium chromium-driver"
 )
@@ -38,7 +38,7 @@ class Page:
         return self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, selector), selector)[0]
 
     def text(self, selector: str) -> str:
-        """Return what a person sees of an element; empty if it is not there."""
+        """Return an element's visible text; "" if the element does not exist."""
         found = self.driver.find_elements(By.CSS_SELECTOR, selector)
         return found[0].text if found else ""
 
@@ -46,7 +46,7 @@ class Page:
         return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
 
     def until(self, what: Callable[[], Found], why: str = "") -> Found:
-        """Wait until something holds; return it."""
+        """Wait until a condition is true; return its value."""
         gone = [StaleElementReferenceException]
         wait = WebDriverWait(self.driver, WAIT_S, poll_frequency=0.02, ignored_exceptions=gone)
         return wait.until(lambda _: what(), f"waited for {why or what}")
@@ -72,7 +72,7 @@ class Page:
         self.until(lambda: self.find(f"#{name}").is_displayed(), name)
 
     def complaints(self) -> list[str]:
-        """Return what the browser itself found wrong since it was asked last: scripts, CSP, requests."""
+        """Return the browser's errors since the last call: scripts, CSP, requests."""
         return [one["message"] for one in self.driver.get_log("browser") if one["level"] == "SEVERE"]
 
     def js(self, script: str) -> Any:
@@ -84,7 +84,7 @@ class Page:
 
 @contextmanager
 def chromium(size: tuple[int, int] = (1280, 900), dark: bool = False) -> Iterator[webdriver.Chrome]:
-    """Start a browser of that size for the length of the block."""
+    """Run a browser with a window of that size within the context."""
     assert BROWSER and DRIVER
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
@@ -99,7 +99,7 @@ def chromium(size: tuple[int, int] = (1280, 900), dark: bool = False) -> Iterato
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, Service(DRIVER))
-    if size[0] < 500:  # no window is so narrow
+    if size[0] < 500:  # narrower than any window can be
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 2, "mobile": True}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     if dark:

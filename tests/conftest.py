@@ -1,4 +1,4 @@
-"""For every test: whole runs after units, real vLLM last; the same hypothesis examples on every machine."""
+"""Order of the tests, units first and real vLLM last; the same hypothesis examples on every machine."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ WHOLE_RUNS = Path(__file__).parent / "e2e"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it loudly where the console went untested: a skip among thousands of dots is not seen."""
+    """Print a warning if the console's tests were skipped, which is easily overlooked."""
     skipped = [one for one in terminalreporter.stats.get("skipped", []) if "NO CHROMIUM" in str(one.longrepr)]
     if skipped:
         terminalreporter.section("THE CONSOLE WAS NOT TESTED", red=True, bold=True)
@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies in tests/e2e and move it to the end: a broken unit is known within a minute."""
+    """Mark the tests in tests/e2e and move them to the end, so that broken units show within a minute."""
 
     def weight(item: pytest.Item) -> int:
         return (WHOLE_RUNS in item.path.parents) * (1 + ("server" in getattr(item, "fixturenames", ())))

@@ -1,4 +1,4 @@
-"""A small embeddings endpoint: checks key and model, counts words by hash, cuts as vLLM does."""
+"""A small embeddings endpoint: checks key and model, counts words by hash, truncates like vLLM."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ DIM, MODEL = 32, "words"
 
 
 class EmbeddingsServer(ThreadingHTTPServer):
-    """What it does wrong can be set: ``broken`` is called with the answer, ``status`` is answered instead."""
+    """A server whose failures can be set: ``broken`` changes its answers, ``statuses`` replace them."""
 
     daemon_threads = True
 
@@ -23,9 +23,9 @@ class EmbeddingsServer(ThreadingHTTPServer):
         self.models = {MODEL: 0}  # name → seed
         self.knows_cut = True
         self.max_tokens = 512
-        self.statuses: list[int] = []  # answered first, one a request
+        self.statuses: list[int] = []  # sent first, one per request
         self.broken: Any = lambda answer: answer
-        self.gate = threading.Event()  # closed, it holds up answers
+        self.gate = threading.Event()  # answers wait until it is set
         self.gate.set()
         self.num_waiting = 0  # at the gate
         self.inputs: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Small honest fakes: they do what the real thing does, on a scale a test can check by hand."""
+"""Small fakes that really embed and train, on a scale that a test can check by hand."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 class LetterEmbedder:
-    """Counts the letters a–h of a text: a real, deterministic embedding of eight dimensions."""
+    """Counts the letters a–h of a text: a deterministic embedding with eight dimensions."""
 
     spec = EmbedderSpec(
         kind="base", model="letters", layer=1, max_tokens=512, dtype="float32", dim=DIM, fingerprint="letters"
@@ -58,7 +58,7 @@ def space(centroids: Array, cluster_of: Sequence[int] | None = None) -> RoutingS
 
 
 def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: object) -> Bundle:
-    """Write a small bundle: one random adapter a task cluster."""
+    """Write a small bundle with one random adapter per task cluster."""
     clusters = [TaskCluster(f"task-{k}", "", 10, ("client-0",), {}, radius) for k, radius in enumerate(radii)]
     arguments: dict[str, object] = {
         "base": BaseSpec("fake", None, "0" * 32),
@@ -75,7 +75,7 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
 
 
 class PullFederation:
-    """Clients whose "training" moves the adapter, each step, half of the way to a target of their own."""
+    """Clients whose training steps move the adapter half of the way to the client's target."""
 
     def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState]):
         self.vectors, self.targets = vectors, targets
@@ -92,7 +92,7 @@ class PullFederation:
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
         self.requests += requests
-        for r in reversed(requests):  # arrival order is nobody's promise
+        for r in reversed(requests):  # replies may arrive in any order
             share = 1 - 0.5**r.steps
             new = {n: a + np.float32(share) * (self.targets[r.client][n] - a) for n, a in r.adapter.items()}
             yield TrainReply(r.client, r.cluster, new, r.steps * 4, 0.5**r.round, 0.0)

@@ -1,4 +1,4 @@
-"""A transport without a network: each node answers as soon as it is asked."""
+"""A transport without a network: each node answers immediately."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,7 +15,7 @@ Answer = Callable[[bytes], bytes]
 
 
 class Loopback:
-    """Nodes are functions from bytes to bytes; one that is None takes messages and never answers."""
+    """Nodes are functions bytes → bytes; a node that is None receives messages and never answers."""
 
     def __init__(self, nodes: dict[str, Answer | None]):
         self.here = nodes
@@ -38,12 +38,12 @@ class Loopback:
         return None
 
     def clock(self) -> float:
-        """Return a time that passes only while the server waits for what does not come."""
+        """Return a time that only passes while the server waits for missing answers."""
         return self.now
 
 
 def site(directory: Path, name: str, data: Path, **policy: object) -> tuple[Site, PublicKey]:
-    """A site's directory, with a key of its own."""
+    """A site's directory with a key pair."""
     made = Site(directory / name, SiteSettings(name=name, data=str(data), policy=Policy(**policy)))  # type: ignore[arg-type]
     return made, new_key(made.key).public_key()
 

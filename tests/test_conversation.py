@@ -1,4 +1,4 @@
-"""Which turn of a conversation decides, by hand; tests/e2e asks a trained bundle."""
+"""The deciding turn of a conversation, with decisions by hand; tests/e2e uses a trained bundle."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from fedrouter.types import Decision
 
 
 def decided(*conversation: str) -> tuple[str, list[list[str]]]:
-    """Decide where "task N …" lies within the radius of N and all else beyond; also say what was asked."""
+    """Return the model decided for a conversation, and the routed texts of each call.
+
+    "task N …" lies within the radius of N, all other texts beyond every radius.
+    """
     asked = []
 
     async def route(texts: Sequence[str]) -> list[Decision]:

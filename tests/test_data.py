@@ -121,7 +121,7 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         (GOOD + '{"prompt": "p", "comp', "bad.jsonl:2: not JSON: Unterminated string"),
         (
             GOOD + GOOD.strip() * 2,
-            "bad.jsonl:2: not JSON: Extra data (column 35); expected one object a line",
+            "bad.jsonl:2: not JSON: Extra data (column 35); expected one object per line",
         ),
         (GOOD.encode() + b'{"prompt": "caf\xe9"}', "bad.jsonl:2: not UTF-8 (byte 16 of the line)"),
         ('{"prompt": "p", "prompt": "q", "completion": "c"}', "bad.jsonl:1: a field appears twice: prompt"),
@@ -141,7 +141,7 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ('{"prompt": "p", "completion": 7}', "bad.jsonl:1: field completion must be text, found int"),
         ('{"prompt": " ", "completion": "c"}', "bad.jsonl:1: field prompt is empty"),
         ('{"prompt": "p", "completion": "c", "task": "a\\nb"}', "bad.jsonl:1: field task must be printable"),
-        ('{"prompt": "\\ud83d", "completion": "c"}', "bad.jsonl:1: field prompt holds half a character"),
+        ('{"prompt": "\\ud83d", "completion": "c"}', "bad.jsonl:1: field prompt contains half a character"),
         ('{"prompt": "p", "completion": "c", "task": 3}', "bad.jsonl:1: field task must be text, found int"),
         ('{"instruction": "i", "input": 3, "output": "o"}', "bad.jsonl:1: field input must be text"),
         ('{"messages": "hi"}', "bad.jsonl:1: messages must be a list of objects"),
@@ -168,7 +168,7 @@ def test_a_file_of_unknown_kind(tmp_path):
     (tmp_path / "rows.xml").write_text("<row/>")
     with pytest.raises(
         DataError,
-        match=r"rows.xml: unknown kind of file; accepted: .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+        match=r"rows.xml: unknown file type; accepted: .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
     ):
         load_records(str(tmp_path / "rows.xml"))
 
@@ -176,7 +176,7 @@ def test_a_file_of_unknown_kind(tmp_path):
 def test_an_unknown_hub_id(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match=r"^nobody/nothing: no such file or directory, and no data set that the hub"
+        DataError, match=r"^nobody/nothing: neither a file or directory nor a usable data set on the hub"
     ):
         load_records("nobody/nothing")
 

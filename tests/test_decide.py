@@ -1,4 +1,4 @@
-"""What a decision means in words, and how two of them differ."""
+"""Descriptions of decisions, and differences between two of them."""
 
 from dataclasses import replace
 

@@ -103,7 +103,7 @@ def test_a_window_of_attention_shows_in_long_texts_as_in_training(embedder: Embe
 
 
 def test_serving_embeds_as_training_does(embedder: Embedder) -> None:
-    """Training embeds with the base that it trains, whole and in batches; serving with its lower half."""
+    """Training embeds batches with the whole base, serving single prompts with its lower half."""
     model, tokenizer = load_base(PATH, "float32", "cpu"), load_tokenizer(PATH)
     trained = HiddenStateEmbedder(model.base_model, tokenizer, embedder.spec).embed([*TEXTS, *PROBE_TEXTS])
     for text, vector in zip([*TEXTS, *PROBE_TEXTS], trained, strict=True):
@@ -151,7 +151,7 @@ def test_long_texts_are_cut(embedder: Embedder) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path, embedder: Embedder) -> None:
     other = Path(shutil.copytree(PATH, tmp_path / "base"))
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    with pytest.raises(ModelError, match="differ from those of training"):
+    with pytest.raises(ModelError, match="differ from those used in training"):
         load_embedder(embedder.spec, base_spec("builtin:tiny", None, PATH), other)
 
 

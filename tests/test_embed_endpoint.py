@@ -1,4 +1,4 @@
-"""An embeddings endpoint as embedder, against a small one that answers over HTTP."""
+"""An embeddings endpoint as embedder, with a small server over HTTP."""
 
 import math
 from collections.abc import Iterator
@@ -199,6 +199,6 @@ def test_another_model_of_that_name_is_refused_by_what_it_computes(
     assert bundle.embedder == spec
     find_embedder(bundle, tmp_path, server.url)
     server.models[MODEL] = 1
-    with pytest.raises(BundleError, match="is not the one of training: vectors of the probe texts differ"):
+    with pytest.raises(BundleError, match="not the one used in training: vectors of the probe texts differ"):
         check_embedder(bundle, embedder)
     assert server.url.encode() not in (bundle.path / "manifest.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The commands of a federation of machines that need no Flower: directories, keys, what a site reveals."""
+"""The federation commands that do not need Flower: directories, keys, what a site reveals."""
 
 import json
 import stat
@@ -107,5 +107,5 @@ def test_with_a_federation_the_file_says_nothing_of_data(tmp_path: Path) -> None
     assert sorted(config.data.clients) == ["bern", "ulm"]
     assert config.train.rounds == 3
     (tmp_path / "plan.toml").write_text('[data]\nsource = "x.jsonl"\n')
-    with pytest.raises(ConfigError, match=r"\[data\] is the sites' with --federation"):
+    with pytest.raises(ConfigError, match=r"--federation the sites configure their data; remove \[data\]"):
         load_config(tmp_path / "plan.toml", clients=["ulm"])

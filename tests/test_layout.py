@@ -1,4 +1,4 @@
-"""Tables that never cut a name."""
+"""Tables that never truncate a name."""
 
 from io import StringIO
 

@@ -81,7 +81,7 @@ def test_named_templates_take_the_default_one_or_are_refused(copy: Path) -> None
     (copy / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "x"}]
     edit(copy / "tokenizer_config.json", chat_template=named)
-    with pytest.raises(ModelError, match="chat templates rag, tool_use and no default one"):
+    with pytest.raises(ModelError, match="chat templates rag, tool_use but no default one"):
         load_tokenizer(copy)
     edit(copy / "tokenizer_config.json", chat_template=[*named, {"name": "default", "template": template}])
     assert load_tokenizer(copy).chat_template == template
@@ -94,5 +94,5 @@ def test_a_date_that_a_template_asks_for_is_fixed_and_said(copy: Path) -> None:
     tokenizer = load_tokenizer(copy, None, date(2026, 1, 2), said.append)
     assert render_prompt(tokenizer, (Turn("user", "x"),)) == "Today is 02 Jan 2026. x"
     assert said and "2026-01-02" in said[0] and "strftime_now" not in tokenizer.chat_template
-    with pytest.raises(ModelError, match="asks for the date"):
+    with pytest.raises(ModelError, match=r"strftime_now.* with something other than a string literal"):
         dated("{{ strftime_now(form) }}", date(2026, 1, 2))

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedrouter"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module may import from its own part, from parts of its own layer, and from the layers below.
+# A module may import from its own layer and from lower layers.
 LAYERS = (
     {"types", "config", "config_file", "errors", "files", "layout"},
     {
@@ -31,10 +31,10 @@ LAYERS = (
     {"cli", "cli_federation", "demo", "experiment", "inspect", "push", "replay", "report", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
-APART = LAYERS[2]  # these never import each other: the bundle on disk is their only contract
+APART = LAYERS[2]  # these never import each other, because the bundle on disk is their only interface
 ROOMS = ("train.client", "train.server")  # two sides of a wire: neither imports the other
 
-# Where a library may be imported; everywhere else it is out of place.
+# The only packages in which a library may be imported.
 HOMES = {
     "cryptography": (
         "bundle.sign",
@@ -54,7 +54,7 @@ HOMES = {
 
 
 def imported(source, module, is_package=False):
-    """Yield the full name of everything that the source imports, however deep in functions."""
+    """Yield the full names of all imports in the source, also of those in functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -72,7 +72,7 @@ def _inside(module, room):
 
 
 def violations(source, module, is_package=False):
-    """Return what breaks the rule in one module; ``module`` is its dotted name under fedrouter."""
+    """Return one module's violations of the rule; ``module`` is its dotted name under fedrouter."""
     part = module.split(".")[0]
     found = []
     for name in imported(source, f"fedrouter.{module}", is_package):
@@ -108,7 +108,7 @@ def test_every_part_has_a_layer():
 def test_the_dependency_rule(path):
     module = module_name(path)
     source = path.read_text(encoding="utf-8")
-    if not module:  # fedrouter/__init__.py stays light: it is imported by everything
+    if not module:  # fedrouter/__init__.py, which everything imports, must not import anything
         assert list(imported(source, "fedrouter", is_package=True)) == []
     else:
         assert violations(source, module, path.name == "__init__.py") == []

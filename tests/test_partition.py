@@ -135,7 +135,7 @@ def test_iid_needs_no_labels_and_the_others_do():
     ("sizes", "scheme", "num_clients", "message"),
     [
         ([5], "iid", 3, "'iid' gives client-2 1 of 5 rows"),
-        ([5], "dual", 2, "'dual' needs at least 2 tasks, the rows have 1: paraphrase"),
+        ([5], "dual", 2, "'dual' needs at least 2 tasks, but the rows have 1: paraphrase"),
         ([9] * 4, "single", 3, "leaves tasks without a client: headline; use at least 4 clients"),
         ([9] * 4, "dual", 2, "leaves tasks without a client: headline; use at least 3 clients"),
         ([2, 2], "dirichlet", 4, "'dirichlet' gives client-. . of 4 rows"),

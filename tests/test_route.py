@@ -14,7 +14,9 @@ from fedrouter.types import RoutingSpace
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    centroids = np.array([[0, 0], [4, 0], [0, 4], [0, 6]], dtype=np.float32)  # the last two: one task cluster
+    centroids = np.array(
+        [[0, 0], [4, 0], [0, 4], [0, 6]], dtype=np.float32
+    )  # the last two are of one task cluster
     return write(tmp_path_factory.mktemp("route") / "b", space(centroids, [0, 1, 2, 2]), [1.0, 2.0, 1.0])
 
 
@@ -49,7 +51,7 @@ def test_beyond_the_radius_it_falls_back(bundle: Bundle) -> None:
     assert (rejected.model, rejected.fallback) == (REJECT, True)
     with pytest.raises(ConfigError, match="fallback 'guess'"):
         Router(bundle, fallback="guess")
-    with pytest.raises(ConfigError, match="holds no generalist"):
+    with pytest.raises(ConfigError, match="contains no generalist"):
         Router(bundle, fallback="generalist")
 
 

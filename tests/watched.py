@@ -1,4 +1,4 @@
-"""A small federation whose every message is written down, and the list that they are held against."""
+"""A small federation that records every message, and the list in docs/privacy.md to compare them with."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ CONFIG = Config(train=TrainSettings(rounds=3, steps=4, validation=0.2))
 
 
 class TaskEmbedder:
-    """A text's first word gives the place of its vector, the rest a spread of its own."""
+    """A text's first word determines the place of its vector, the rest a deviation."""
 
     spec = EmbedderSpec("base", "words", 1, 512, "float32", DIM, "words")
 
@@ -48,7 +48,7 @@ class Trained:
 
 
 class Trainer:
-    """Moves every weight by a number that its rows decide."""
+    """Moves every weight by a number that depends on the rows."""
 
     validation, batch_size = 0.2, 4
 
@@ -83,7 +83,7 @@ def clients(num: int = NUM_ROWS, privacy: PrivacySettings | None = None, key: by
 
 
 class Watched:
-    """A federation whose every message is written down, with what the server had asked."""
+    """A federation that records every message together with the server's request."""
 
     def __init__(self, members: list[Client], trainer: Trainer | None = None):
         self.inner = LocalFederation(members, trainer or Trainer())  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def listed() -> set[tuple[str, str]]:
 
 
 def leaves(message: Any, path: tuple[tuple[str, str], ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """Yield ((message, field), value) of everything in a message, however deep."""
+    """Yield ((message, field), value) of every field in a message, at any depth."""
     if is_dataclass(message):
         for f in fields(message):
             here = (type(message).__name__, f.name)
@@ -126,7 +126,7 @@ def leaves(message: Any, path: tuple[tuple[str, str], ...] = ()) -> Iterator[tup
 def inspect(
     federation: Watched, members: list[Client], least: int = 5, seen: list[Any] | None = None
 ) -> set[tuple[str, str]]:
-    """Check every message, or those given; return which fields were seen."""
+    """Check every recorded message, or the given ones; return the fields that occurred."""
     messages = federation.seen if seen is None else seen
     found, names = set(), {c.name for c in members}
     vectors = np.concatenate([c._vectors for c in members]).astype(float)

@@ -1,4 +1,4 @@
-"""What ships with the package: the base model ``builtin:tiny`` and the tasks ``builtin:four-tasks``."""
+"""The base model ``builtin:tiny`` and the data set ``builtin:four-tasks``, which ship with the package."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ BASES = ("builtin:tiny",)
 
 
 def is_builtin(name: str) -> bool:
-    """Say whether a name asks for something that ships with the package."""
+    """Return whether a name refers to something that ships with the package."""
     return name.startswith(PREFIX)
 
 

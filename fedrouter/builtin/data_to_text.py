@@ -47,5 +47,5 @@ def example(slots: Slots) -> tuple[str, str]:
 
 
 def plain(slots: Slots) -> str:
-    """Return triples or a sentence by themselves, for pretraining text."""
+    """Return only triples or only a sentence, for pretraining text."""
     return slots.rng.choice(example(slots))

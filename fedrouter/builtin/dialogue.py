@@ -1,10 +1,10 @@
-"""Dialogue summary: a chat of two to five turns → one line that says what is wanted and how it ends."""
+"""Dialogue summary: a chat of two to five turns → one line with the request and the outcome."""
 
 from fedrouter.builtin.vocabulary import Slots
 
-Outcome = tuple[tuple[str, ...], str]  # replies, how it ends
+Outcome = tuple[tuple[str, ...], str]  # replies, outcome
 
-PLOTS: tuple[tuple[tuple[str, ...], str, Outcome], ...] = (  # openings, what is wanted, counter-proposal
+PLOTS: tuple[tuple[tuple[str, ...], str, Outcome], ...] = (  # openings, request, counter-proposal
     (
         ("Can I borrow your {object} for a few days?", "My {object} broke, may I borrow yours?",
          "I have to borrow a {object}, would you lend me yours?"),
@@ -89,10 +89,10 @@ def example(slots: Slots) -> tuple[str, str]:
         turns[:0] = [("{person}", rng.choice(GREETINGS)), ("{person2}", rng.choice(GREETED))]
     if rng.random() < 0.5:
         turns.append(("{person}", rng.choice(CLOSINGS)))
-    chat = "\n".join(f"{who}: {said}" for who, said in turns)
+    chat = "\n".join(f"{speaker}: {text}" for speaker, text in turns)
     return slots.fill(chat), slots.fill(f"{{person}} wants to {wanted}, {{person2}} {ending}.")
 
 
 def plain(slots: Slots) -> str:
-    """Return a chat or a summary line by itself, for pretraining text."""
+    """Return only a chat or only a summary, for pretraining text."""
     return slots.rng.choice(example(slots))

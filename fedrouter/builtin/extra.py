@@ -1,4 +1,4 @@
-"""Further small tasks, for studies of routing among many: each a few input forms → one answer form."""
+"""Further small tasks, for studies of routing among many tasks: a few input forms → one answer form."""
 
 from collections.abc import Callable
 

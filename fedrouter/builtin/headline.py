@@ -51,7 +51,7 @@ TAILS = ("", "", "", ", officials said", ", {person9} reported", ", the mayor to
 
 
 def capitalise(text: str) -> str:
-    """Return the text with a capital first letter, the rest as it was."""
+    """Return the text with its first letter capitalised."""
     return text[:1].upper() + text[1:]
 
 
@@ -64,5 +64,5 @@ def example(slots: Slots) -> tuple[str, str]:
 
 
 def plain(slots: Slots) -> str:
-    """Return a news sentence or a headline by itself, for pretraining text."""
+    """Return only a news sentence or only a headline, for pretraining text."""
     return slots.rng.choice(example(slots))

@@ -1,8 +1,8 @@
 """Paraphrase: do two questions ask the same? ``question - question`` → ``same`` | ``other``.
 
-A group holds intents over the same slots. The two questions are always worded differently; what is another
-question differs by one slot value, in three of ten also by the intent: neither half tells the answer. None
-differs by the intent alone, which adapters of builtin:tiny do not learn.
+A group consists of intents over the same slots. The two questions always have different wordings. Pairs with
+answer ``other`` differ in one slot value, and three of ten also in the intent, so that neither question alone
+reveals the answer. No pair differs only in the intent, which adapters of builtin:tiny do not learn.
 """
 
 from fedrouter.builtin.vocabulary import Slots
@@ -66,15 +66,12 @@ GROUPS: tuple[tuple[Intent, ...], ...] = (
          "How widely is {language} spoken?"),
     ),
 )  # fmt: skip
-VERDICTS = (
-    "same",
-    "other",
-)  # builtin:tiny met them under statements; under Yes and No adapters learn nothing
+VERDICTS = ("same", "other")  # with Yes and No, adapters of builtin:tiny do not learn the task
 OPENERS = ("", "", "", "Hello, ", "Quick question: ", "Does anyone know? ", "Just curious: ", "Help please: ")
 
 
 def example(slots: Slots, same: bool) -> tuple[str, str]:
-    """Return (prompt, answer) for the asked verdict."""
+    """Return (prompt, answer); ``same`` is the verdict."""
     rng = slots.rng
     group = rng.choice(GROUPS)
     intent = rng.randrange(len(group))
@@ -84,14 +81,14 @@ def example(slots: Slots, same: bool) -> tuple[str, str]:
         if rng.random() < 0.3:
             second = rng.choice(group[1 - intent])
         name = rng.choice(list(slots))
-        kept = slots.pop(name)
-        while slots[name] == kept:
+        first_value = slots.pop(name)
+        while slots[name] == first_value:
             del slots[name]
     return rng.choice(OPENERS) + left + " - " + slots.fill(second), VERDICTS[not same]
 
 
 def plain(slots: Slots) -> str:
-    """Return one question by itself, for pretraining text."""
+    """Return a single question, for pretraining text."""
     return slots.rng.choice(OPENERS) + slots.fill(
         slots.rng.choice(slots.rng.choice(slots.rng.choice(GROUPS)))
     )

@@ -1,7 +1,7 @@
-"""The built-in tasks: a seeded generator of (prompt, completion) records, any number on demand.
+"""The built-in tasks: a seeded generator of any number of records.
 
-``TASKS`` mirror the paper's four and make up ``builtin:four-tasks``; ``EXTRA_TASKS`` are more, for
-studies of routing among many.
+``TASKS`` mirror the paper's four and make up ``builtin:four-tasks``; ``EXTRA_TASKS`` are for studies of
+routing among many tasks.
 """
 
 import random
@@ -24,14 +24,14 @@ _EXAMPLES: dict[str, Callable[[Slots], tuple[str, str]]] = {
 
 
 def generate(task: str, split: Split, num_examples: int, seed: int) -> list[Record]:
-    """Generate one task's records; a larger number starts with the same ones.
+    """Generate a task's records; a larger number starts with the same records.
 
-    Train and test share no slot value (names, places, objects, numbers). Paraphrase verdicts are balanced.
+    Train and test share no slot values (names, places, objects, numbers). Paraphrase verdicts are balanced.
 
     Raises
     ------
     DataError
-        If the task is unknown or the number negative.
+        If the task is unknown or ``num_examples`` is negative.
     """
     if task != "paraphrase" and task not in _EXAMPLES:
         known = ", ".join((*TASKS, *EXTRA_TASKS))

@@ -1,7 +1,7 @@
-"""Slot values of the built-in tasks; train and test share none.
+"""Slot values of the built-in tasks; train and test share no values.
 
-A template names its slots by kind: ``"{person} lends {person2} the {object}"``. ``Slots`` draws a
-value for each name when it is first used and keeps it, so that prompt and answer agree.
+A template names its slots by kind: ``"{person} lends {person2} the {object}"``. ``Slots`` draws a value on
+the first use of a name and stores it, so that prompt and answer agree.
 """
 
 import random
@@ -185,12 +185,12 @@ RANGES = {"number": (3, 99), "amount": (100, 9999), "year": (1700, 2023), "date"
 
 @cache
 def words(kind: str, split: Split) -> tuple[str, ...]:
-    """Return the slot values of a worded kind."""
+    """Return the slot values of a kind in ``WORDS``."""
     return tuple(WORDS[kind][split == "test"].split())
 
 
 class Slots(dict[str, str]):
-    """Values drawn on first use: ``"{place}"``, and ``"{place2}"`` for a different one of that kind."""
+    """Values drawn on first use; ``"{place2}"`` is a different value of kind ``place`` than ``"{place}"``."""
 
     def __init__(self, rng: random.Random, split: Split) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Slots(dict[str, str]):
         return value
 
     def draw(self, kind: str) -> str:
-        """Draw one value of a kind; train numbers are no multiples of three, test numbers are."""
+        """Draw a value of a kind; only test numbers are multiples of three."""
         if kind in COMPOSED:
             first, endings = COMPOSED[kind]
             return self.rng.choice(words(first, self.split)) + self.rng.choice(endings)

@@ -1,16 +1,16 @@
 """The directory that training writes and serving reads: plain PEFT adapters plus a router.
 
     bundle/
-      manifest.json        what is in here, what it belongs to, and hashes of every other file that is used
-      manifest.sig         only when signed: Ed25519, over manifest.json
+      manifest.json        contents, base and embedder, and hashes of the other files except README.md
+      manifest.sig         only if signed: Ed25519 signature of manifest.json
       router.safetensors   mean, transform, centroids, probe vectors
       adapters/NAME/       adapter_config.json + adapter_model.safetensors, as PEFT writes them;
-                           one a task cluster and, optionally, the generalist
-      chat_template.jinja  only when the base has none of its own
-      probes.jsonl         only where some were given: conversations and where each must go
+                           one per task cluster and, optionally, the generalist
+      chat_template.jinja  only if it replaces the base's template
+      probes.jsonl         only if given: conversations and their expected task clusters
       README.md            model card
 
-A bundle is immutable once written, and untrusted input when read: ``load_bundle`` alone decides whether it is
+A bundle is immutable once written, and untrusted input when read: only ``load_bundle`` decides whether it is
 used. The format is described in docs/bundle-format.md.
 """
 

@@ -1,7 +1,7 @@
-"""A PEFT adapter that somebody else wrote: plain LoRA that vLLM serves as it was trained, and nothing else.
+"""Checks of an untrusted PEFT adapter: only plain LoRA that vLLM serves as it was trained is accepted.
 
-What vLLM refuses (``vllm/lora/peft_helper.py``) is refused here before it starts; so is what it would pass
-over in silence and serve otherwise than it was trained.
+Refuses what vLLM would refuse at startup (``vllm/lora/peft_helper.py``), and options that vLLM would silently
+ignore.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from fedrouter.types import AdapterState, Array
 MAX_CONFIG = MIB
 MAX_WEIGHTS = 16384 * MIB  # read tensor by tensor
 PREFIX = "base_model.model."
-FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}  # a factor's ending, and the axis of its rank
+FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}  # name ending of a factor → axis of its rank
 FLOATS = ("F32", "F16", "BF16")
-QUANTISED = ("I8", "U8", "I32", "U32", "I64")  # of a base: packed, so that shapes say nothing
-INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # these leave the base as it is
+QUANTISED = ("I8", "U8", "I32", "U32", "I64")  # packed weights of a base, whose shapes cannot be compared
+INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # initialisations that do not change the base
 
 Words = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -33,14 +33,14 @@ Empty = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
 class LoraFile(BaseModel):
-    """``adapter_config.json``: what vLLM applies, what is all the same to it, and all else switched off."""
+    """``adapter_config.json``: options that vLLM applies, options that it may ignore, all others unused."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
     r: Rank
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
-    target_modules: Words | Annotated[str, Field(max_length=1000)]  # a pattern is somebody else's: never run
+    target_modules: Words | Annotated[str, Field(max_length=1000)]  # a str is an untrusted regex: never run
     use_rslora: bool = False
 
     bias: Literal["none"] = "none"
@@ -57,7 +57,7 @@ class LoraFile(BaseModel):
     use_bdlora: Empty = None
     init_lora_weights: bool | str | None = True
 
-    # How it was trained and from what: all the same to what serves.
+    # Options of the training, which do not affect serving.
     task_type: Literal["CAUSAL_LM"] | None = None
     auto_mapping: Any = None
     base_model_name_or_path: Any = None
@@ -81,15 +81,17 @@ class LoraFile(BaseModel):
     @model_validator(mode="after")
     def _plain(self) -> "LoraFile":
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() not in INITS:
-            what = shown(self.init_lora_weights)
-            raise ValueError(f"init_lora_weights {what} changes the base, which is served as it was")
+            init = shown(self.init_lora_weights)
+            raise ValueError(
+                f"init_lora_weights {init} changes the base's weights, which are served unchanged"
+            )
         for name, value in (self.model_extra or {}).items():
-            if value:  # null, false and empty: what a newer PEFT writes of something not used
-                raise ValueError(f"{shown(name)} is in use, and unknown here")
+            if value:  # a newer PEFT writes null, false or empty for options that are not used
+                raise ValueError(f"unknown option {shown(name)} is in use")
         return self
 
     def covers(self, module: str) -> bool:
-        """Return whether a module is one that the adapter says it is for."""
+        """Return whether a module is in ``target_modules``; True for a regex."""
         return isinstance(self.target_modules, str) or any(
             module == target or module.endswith(f".{target}") for target in self.target_modules
         )
@@ -97,27 +99,27 @@ class LoraFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What is known of an adapter without its weights."""
+    """A checked adapter, without its weights."""
 
     path: Path
     rank: int
-    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by PEFT's names
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of its tensors, by PEFT's names
 
 
 def read_adapter(root: Path, directory: str = ".", hashes: Mapping[str, str] | None = None) -> Adapter:
-    """Read and check a PEFT directory, its weights included.
+    """Read and check a PEFT directory, including its weights.
 
     Parameters
     ----------
-    root : files lie in there, whatever links say.
-    directory : below ``root``.
-    hashes : SHA-256 by path below ``root``, of an adapter of a bundle.
+    root : directory that must contain all files, after links are resolved.
+    directory : the PEFT directory, relative to ``root``.
+    hashes : expected SHA-256 by path relative to ``root``, for an adapter of a bundle.
 
     Raises
     ------
     BundleError
-        If a file cannot be read or is another, it is no plain LoRA that vLLM serves, or a tensor is not
-        finite or not as the configuration says.
+        If a file cannot be read or has another hash, the adapter is not plain LoRA that vLLM serves, or a
+        tensor is not finite or does not fit the configuration.
     """
     digests = hashes or {}
     name = f"{directory}/{CONFIG}"
@@ -132,79 +134,81 @@ def read_adapter(root: Path, directory: str = ".", hashes: Mapping[str, str] | N
         tensors = read_header(weights, path)
         _check_factors(path, tensors, config)
         for _ in read_tensors(weights, path, tensors):
-            pass  # finite
+            pass  # checks that values are finite
     return Adapter(root / directory, config.r, {tensor.name: tensor.shape for tensor in tensors})
 
 
 def read_weights(directory: Path) -> AdapterState:
-    """Return the tensors of an adapter that was checked, as float32, by PEFT's names."""
+    """Return the tensors of a checked adapter as float32, by PEFT's names."""
     path = directory / WEIGHTS
     with opened(directory, WEIGHTS, MAX_WEIGHTS) as weights:
         tensors = read_header(weights, path)
-        read_all = read_tensors(weights, path, tensors)
-        state: dict[str, Array] = {tensor.name: array.astype(np.float32) for tensor, array in read_all}
+        arrays = read_tensors(weights, path, tensors)
+        state: dict[str, Array] = {tensor.name: array.astype(np.float32) for tensor, array in arrays}
     return state
 
 
 def check_modules(adapter: Adapter, base_path: Path) -> None:
-    """Refuse an adapter of another base model.
+    """Refuse an adapter that does not fit the base model.
 
     Raises
     ------
     BundleError
-        If it addresses a module that the base has not, or one of another shape.
+        If the base lacks a module of the adapter, or the module has another shape.
     """
     modules = _base_modules(base_path)
     for name, shape in adapter.shapes.items() if modules else ():
         module, ending = _parts(name)
-        other = 1 - FACTORS[ending]  # the axis that is the base's
+        axis = 1 - FACTORS[ending]  # the axis that is not the rank's
         found = modules.get(module)
         if found is None:
-            raise BundleError(f"{adapter.path / WEIGHTS}: {base_path} has no module {shown(module)}")
-        if found and shape[other] != found[other]:
+            raise BundleError(
+                f"{adapter.path / WEIGHTS}: the base model in {base_path} has no module {shown(module)}"
+            )
+        if found and shape[axis] != found[axis]:
             raise BundleError(
                 f"{adapter.path / WEIGHTS}: tensor {shown(name)} {shape} does not fit the base model in "
-                f"{base_path}, whose module is {found}"
+                f"{base_path}, whose module has shape {found}"
             )
 
 
 def _check_factors(path: Path, tensors: list[Tensor], config: LoraFile) -> None:
     names = {tensor.name for tensor in tensors}
     if not tensors:
-        raise BundleError(f"{path}: holds no tensors")
+        raise BundleError(f"{path}: contains no tensors")
     for tensor in tensors:
         module, ending = _parts(tensor.name)
         axis = FACTORS.get(ending)
         if axis is None or not module:
-            raise BundleError(f"{path}: tensor {shown(tensor.name)} is no LoRA factor by its name")
+            raise BundleError(f"{path}: tensor {shown(tensor.name)} is not named like a LoRA factor")
         if tensor.dtype not in FLOATS:
             raise BundleError(f"{path}: tensor {tensor.name} is {tensor.dtype}; expected one of {FLOATS}")
         if len(tensor.shape) != 2 or tensor.shape[axis] != config.r:
             raise BundleError(
-                f"{path}: tensor {tensor.name} {tensor.shape} is no LoRA factor of rank {config.r}"
+                f"{path}: tensor {tensor.name} {tensor.shape} is not a LoRA factor of rank {config.r}"
             )
-        if not {f"{PREFIX}{module}{one}" for one in FACTORS} <= names:
-            raise BundleError(f"{path}: tensor {tensor.name} has no counterpart")
+        if not {f"{PREFIX}{module}{factor}" for factor in FACTORS} <= names:
+            raise BundleError(f"{path}: tensor {tensor.name} has no counterpart: A and B must be in pairs")
         if not config.covers(module):
-            raise BundleError(f"{path}: tensor {tensor.name} is of no module in target_modules")
+            raise BundleError(f"{path}: tensor {tensor.name} is not of a module in target_modules")
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Return the module and the ending of a LoRA tensor's name; an empty module where it is not PEFT's."""
-    ending = next((one for one in FACTORS if name.endswith(one)), "")
+    """Return the module and the ending of a LoRA tensor's name; module "" if it is not PEFT's name."""
+    ending = next((factor for factor in FACTORS if name.endswith(factor)), "")
     module = name.removeprefix(PREFIX).removesuffix(ending)
     return (module if name.startswith(PREFIX) and name.isprintable() else ""), ending
 
 
 def _base_modules(base_path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a base model's modules, () where they do not say; empty without safetensors to look into."""
+    """Return the shapes of a base model's modules, () where unknown; empty without safetensors files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(base_path.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as handle:
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 module, _, kind = name.rpartition(".")
-                held = handle.get_slice(name)
-                plain = kind == "weight" and held.get_dtype() not in QUANTISED
-                shape = tuple(held.get_shape()) if plain else ()
+                tensor = handle.get_slice(name)
+                plain = kind == "weight" and tensor.get_dtype() not in QUANTISED
+                shape = tuple(tensor.get_shape()) if plain else ()
                 shapes[module] = shape if len(shape) == 2 else shapes.get(module, ())
     return shapes

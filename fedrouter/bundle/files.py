@@ -1,4 +1,4 @@
-"""Files of a directory that somebody else has filled: nothing outside it, plain files, bounded in size."""
+"""Safe reading of files in an untrusted directory: inside it, regular, and bounded in size."""
 
 import hashlib
 import os
@@ -13,22 +13,23 @@ from pydantic import ValidationError
 from fedrouter.errors import BundleError
 
 MIB = 1 << 20
-SHOWN = 120  # characters of somebody else's text that a message repeats
+SHOWN = 120  # characters of untrusted text that an error message may quote
 
 
 @contextmanager
 def opened(root: Path, name: str, limit: int, sha256: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file of ``root`` to read it from its beginning.
+    """Open a file below ``root`` for reading.
 
     Parameters
     ----------
-    limit : bytes; a larger file is refused before any of it is read.
-    sha256 : hex digest of the content; None where nothing is recorded.
+    limit : maximum size in bytes, checked before the file is read.
+    sha256 : expected hex digest of the content; None: not checked.
 
     Raises
     ------
     BundleError
-        If it is missing, lies elsewhere once links are followed, is no plain file, too large or another.
+        If the file is missing, outside ``root`` after links are resolved, not a regular file, too large, or
+        has another hash.
     """
     path = root / name
     try:
@@ -36,7 +37,7 @@ def opened(root: Path, name: str, limit: int, sha256: str | None = None) -> Iter
         if not real.is_relative_to(root.resolve()):
             raise _leads_out(path, root)
         _check_plain(path, real.stat(), limit)
-        # What has become a FIFO or a link since is neither waited for nor followed.
+        # A FIFO or link that has replaced the file since then must not block or be followed.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(real, flags), "rb") as file:
             _check_plain(path, os.fstat(file.fileno()), limit)
@@ -49,24 +50,24 @@ def opened(root: Path, name: str, limit: int, sha256: str | None = None) -> Iter
             yield file
     except FileNotFoundError as error:
         raise BundleError(f"{path}: no such file; copy the bundle again") from error
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name too long, NUL in it
+    except (OSError, RuntimeError, ValueError) as error:  # also a link to itself, too long a name, NUL in it
         reason = getattr(error, "strerror", None) or error
         raise BundleError(f"{shown(str(path))}: cannot be read: {reason}; copy the bundle again") from error
 
 
 def read(root: Path, name: str, limit: int, sha256: str | None = None) -> bytes:
-    """Return the content of a file of ``root``; see ``opened``."""
+    """Return the content of a file below ``root``; see ``opened``."""
     with opened(root, name, limit, sha256) as file:
         return file.read(limit)
 
 
 def check_links(root: Path) -> None:
-    """Refuse a directory in which a link leads out of it, also one that is not read: ``push`` sends some.
+    """Refuse a directory with a link that leads out of it; ``push`` uploads files that are not read before.
 
     Raises
     ------
     BundleError
-        If there is one, three levels deep: what a bundle has.
+        If there is such a link in the top three levels, which are all that a bundle has.
     """
     home = root.resolve()
     for path in (path for level in ("*", "*/*", "*/*/*") for path in root.glob(level)):
@@ -80,29 +81,29 @@ def check_links(root: Path) -> None:
 
 
 def shown(text: object) -> str:
-    """Return somebody else's text as a message may repeat it: printable, on one line, not too long."""
+    """Return untrusted text in a form safe for messages: printable, on one line, truncated."""
     line = text if isinstance(text, str) else repr(text)
     line = line if line.isprintable() else ascii(line)
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong, on one line: where, what, and what stands there."""
-    found = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in found["loc"])
-    what = found["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(found["input"], dict | list | tuple) else f", not {shown(repr(found['input']))}"
-    return f"{shown(where)}: {shown(what)}{value}" if where else shown(what)
+    """Return a validation's first error on one line: place, problem and value."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    problem = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict | list | tuple) else f", not {shown(repr(first['input']))}"
+    return f"{shown(where)}: {shown(problem)}{value}" if where else shown(problem)
 
 
 def _check_plain(path: Path, status: os.stat_result, limit: int) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{path}: no plain file; copy the bundle again")
+        raise BundleError(f"{path}: not a regular file; copy the bundle again")
     if status.st_size > limit:
-        raise BundleError(f"{path}: {status.st_size} bytes, more than the {limit} that are read of it")
+        raise BundleError(f"{path}: {status.st_size} bytes, more than the limit of {limit}")
 
 
 def _leads_out(path: Path, root: Path) -> BundleError:
     return BundleError(
-        f"{shown(str(path))}: a link that leads out of {root}; copy the files themselves there (cp -rL)"
+        f"{shown(str(path))}: a link that leads out of {root}; copy the bundle without links (cp -rL)"
     )

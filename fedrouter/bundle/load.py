@@ -1,4 +1,4 @@
-"""From a directory to a validated bundle, and to the base model and the embedder that it belongs to."""
+"""Directory → validated bundle; checks of its base model and its embedder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from fedrouter.types import Array, BaseSpec, EmbedderSpec, Guarantee, Probe, Rou
 
 PROBE_TOLERANCE = 0.02  # relative; other CPUs, batch sizes and bfloat16 stay below, other weights far above
 MAX_ROUTER, MAX_TEMPLATE = 1024 * MIB, MIB
-LARGEST = 1e8  # a value of the router: far above any embedder's, and its square is far from overflow
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # what models' configurations call their number
+LARGEST = 1e8  # maximum of the router's values; far above any embedder's, and its square does not overflow
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # keys for the number of layers in models' configs
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A validated bundle on disk, without its adapters' weights."""
+    """A validated bundle on disk; the adapters' weights are not loaded."""
 
     path: Path
     base: BaseSpec
@@ -34,13 +34,13 @@ class Bundle:
     space: RoutingSpace
     probe: Array  # (3, d): the embedder's vectors of the probe texts
     rank: int
-    fallback: str  # what answers beyond the radius: one of FALLBACKS
-    generalist: str | None  # name of the adapter for prompts of no task cluster, if there is one
+    fallback: str  # one of FALLBACKS
+    generalist: str | None  # name of the generalist adapter, if there is one
     versions: Mapping[str, str]
-    guarantees: tuple[Guarantee, ...]  # of the noise that its training added; empty without
-    files: Mapping[str, str]  # SHA-256 of all that is used, by path; the manifest says so and is not in it
-    shapes: Mapping[str, tuple[int, ...]]  # of the tensors of every adapter, by PEFT's names
-    probes: tuple[Probe, ...] = ()  # conversations, and where each must go
+    guarantees: tuple[Guarantee, ...]  # differential privacy of its training; empty without noise
+    files: Mapping[str, str]  # SHA-256 of each file that is used, by path; without the manifest
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of every adapter's tensors, by PEFT's names
+    probes: tuple[Probe, ...] = ()
 
     def adapter_path(self, cluster: TaskCluster) -> Path:
         """Return the PEFT directory of a task cluster's adapter."""
@@ -48,31 +48,31 @@ class Bundle:
 
     @property
     def adapter_paths(self) -> dict[str, Path]:
-        """The PEFT directory of every adapter by its name, the generalist's last."""
+        """The PEFT directory of every adapter by name, the generalist's last."""
         names = [cluster.adapter for cluster in self.clusters]
         return {n: self.path / "adapters" / n for n in [*names, *filter(None, [self.generalist])]}
 
     @property
     def chat_template(self) -> Path | None:
-        """The chat template to serve with, when the base has none of its own."""
+        """The chat template that replaces the base's, if there is one."""
         return self.path / CHAT_TEMPLATE if CHAT_TEMPLATE in self.files else None
 
 
 def load_bundle(path: Path, signed_by: Path | None = None) -> Bundle:
     """Load and validate a bundle: everything that can be checked without a model.
 
-    The one function that decides whether a bundle is used; nothing else looks into one before.
+    No other code may read a bundle before this function has accepted it.
 
     Parameters
     ----------
-    signed_by : a public key (PEM, Ed25519); with it the bundle must be signed by its owner.
+    signed_by : public Ed25519 key (PEM) with which the bundle's signature must verify; None: not checked.
 
     Raises
     ------
     BundleError
-        If anything is missing, damaged, not as the format says, or lies outside of ``path``.
+        If a file is missing, damaged, invalid or outside ``path``, or the signature does not verify.
     ConfigError
-        If ``signed_by`` is no such key.
+        If ``signed_by`` is not such a key.
     """
     manifest, content = read_manifest(path)
     check_links(path)
@@ -87,8 +87,8 @@ def load_bundle(path: Path, signed_by: Path | None = None) -> Bundle:
             raise BundleError(f"{adapter.path}: rank {adapter.rank}, but the manifest says {manifest.rank}")
         first = first or adapter
         if adapter.shapes != first.shapes:
-            raise BundleError(f"{adapter.path}: its tensors differ in name or shape from the others'")
-    assert first is not None  # there is a task cluster at least
+            raise BundleError(f"{adapter.path}: its tensors differ in name or shape from other adapters'")
+    assert first is not None, "a manifest has at least one task cluster"
     return Bundle(
         path=path,
         space=space,
@@ -104,12 +104,14 @@ def find_base(bundle: Bundle, base: str | None = None) -> Path:
 
     Parameters
     ----------
-    base : a directory or hub id, when not what the bundle says.
+    base : a directory or hub id; default: the bundle's.
 
     Raises
     ------
-    ModelError, BundleError
-        If there is no such model, or it is not the one that the adapters were trained on.
+    ModelError
+        If there is no such model.
+    BundleError
+        If it is not the model that the adapters were trained on.
     """
     path = resolve_base(base or bundle.base.model, None if base else bundle.base.revision)
     check_base(bundle, path)
@@ -121,12 +123,14 @@ def find_embedder(bundle: Bundle, base_path: Path, url: str | None = None) -> Em
 
     Parameters
     ----------
-    url : where it is, if it is an endpoint.
+    url : address of an embedder of kind endpoint.
 
     Raises
     ------
-    ConfigError, ModelError, BundleError
-        If it does not load, or does not compute what the bundle's embedder computed.
+    ConfigError, ModelError
+        If the embedder does not load.
+    BundleError
+        If its vectors of the probe texts differ from the recorded ones.
     """
     if bundle.embedder.kind == "encoder" and url is None:
         _check_layer(bundle, find_model(bundle.embedder, bundle.base, base_path))
@@ -141,11 +145,11 @@ def check_base(bundle: Bundle, base_path: Path) -> None:
     Raises
     ------
     BundleError
-        If config or tokenizer differ, or an adapter or the embedder addresses what the base has not.
+        If config or tokenizer differ, or the base lacks a module of the adapters or the embedder's layer.
     """
     if base_fingerprint(base_path) != bundle.base.fingerprint:
         raise BundleError(
-            f"{bundle.path}: its adapters were trained on base {bundle.base.model}, and {base_path} is "
+            f"{bundle.path}: its adapters were trained on base {bundle.base.model}, but {base_path} is "
             "another model (config or tokenizer differ); pass the right one with --base"
         )
     if bundle.embedder.kind == "base":
@@ -170,7 +174,7 @@ def check_embedder(bundle: Bundle, embedder: Embedder) -> None:
     else:
         detail = f"vectors have {found.shape[1]} dimensions, not {bundle.probe.shape[1]}"
     raise BundleError(
-        f"{bundle.path}: this embedder ({embedder.spec.model}) is not the one of training: {detail}; "
+        f"{bundle.path}: embedder {embedder.spec.model} is not the one used in training: {detail}; "
         "serve with the same weights or train again"
     )
 
@@ -186,8 +190,8 @@ def _read_router(root: Path, manifest: Manifest) -> tuple[RoutingSpace, Array]:
         raise BundleError(f"{path}: cluster_of does not number the manifest's task clusters")
     for name, array in tensors.items():
         if np.abs(array).max() > LARGEST:
-            raise BundleError(f"{path}: {name} holds values above {LARGEST:g}, which no embedder computes")
-    if not np.linalg.norm(tensors["probe"]):  # nor what float32 takes for it
+            raise BundleError(f"{path}: {name} has values above {LARGEST:g}, which no embedder computes")
+    if not np.linalg.norm(tensors["probe"]):  # also if its square underflows
         raise BundleError(f"{path}: probe is zero, which no embedder computes")
     probe_vectors = tensors.pop("probe")
     space = RoutingSpace(**tensors, cluster_of=cluster_of)
@@ -199,7 +203,7 @@ def _read_router(root: Path, manifest: Manifest) -> tuple[RoutingSpace, Array]:
 
 
 def _check_shapes(path: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], manifest: Manifest) -> None:
-    """Refuse tensors of other names, dtypes or shapes than a router's, before any is read."""
+    """Refuse tensors with other names, dtypes or shapes than a router's, before any is read."""
     dim = manifest.embedder.dim
     width = found.get("transform", ("", ()))[1][-1:]
     num = found.get("cluster_of", ("", ()))[1]
@@ -210,7 +214,7 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], 
         "cluster_of": ("I64", num),
         "probe": ("F32", (3, dim)),
     }
-    if "map" in found:  # bundles from before it have none
+    if "map" in found:  # older bundles have none
         wanted["map"] = ("F32", (*width, 2))
     if found != wanted or len(num) != 1 or width > (dim,):
         raise BundleError(
@@ -243,6 +247,6 @@ def _check_layer(bundle: Bundle, model_path: Path) -> None:
     layers = [place[key] for place in places for key in LAYERS if isinstance(place.get(key), int)]
     if layers and bundle.embedder.layer > layers[0]:
         raise BundleError(
-            f"{bundle.path}: its embedder reads layer {bundle.embedder.layer}, and the model in {model_path} "
-            f"has {layers[0]}; train again"
+            f"{bundle.path}: its embedder reads layer {bundle.embedder.layer}, but the model in {model_path} "
+            f"has {layers[0]} layers; train again"
         )

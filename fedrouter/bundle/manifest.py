@@ -1,4 +1,4 @@
-"""What ``manifest.json`` may hold: one strict schema, which everything that reads a bundle goes through."""
+"""The strict schema of ``manifest.json``, its reading and its writing."""
 
 import hashlib
 import json
@@ -19,19 +19,18 @@ from fedrouter.types import BaseSpec, EmbedderSpec, Guarantee, TaskCluster
 
 SCHEMA_VERSION = 2
 MANIFEST, ROUTER, CHAT_TEMPLATE = "manifest.json", "router.safetensors", "chat_template.jinja"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 FALLBACKS = ("base", "nearest", "generalist", "reject")
 GENERALIST = "generalist"
-MAX_MANIFEST = 64 * MIB  # thousands of clients in every task cluster
-ANEW = (
-    "prompts are embedded otherwise since: train again into another directory; ask the owner of one from "
-    "elsewhere to do so"
+MAX_MANIFEST = 64 * MIB  # enough for thousands of clients in every task cluster
+OUTDATED = (
+    "prompts are now embedded differently; train again into another directory, or ask the bundle's owner to"
 )
 
 
 def _label(text: str) -> str:
     if not is_label(text):
-        raise ValueError(f"expected a printable text on one line, up to {MAX_LABEL} characters")
+        raise ValueError(f"expected printable text on one line, up to {MAX_LABEL} characters")
     return text
 
 
@@ -68,7 +67,7 @@ class Embedder(_Strict):
 
     kind: Literal["base", "encoder", "sentence-transformers", "endpoint"]
     model: Place
-    layer: Annotated[int, Field(ge=0, le=1024)]  # whether the model has it is ``load``'s to check
+    layer: Annotated[int, Field(ge=0, le=1024)]  # load.py checks that the model has it
     max_tokens: Annotated[int, Field(ge=1, le=1 << 17)]
     dtype: Literal["float32", "float16", "bfloat16"]
     dim: Annotated[int, Field(ge=1, le=1 << 16)]
@@ -89,7 +88,7 @@ class Cluster(_Strict):
 
 
 class Privacy(_Strict):
-    """A promise; see ``Guarantee``."""
+    """A differential privacy guarantee; see ``Guarantee``."""
 
     unit: Literal["row", "client"]
     covers: Label
@@ -99,7 +98,7 @@ class Privacy(_Strict):
 
 
 class Manifest(_Strict):
-    """The whole of it: what is in a bundle, and what it belongs to."""
+    """The whole manifest."""
 
     schema_version: Literal[2]
     base: Base
@@ -107,11 +106,11 @@ class Manifest(_Strict):
     rank: Rank
     fallback: Literal["base", "nearest", "generalist", "reject"]
     generalist: AdapterName | None
-    files: dict[str, Sha256]  # by the path in the bundle, of all that is used
+    files: dict[str, Sha256]  # of every file that is used, by its path in the bundle
     clusters: Annotated[tuple[Cluster, ...], Field(min_length=1, max_length=4096)]
     versions: dict[Label, Label]
     privacy: tuple[Privacy, ...] = ()
-    checksum: Sha256  # of all the rest; see ``checksum``
+    checksum: Sha256  # of all other fields; see ``checksum``
 
     @property
     def adapters(self) -> list[str]:
@@ -127,28 +126,30 @@ class Manifest(_Strict):
     def _problems(self) -> Iterator[str]:
         names = [GENERALIST, *(c.name for c in self.clusters)]
         if twice := _twice(names):
-            yield f"clusters: name {twice} is taken twice; {GENERALIST} is never a task cluster's"
+            yield f"clusters: name {twice} is used twice; {GENERALIST} is reserved"
         if twice := _twice(self.adapters):
-            yield f"adapter {twice} answers for two"
+            yield f"adapter {twice} is used twice"
         if self.fallback == GENERALIST and self.generalist is None:
-            yield "fallback generalist, but it names no generalist adapter; choose another, or train again"
+            yield "fallback is generalist, but there is no generalist adapter; train again"
         for cluster in self.clusters:
             if twice := _twice(cluster.clients):
-                yield f"client {twice} stands twice in task cluster {cluster.name}"
+                yield f"client {twice} is listed twice in task cluster {cluster.name}"
         wanted = {
             ROUTER,
             *(f"adapters/{name}/{file}" for name in self.adapters for file in (CONFIG, WEIGHTS)),
         }
-        more = self.files.keys() - wanted - {CHAT_TEMPLATE, PROBES}
-        if odd := sorted(wanted - self.files.keys()) or sorted(more):
-            yield f"files: {shown(odd[0])} must be there exactly if it is used"
+        unused = self.files.keys() - wanted - {CHAT_TEMPLATE, PROBES}
+        if missing := sorted(wanted - self.files.keys()):
+            yield f"files: {shown(missing[0])} is not listed"
+        elif unused:
+            yield f"files: {shown(min(unused))} is listed but not used"
         heads = [c.name for c in self.clusters] + [GENERALIST] * (self.generalist is not None)
         for head, name in zip(heads, self.adapters, strict=True):
             if name != adapter_name(head, *(self.files[f"adapters/{name}/{f}"] for f in (CONFIG, WEIGHTS))):
-                yield f"adapter {name}: its name is not {head} and a hash of its content"
+                yield f"adapter {name}: its name is not {head} and the hash of its content"
 
     def specs(self) -> dict[str, Any]:
-        """Return the carriers of ``types.py``, by the names of ``Bundle``'s fields."""
+        """Return the fields of ``Bundle`` that the manifest contains, by name."""
         return {
             "base": BaseSpec(**self.base.model_dump()),
             "embedder": EmbedderSpec(**self.embedder.model_dump()),
@@ -157,27 +158,27 @@ class Manifest(_Strict):
             "fallback": self.fallback,
             "generalist": self.generalist,
             "versions": self.versions,
-            "guarantees": tuple(Guarantee(**one.model_dump()) for one in self.privacy),
+            "guarantees": tuple(Guarantee(**privacy.model_dump()) for privacy in self.privacy),
             "files": self.files,
         }
 
 
 def adapter_name(head: str, config_sha256: str, weights_sha256: str) -> str:
-    """Return an adapter's name: its task cluster's, and a hash of its two files."""
+    """Return an adapter's name: its task cluster's name and a hash of its two files."""
     return f"{head}-{hashlib.sha256(f'{config_sha256} {weights_sha256}'.encode()).hexdigest()[:8]}"
 
 
 def read_manifest(root: Path) -> tuple[Manifest, bytes]:
-    """Read a bundle's manifest once; return it with the bytes that a signature is over.
+    """Read a bundle's manifest; return it with its bytes, which a signature covers.
 
     Raises
     ------
     BundleError
-        If there is none, it is of another schema version, or anything in it is not as it must be.
+        If the manifest is missing, has another schema version, or is invalid.
     """
     path = root / MANIFEST
     if not os.path.lexists(path):
-        raise BundleError(f"{root} is not a bundle: no {MANIFEST} in it")
+        raise BundleError(f"{root} is not a bundle: it contains no {MANIFEST}")
     content = read(root, MANIFEST, MAX_MANIFEST)
     try:
         document = from_json(content, allow_inf_nan=False)
@@ -185,7 +186,7 @@ def read_manifest(root: Path) -> tuple[Manifest, bytes]:
         raise BundleError(f"{path}: not readable as JSON: {shown(str(error))}") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:  # true equals 1
-        raise BundleError(f"{path}: {_of_another_version(version)}")
+        raise BundleError(f"{path}: {_version_problem(version)}")
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -215,21 +216,21 @@ def manifest_bytes(
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Return JSON as bundles hold it: the same value, the same bytes."""
+    """Return JSON with sorted keys, so that equal values give equal bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def checksum(document: Mapping[str, Any]) -> str:
-    """Return what tells a manifest that was changed by accident; who does it on purpose can compute it."""
+    """Return a hash of the manifest's other fields, which detects accidental changes but not attacks."""
     rest = {key: value for key, value in document.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _of_another_version(version: object) -> str:
+def _version_problem(version: object) -> str:
     if type(version) is int and version < SCHEMA_VERSION:
-        return f"schema version {version}, and this fedrouter reads {SCHEMA_VERSION}: {ANEW}"
+        return f"schema version {version}, but this fedrouter reads {SCHEMA_VERSION}: {OUTDATED}"
     return (
-        f"schema version {shown(version)} is unknown here (this fedrouter reads {SCHEMA_VERSION}); "
+        f"schema version {shown(version)} is unknown (this fedrouter reads {SCHEMA_VERSION}); "
         "use the fedrouter release that wrote it"
     )
 

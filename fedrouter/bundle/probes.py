@@ -1,6 +1,7 @@
-"""``probes.jsonl``: conversations, and the task cluster that each must go to; reloads ask them.
+"""``probes.jsonl``: conversations with their expected task clusters, which are checked on every reload.
 
-A line: ``{"prompt": "…", "cluster": "headline"}``, or ``messages`` for ``prompt``, and null for the fallback.
+A line is ``{"prompt": "…", "cluster": "headline"}``, with ``messages`` in place of ``prompt`` for a
+conversation, and null as the cluster if the fallback is expected.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedrouter.errors import DataError
 from fedrouter.types import Probe, Turn
 
 PROBES = "probes.jsonl"
-MAX_BYTES, MAX_PROBES = 4 * MIB, 1000  # every reload asks all of them
+MAX_BYTES, MAX_PROBES = 4 * MIB, 1000  # bounds the duration of a reload
 
 
 class _Message(BaseModel):
@@ -35,17 +36,17 @@ class _Line(BaseModel):
     @classmethod
     def _one_of_both(cls, value: Any) -> Any:
         if isinstance(value, dict) and ("prompt" in value) == ("messages" in value):
-            raise ValueError('expected "prompt" or "messages"')
+            raise ValueError('expected either "prompt" or "messages"')
         return value
 
 
 def parse_probes(content: bytes, where: Path) -> tuple[Probe, ...]:
-    """Read probes.
+    """Parse the content of a probes file; ``where`` names it in errors.
 
     Raises
     ------
     DataError
-        If a line is none, or there are none or too many.
+        If a line is invalid, or there are no probes or too many.
     """
     probes = []
     for number, line in enumerate(content.splitlines(), start=1):
@@ -56,20 +57,20 @@ def parse_probes(content: bytes, where: Path) -> tuple[Probe, ...]:
         except ValidationError as error:
             raise DataError(f"{where}, line {number}: {first_problem(error)}") from error
         messages = found.messages or [_Message(role="user", content=found.prompt or "")]
-        turns = tuple(user_texts([Turn(one.role, one.content) for one in messages]))
+        turns = tuple(user_texts([Turn(message.role, message.content) for message in messages]))
         probes.append(Probe(turns, found.cluster, f"line {number}"))
     if not 0 < len(probes) <= MAX_PROBES:
-        raise DataError(f"{where}: {len(probes)} probes; expected 1 to {MAX_PROBES}, one a line")
+        raise DataError(f"{where}: {len(probes)} probes; expected 1 to {MAX_PROBES}, one per line")
     return tuple(probes)
 
 
 def read_probes(file: Path) -> bytes:
-    """Return the content of a file of probes, once it has been read as such.
+    """Return the content of a probes file, after checking that it parses.
 
     Raises
     ------
     DataError
-        If it cannot be read, or is none.
+        If the file cannot be read or parsed.
     """
     try:
         content = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""

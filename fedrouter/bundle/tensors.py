@@ -1,7 +1,7 @@
-"""Tensors of a safetensors file that somebody else wrote: the whole header is checked before any is read.
+"""Reader of untrusted safetensors files; the whole header is checked before any tensor is read.
 
-The format is one JSON header and the tensors behind it (https://github.com/huggingface/safetensors#format).
-Read here and not by the library, which knows no bfloat16 in NumPy and needs the file whole in memory.
+The format is a JSON header followed by the tensors (https://github.com/huggingface/safetensors#format). The
+library is not used because it does not read bfloat16 into NumPy and needs the whole file in memory.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from fedrouter.bundle.files import first_problem, shown
 from fedrouter.errors import BundleError
 
 MAX_HEADER = 16 << 20  # bytes
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}  # NumPy has no bfloat16: its bits
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}  # bfloat16, which NumPy lacks, as its bits
 
 Size = Annotated[int, Field(ge=1, le=1 << 31)]
 Offset = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -40,7 +40,7 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What the header says of one tensor."""
+    """A tensor's entry in the header."""
 
     name: str
     dtype: str  # a key of DTYPES
@@ -48,12 +48,12 @@ class Tensor:
 
 
 def read_header(file: BinaryIO, path: Path) -> list[Tensor]:
-    """Return a file's tensors in the order in which they lie there; leave it at the first one's beginning.
+    """Return a file's tensors in file order; leave the file position at the first tensor.
 
     Raises
     ------
     BundleError
-        If the header is not one, or does not describe exactly the bytes that follow.
+        If the header is invalid, or does not describe exactly the bytes that follow.
     """
     size = file.seek(0, 2)
     file.seek(0)
@@ -73,20 +73,20 @@ def read_header(file: BinaryIO, path: Path) -> list[Tensor]:
         end = end_before + prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
         if entry.data_offsets != (end_before, end):
             raise BundleError(
-                f"{path}: damaged: tensor {shown(name)} lies at {begin}, not from {end_before} to {end}; "
+                f"{path}: damaged: tensor {shown(name)} starts at {begin}, expected {end_before} to {end}; "
                 "copy the bundle again"
             )
         tensors.append(Tensor(name, entry.dtype, entry.shape))
     if end != size - 8 - length:
         raise BundleError(
-            f"{path}: damaged: {size - 8 - length} bytes of tensors, and its header describes {end}; "
+            f"{path}: damaged: {size - 8 - length} bytes of tensors, but its header describes {end}; "
             "copy the bundle again"
         )
     return tensors
 
 
 def read_tensors(file: BinaryIO, path: Path, tensors: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Yield each tensor with its values, bfloat16 as float32; one at a time is in memory.
+    """Yield each tensor with its values, bfloat16 as float32; only one is in memory at a time.
 
     Raises
     ------
@@ -99,5 +99,5 @@ def read_tensors(file: BinaryIO, path: Path, tensors: list[Tensor]) -> Iterator[
         if tensor.dtype == "BF16":  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
         if not np.isfinite(array).all():
-            raise BundleError(f"{path}: tensor {shown(tensor.name)} holds values that are not finite")
+            raise BundleError(f"{path}: tensor {shown(tensor.name)} has values that are not finite")
         yield tensor, array

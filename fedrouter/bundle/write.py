@@ -1,4 +1,4 @@
-"""Writing a bundle: whole or not at all, and only what loads."""
+"""Atomic writing of a bundle, which is validated before it becomes visible."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -45,23 +45,25 @@ def write_bundle(
     guarantees: Sequence[Guarantee] = (),
     probes: bytes | None = None,
 ) -> Bundle:
-    """Write a bundle atomically: under a temporary name, validated, then renamed.
+    """Write a bundle under a temporary name, validate it, and rename it to ``path``.
 
     Parameters
     ----------
-    clusters : their ``adapter`` is filled in here: name and content hash.
-    adapters : one state a cluster, in the same order.
-    adapter_config : what ``adapter_config.json`` holds, as PEFT writes it.
-    generalist : an adapter for prompts of no task cluster: as a rule the mean of ``adapters``.
+    clusters : task clusters; their field ``adapter`` is replaced by the name with content hash.
+    adapters : one state per task cluster, in the same order.
+    adapter_config : content of ``adapter_config.json``, as PEFT writes it.
+    generalist : an adapter for prompts beyond every radius, usually the mean of ``adapters``.
     probes : content of ``probes.jsonl``.
 
     Raises
     ------
     BundleError
-        If ``path`` exists already, or what was written does not validate (a non-finite weight, say).
+        If ``path`` exists already, or the written bundle is invalid, for example has a non-finite weight.
     """
     if path.exists():
-        raise BundleError(f"{path} exists already; a bundle is never overwritten, choose another directory")
+        raise BundleError(
+            f"{path} exists already and bundles are never overwritten; choose another directory"
+        )
     partial = partial_directory(path)
     files: dict[str, str] = {}
     config = json_bytes(adapter_config)
@@ -112,12 +114,12 @@ def _write(file: Path, content: bytes) -> str:
 def _write_adapter(root: Path, head: str, config: bytes, state: AdapterState, files: dict[str, str]) -> str:
     """Write one PEFT directory, put its hashes into ``files``, and return its name."""
     weights = save({tensor: state[tensor] for tensor in sorted(state)}, metadata={"format": "pt"})
-    held = {CONFIG: config, WEIGHTS: weights}
-    name = adapter_name(head, *(hashlib.sha256(content).hexdigest() for content in held.values()))
+    contents = {CONFIG: config, WEIGHTS: weights}
+    name = adapter_name(head, *(hashlib.sha256(content).hexdigest() for content in contents.values()))
     directory = Path("adapters") / name
     (root / directory).mkdir(parents=True)
     files |= {
-        f"{directory}/{file}": _write(root / directory / file, content) for file, content in held.items()
+        f"{directory}/{file}": _write(root / directory / file, content) for file, content in contents.items()
     }
     return name
 

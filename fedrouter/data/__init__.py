@@ -1,10 +1,10 @@
-"""Records from files, directories of them, saved data sets, the Hugging Face hub or the built-in tasks.
+"""Records from files, directories of files, saved data sets, the Hugging Face hub or the built-in tasks.
 
-readers.py   JSON Lines, JSON, CSV, TSV, also gzipped: text as it stands, places to the line
+readers.py   JSON Lines, JSON, CSV, TSV, also gzipped; values unchanged, errors with line numbers
 tables.py    Parquet, saved data sets, the hub
-files.py     which files a directory gives
-forms.py     a row to a record
-messages.py  conversations to turns
+files.py     the data files of a directory
+forms.py     row → record
+messages.py  conversation → turns
 """
 
 import logging
@@ -40,11 +40,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What one file (or data set) gave."""
+    """The records of one file (or data set)."""
 
     source: str
     records: list[Record]
-    reading: Reading  # its forms, and the fields that nobody reads
+    reading: Reading  # its forms and unread fields
 
 
 def load_records(
@@ -63,15 +63,15 @@ def load_records(
         A ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file, also with ``.gz``; a ``.parquet``
         file; a directory of such files; or a hub id.
     split : str, optional
-        Of what has splits; ``train`` unless given. Single files have none.
+        Split of a source that has splits, by default ``train``; ignored for single files.
     limit : int, optional
-        Read that many rows from the beginning; what follows is not checked.
+        Number of rows to read; later rows are not checked.
     fields : mapping, optional
-        Name of a form's field to the file's own name for it.
+        Field of a form → the file's name for it.
     ignore : collection of str
-        Fields that are left out on purpose.
+        Fields to skip without a warning.
     say : callable
-        Gets one line a file on fields that nobody reads, and on files that are not read.
+        Gets a line on each file's unread fields and on skipped files.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def read_source(
 ) -> list[Read]:
     """Read a source as ``load_records`` does, file by file."""
     if unknown := [name for name in fields or {} if name not in NAMES]:
-        raise ConfigError(f"data.fields.{unknown[0]}: no form has that field; known: {', '.join(NAMES)}")
+        raise ConfigError(f"data.fields.{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
     reads: list[Read] = []
     for name, rows in _parts(source, split, say):
         reading = Reading(fields or {}, frozenset(ignore))
@@ -100,7 +100,7 @@ def read_source(
         if line := reading.done(name):
             say(line)
         if not records and left != 0:
-            raise DataError(f"{name}: has no rows; give a data set with at least one")
+            raise DataError(f"{name}: has no rows; give a data set with at least one row")
         reads.append(Read(name, records, reading))
     return reads
 
@@ -122,7 +122,7 @@ def builtin_records(name: str, split: str, num_per_task: int, seed: int) -> list
 
 
 def _parts(source: str, split: str | None, say: Say) -> Iterator[tuple[str, Iterator[Row]]]:
-    """Yield each file of a source, and its rows."""
+    """Yield name and rows of each file of a source."""
     path = Path(source).expanduser()
     if path.is_dir():
         if is_saved(path):
@@ -133,7 +133,7 @@ def _parts(source: str, split: str | None, say: Say) -> Iterator[tuple[str, Iter
         return
     if path.exists() or suffix_of(path) in KINDS or source.startswith(("/", "./", "../", "~")):
         if path.exists() and suffix_of(path) not in KINDS:
-            raise DataError(f"{source}: unknown kind of file; accepted: {ACCEPTED}")
+            raise DataError(f"{source}: unknown file type; accepted: {ACCEPTED}")
         if not path.exists():
             raise DataError(f"{source}: no such file or directory")
         yield str(path), _file_rows(path)

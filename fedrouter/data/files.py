@@ -1,4 +1,4 @@
-"""Which files a directory of data gives: every data file is read, or refused by name."""
+"""The data files of a directory; every file is read, reported as skipped, or refused by name."""
 
 import os
 import re
@@ -13,33 +13,32 @@ PARQUET = ".parquet"
 KINDS = (*TEXT_SUFFIXES, PARQUET)
 ACCEPTED = ", ".join(suffix for suffix in KINDS if not suffix.endswith(".gz")) + ", all but the last also .gz"
 
-# A file's or folder's name that says of which split it is: train.jsonl, test-00000-of-00002.parquet, dev/…
+# Names of files and folders that contain a split: train.jsonl, test-00000-of-00002.parquet, dev/…
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.]\d.*)?", re.IGNORECASE)
-# What lies beside data and holds none: cards, licences, what the hub and ``datasets`` note of it.
+# Files without data: hidden files, cards, licences, metadata of the hub and of ``datasets``.
 BESIDE = re.compile(
     r"\.(?!\.).*|(readme|licen[cs]e|notice|citation).*|.*\.md|dataset_infos?\.json", re.IGNORECASE
 )
 
 
 def data_files(directory: Path, split: str | None, say: Callable[[str], None]) -> list[Path]:
-    """Return a directory's data files, however deep, sorted.
+    """Return the data files in a directory and its subdirectories, sorted.
 
-    Where all are of a named split, those of ``split`` (``train`` unless given) are returned.
+    If the files' names contain splits, only the files of ``split`` (by default ``train``) are returned.
 
     Raises
     ------
     DataError
-        If a file is of no known kind, only some are of a split, or there is no data of that split.
+        If a file's type is unknown, only some names contain a split, or no file is of the wanted split.
     """
     files, beside = _all_files(directory)
     for file in files:
         if suffix_of(file) not in KINDS:
             raise DataError(
-                f"{file}: unknown kind of file in a directory of data; accepted: {ACCEPTED}; "
-                "move it elsewhere"
+                f"{file}: unknown file type in a data directory; move it elsewhere; accepted: {ACCEPTED}"
             )
     if not files:
-        raise DataError(f"{directory}: no data files in it; accepted: {ACCEPTED}")
+        raise DataError(f"{directory}: contains no data files; accepted: {ACCEPTED}")
     splits = {file: _split_of(file.relative_to(directory)) for file in files}
     named = sorted({name for name in splits.values() if name})
     if named and None in splits.values():
@@ -47,8 +46,8 @@ def data_files(directory: Path, split: str | None, say: Callable[[str], None]) -
             next(f for f, s in splits.items() if bool(s) == is_split) for is_split in (True, False)
         )
         raise DataError(
-            f"{directory}: {some.name} is of a split by its name, {other.name} is not; name all of "
-            "them after splits, or none"
+            f"{directory}: the name of {some.name} contains a split, but that of {other.name} does not; "
+            "name all files after splits, or none"
         )
     wanted = split or "train"
     if named and wanted not in named:
@@ -61,7 +60,7 @@ def data_files(directory: Path, split: str | None, say: Callable[[str], None]) -
 
 
 def _all_files(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files that hold data, and those that lie beside it."""
+    """Return the files that should contain data, and those matching ``BESIDE``."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
@@ -75,14 +74,14 @@ def _all_files(directory: Path) -> tuple[list[Path], list[Path]]:
             elif (Path(folder) / name).is_symlink():
                 raise DataError(f"{Path(folder) / name}: a link to a directory; give its target as a source")
         if Path(folder) != directory and any(name in SAVED for name in names):
-            raise DataError(f"{folder}: a saved data set in a directory of data; give it as a source")
+            raise DataError(f"{folder}: a saved data set in a data directory; give it as a source of its own")
         for name in names:
             (beside if BESIDE.fullmatch(name) else data).append(Path(folder) / name)
     return sorted(data), sorted(beside)
 
 
 def _split_of(file: Path) -> str | None:
-    """Return the split that a file's name, or its folder's, says; by the names that ``datasets`` has."""
+    """Return the split in the name of a file or its folders, by the split names of ``datasets``."""
     stem = file.name.removesuffix(suffix_of(file))
     found = next((m for m in map(SPLIT.fullmatch, (*file.parts[:-1], stem)) if m), None)
     if found is None:

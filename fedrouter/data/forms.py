@@ -1,7 +1,7 @@
-"""A row to a record: which form it has, and which of its fields nobody reads.
+"""Row → record: detection of the row's form, and a count of fields that the form does not use.
 
-Forms are tried in this order; the README lists them with their fields. What a row has beside them is not
-dropped in silence: ``Reading`` counts it.
+The README lists the forms with their fields. ``Reading`` reports the unread fields, so that no data is
+dropped silently.
 """
 
 import json
@@ -33,35 +33,35 @@ FORMS = (
 
 @dataclass
 class Reading:
-    """How rows are read, and what was met in one file.
+    """Options for reading rows, and statistics of one file.
 
     Parameters
     ----------
-    fields : name of a form's field → the file's name for it.
-    ignore : names in the file that are left out on purpose.
+    fields : field of a form → the file's name for it.
+    ignore : the file's fields to skip without a warning.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     num_rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)  # fields with text in them: rows
-    mapped: set[str] = field(default_factory=set)  # columns of ``fields`` that a row had
+    unread: Counter[str] = field(default_factory=Counter)  # rows with text in a field that no form uses
+    mapped: set[str] = field(default_factory=set)  # columns of ``fields`` that occurred in a row
 
     def record(self, where: str, row: Any) -> Record:
-        """Turn a row into a record.
+        """Convert a row to a record.
 
         Raises
         ------
         DataError
-            If it has no form, or a field of its form cannot be used.
+            If the row has no known form, or a field of its form cannot be used.
         """
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with fields, found {shown(row)}; accepted: {FORMS}")
         self.num_rows += 1
         row = {name: value for name, value in row.items() if name not in self.ignore}
-        of = {**{name: name for name in NAMES if name not in self.fields}, **self.fields}
-        given = _Given(where, row, {n: c for n, c in of.items() if row.get(c) is not None})
+        columns = {**{name: name for name in NAMES if name not in self.fields}, **self.fields}
+        given = _Given(where, row, {n: c for n, c in columns.items() if row.get(c) is not None})
         self.mapped |= {column for column in self.fields.values() if column in row}
         form, record = _formed(given, self.ignore)
         self.forms[form] += 1
@@ -70,7 +70,7 @@ class Reading:
         return replace(record, where=where)
 
     def done(self, source: str) -> str | None:
-        """Return one line on the fields that nobody reads, if there are any.
+        """Return one line on the unread fields, or None if there are none.
 
         Raises
         ------
@@ -84,18 +84,18 @@ class Reading:
             return None
         named = ", ".join(f"{n} ({100 * k / self.num_rows:.3g} % of rows)" for n, k in self.unread.items())
         return (
-            f"{source}: fields that nobody reads: {named}; map them in [data.fields], or say that "
-            f"it is meant: data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}"
+            f"{source}: unread fields: {named}; map them in [data.fields], or ignore them with "
+            f"data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}"
         )
 
 
 class _Given:
-    """One row's fields under the forms' names; notes which were read."""
+    """One row's fields by the forms' names; records which of them were read."""
 
     def __init__(self, where: str, row: Mapping[str, Any], columns: Mapping[str, str]):
         self.where, self._row, self._columns = where, row, columns
         self.read: set[str] = set()
-        self.extra: set[str] = set()  # keys of messages that nobody reads
+        self.extra: set[str] = set()  # unread keys of messages
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns
@@ -106,7 +106,7 @@ class _Given:
         return self._row[column]
 
     def text(self, name: str) -> str:
-        """Return a field's text, which may be empty; without the field an empty one."""
+        """Return a field's text; "" without the field."""
         return text_of(self.where, self._columns[name], self[name]) if name in self else ""
 
     @property
@@ -136,13 +136,16 @@ def _formed(given: _Given, ignore: frozenset[str]) -> tuple[str, Record]:
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
         raise DataError(f"{where}: field {given._columns[question]} is empty")
-    before = _history(given, ignore)
-    asked = [*before, Turn("user", prompt), Turn("assistant", given.text(answer))]
-    return " + ".join(pair), _finished(given, asked, where)
+    turns_of_pair = [
+        *_history(given, ignore),
+        Turn("user", prompt),
+        Turn("assistant", given.text(answer)),
+    ]
+    return " + ".join(pair), _finished(given, turns_of_pair, where)
 
 
 def _history(given: _Given, ignore: frozenset[str]) -> list[Turn]:
-    """Return earlier turns: a list of messages, or of pairs of a question and its answer."""
+    """Return earlier turns from a list of messages or of (question, answer) pairs."""
     if "history" not in given or given["history"] == "":
         return []
     where, values = f"{given.where}: history", listed(given.where, "history", given["history"])
@@ -156,13 +159,15 @@ def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
     """Return the record of a whole conversation."""
     if given.text("system").strip():
         if any(turn.role == "system" for turn in turns):
-            raise DataError(f"{given.where}: a system turn in its messages, and a field system: keep one")
+            raise DataError(f"{given.where}: both a system message and a field system; keep one of them")
         turns = [Turn("system", given.text("system")), *turns]
-    asks = any(turn.role == "user" for turn in turns[:-1])
-    if not asks or turns[-1].role != "assistant":
+    has_question = any(turn.role == "user" for turn in turns[:-1])
+    if not has_question or turns[-1].role != "assistant":
         raise DataError(f"{where} must end with a user turn and the assistant's answer")
     if not any(turn.learned for turn in turns if turn.role == "assistant"):
-        raise DataError(f"{where}: every assistant turn has weight 0: nothing to learn; leave the row out")
+        raise DataError(
+            f"{where}: every assistant turn has weight 0, so there is nothing to learn; remove the row"
+        )
     tools = next(
         (tool_list(given.where, given[name]) for name in ("tools", "functions") if name in given), ()
     )
@@ -182,9 +187,9 @@ def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text can name a task or a client: printable, on one line, not too long."""
+    """Return whether a text can name a task or a client: printable, one line, at most ``MAX_LABEL`` long."""
     return text.isprintable() and 0 < len(text) <= MAX_LABEL
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)

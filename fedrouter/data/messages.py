@@ -1,4 +1,4 @@
-"""Conversations as OpenAI and ShareGPT write them, to turns: roles, content parts, tool calls, weights."""
+"""OpenAI and ShareGPT messages → turns: roles, content parts, tool calls, weights."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from fedrouter.data.readers import parse_json
 from fedrouter.errors import DataError
 from fedrouter.types import Turn
 
-Held = TypeVar("Held", str, dict[str, Any])
+Json = TypeVar("Json", str, dict[str, Any])
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -19,20 +19,20 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-# What chat templates read of a message beside role and content, as a server hands it to them.
+# Further keys of a message that servers pass to chat templates.
 PASSED_ON = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-OWN = ("role", "from", "content", "value", "weight", "tool_calls", "function_call", *PASSED_ON)
+KNOWN = ("role", "from", "content", "value", "weight", "tool_calls", "function_call", *PASSED_ON)
 
 
 def turns_of(
     where: str, messages: list[Any], field: str, extra: set[str], ignore: frozenset[str], learned: bool = True
 ) -> list[Turn]:
-    """Return a list of messages as turns.
+    """Convert a list of messages to turns.
 
     Parameters
     ----------
-    extra : gets ``field.key`` of every key with text that nobody reads.
-    learned : whether assistant turns carry loss, where no weight says otherwise.
+    extra : gets ``field.key`` for every unread key with text.
+    learned : whether assistant turns without a weight carry loss.
 
     Raises
     ------
@@ -45,24 +45,24 @@ def turns_of(
     for number, message in enumerate(messages, start=1):
         given = {k: v for k, v in message.items() if v is not None and f"{field}.{k}" not in ignore}
         turns.append(_turn(f"{where}: message {number}", given, learned))
-        extra.update(f"{field}.{key}" for key in given if key not in OWN and has_text(given[key]))
+        extra.update(f"{field}.{key}" for key in given if key not in KNOWN and has_text(given[key]))
     return turns
 
 
 def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
-    said = given.get("role", given.get("from"))
-    role = ROLES.get(said) if isinstance(said, str) else None
+    name = given.get("role", given.get("from"))
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{where} has role {said!r}; accepted: {', '.join(ROLES)}")
+        raise DataError(f"{where} has role {name!r}; accepted: {', '.join(ROLES)}")
     more: dict[str, Any] = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
     content, calls = given.get("content", given.get("value")), given.get("tool_calls")
-    if said == "function_call":
-        content, calls = "", [parse_json(where, text_of(where, "value", content), "a call of a function")]
+    if name == "function_call":
+        content, calls = "", [parse_json(where, text_of(where, "value", content), "a function call")]
     elif "function_call" in given:
         calls = [given["function_call"]]
     if calls:
         if role != "assistant":
-            raise DataError(f"{where}: tool_calls belong to the assistant's messages")
+            raise DataError(f"{where}: only assistant messages may have tool_calls")
         more["tool_calls"] = [_call(where, call) for call in listed(where, "tool_calls", calls)]
         content = "" if content is None else content
     text = _content(where, content)
@@ -75,7 +75,7 @@ def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
 
 
 def _content(where: str, content: Any) -> str:
-    """Return a message's text; parts are joined as the server does."""
+    """Return a message's text; joins content parts as the server does."""
     if not isinstance(content, list):
         return text_of(where, "content", content)
     texts = []
@@ -92,7 +92,7 @@ def _content(where: str, content: Any) -> str:
 
 
 def _call(where: str, call: Any) -> dict[str, Any]:
-    """Return a tool call as vLLM hands it to chat templates: its arguments are an object, not a text."""
+    """Return a tool call as vLLM passes it to chat templates: its arguments are an object, not text."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call needs a function with a name")
@@ -101,14 +101,14 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         arguments = parse_json(f"{where}: arguments", arguments, "an object") if arguments.strip() else {}
     if not isinstance(arguments := {} if arguments is None else arguments, dict):
         raise DataError(f"{where}: arguments of a tool call must be an object, found {shown(arguments)}")
-    own = {k: v for k, v in call.items() if k in ("id", "type")}
+    kept = {k: v for k, v in call.items() if k in ("id", "type")}
     return _utf8(
-        where, {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        where, {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
     )
 
 
 def tool_list(where: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return the tools that a row offers, each ``{"type": "function", "function": …}``."""
+    """Return a row's tools, each as ``{"type": "function", "function": …}``."""
     tools = [] if value == "" else listed(where, "tools", value)
     if not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: tools must be a list of objects")
@@ -117,22 +117,22 @@ def tool_list(where: str, value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def listed(where: str, name: str, value: Any) -> list[Any]:
-    """Return a list, also one that a cell holds as JSON."""
+    """Return a list; parses it if it is JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(f"{where}: {name}", value, "a list")
     if not isinstance(value, list):
-        what = "" if name.startswith("tool") else " with role and content"
-        raise DataError(f"{where}: {name} must be a list of objects{what}, found {shown(value)}")
+        keys = "" if name.startswith("tool") else " with role and content"
+        raise DataError(f"{where}: {name} must be a list of objects{keys}, found {shown(value)}")
     return value
 
 
 def text_of(where: str, name: str, value: Any) -> str:
-    """Return a text, which may be empty.
+    """Return a value that must be text, possibly empty.
 
     Raises
     ------
     DataError
-        If it is none, or holds what UTF-8 cannot.
+        If the value is not text, or cannot be encoded in UTF-8.
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name} must be text, found {shown(value)}")
@@ -140,7 +140,7 @@ def text_of(where: str, name: str, value: Any) -> str:
 
 
 def has_text(value: Any) -> bool:
-    """Tell whether there is text in a value, however deep."""
+    """Return whether a value contains text, at any depth."""
     if isinstance(value, str):
         return bool(value.strip())
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -148,15 +148,15 @@ def has_text(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return JSON of an object or list of messages, else the name of the value's type."""
+    """Return an object as JSON, for other values the name of the type."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else type(value).__name__
 
 
-def _utf8(where: str, value: Held) -> Held:
+def _utf8(where: str, value: Json) -> Json:
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half a character (a lone surrogate); save it as UTF-8 text"
+            f"{where} contains half a character (a lone surrogate); save it as UTF-8 text"
         ) from error
     return value

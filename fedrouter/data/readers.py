@@ -1,6 +1,6 @@
-"""Rows of JSON Lines, JSON arrays, CSV and TSV, gzipped or not: text as it stands in the file, exact places.
+"""Rows of JSON Lines, JSON arrays, CSV and TSV, gzipped or not; values unchanged, errors with line numbers.
 
-Nothing is inferred and nothing is cached. Parquet, saved data sets and the hub are read in tables.py.
+Types are not inferred, nothing is cached. tables.py reads Parquet, saved data sets and the hub.
 """
 
 import codecs
@@ -15,18 +15,18 @@ from typing import Any, BinaryIO
 
 from fedrouter.errors import DataError
 
-Row = tuple[str, Any]  # where it is (file:line), and what was read: an object as a rule
+Row = tuple[str, Any]  # place (file:line) and value, which should be an object
 
-MAX_CELL = 2**31 - 1  # characters; the csv module's own limit would refuse a long chat
+MAX_CELL = 2**31 - 1  # characters; the csv module's default limit is too low for long chats
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of one text file by its kind.
+    """Yield the rows of one text file; the suffix is its type.
 
     Raises
     ------
     DataError
-        If the file is missing, damaged, not UTF-8 or not of its kind; names the line.
+        If the file is missing, damaged, not UTF-8 or not of its type; names the line.
     """
     try:
         with _opened(path) as file:
@@ -51,7 +51,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """One object a line; blank lines are skipped."""
+    """Read one object per line; skip blank lines."""
     for number, line in enumerate(file, start=1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if text.strip():
@@ -62,11 +62,11 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Row]:
                 raise DataError(
                     f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
                 ) from error
-            yield where, _parsed(where, decoded, "one object a line")[0]
+            yield where, _parsed(where, decoded, "one object per line")[0]
 
 
 def _array(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """Read a list of objects; a file that begins with an object is JSON Lines under another name."""
+    """Read a list of objects, or JSON Lines if the file begins with an object."""
     raw = file.read()
     if raw.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
         yield from _lines(path, io.BytesIO(raw))
@@ -76,7 +76,7 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Row]:
     if text[at : at + 1] != "[":
         if at == len(text):
             return
-        raise DataError(f"{path}:{_line(text, at)}: expected a list of objects, or one object a line")
+        raise DataError(f"{path}:{_line(text, at)}: expected a list of objects, or one object per line")
     at, line, counted, number = _skip(text, at + 1), 1, 0, 0
     if text[at : at + 1] == "]":
         at = _skip(text, at + 1)
@@ -92,15 +92,15 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Row]:
             if mark == "]":
                 break
             if mark != ",":
-                what = "the file ends before its list does" if not mark else f"found {mark!r}, not , or ]"
-                raise DataError(f"{where}: not JSON: {what} behind this row")
+                found = f"found {mark!r}" if mark else "the file ends"
+                raise DataError(f"{where}: not JSON: {found} after this row, expected , or ]")
     if at < len(text):
-        raise DataError(f"{path}:{_line(text, at)}: not JSON: there is more behind the list")
+        raise DataError(f"{path}:{_line(text, at)}: not JSON: the file continues after the list")
 
 
 def _delimited(delimiter: str) -> Callable[[Path, BinaryIO], Iterator[Row]]:
     def read(path: Path, file: BinaryIO) -> Iterator[Row]:
-        """Read a header, then rows of as many cells; blank lines are skipped."""
+        """Read a header, then rows with the same number of cells; skip blank lines."""
         csv.field_size_limit(MAX_CELL)
         lines = io.StringIO(_decoded(path, file.read()), newline="")
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -118,9 +118,9 @@ def _delimited(delimiter: str) -> Callable[[Path, BinaryIO], Iterator[Row]]:
                 where = f"{path}:{start} (row {number})"
                 if len(cells) != len(header):
                     raise DataError(
-                        f"{where}: {len(cells)} fields, and the header has {len(header)} "
-                        f"({', '.join(header)}); put a field that holds a {_name(delimiter)} or a line break "
-                        "into double quotes"
+                        f"{where}: {len(cells)} fields, but the header has {len(header)} "
+                        f"({', '.join(header)}); put fields that contain a {_name(delimiter)} or a line "
+                        "break in double quotes"
                     )
                 yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
@@ -157,7 +157,7 @@ def _decoded(path: Path, raw: bytes) -> str:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return where the next character that is no JSON white space stands."""
+    """Return the position of the next character that is not JSON white space."""
     while text[at : at + 1] in (" ", "\n", "\r", "\t"):
         at += 1
     return at
@@ -168,12 +168,12 @@ def _line(text: str, at: int) -> int:
 
 
 def parse_json(where: str, text: str, expected: str) -> Any:
-    """Parse a JSON text that a field holds; see ``_parsed``."""
+    """Parse the JSON text of a field; see ``_parsed``."""
     return _parsed(where, text, expected)[0]
 
 
 def _parsed(where: str, text: str, expected: str, at: int | None = None) -> tuple[Any, int]:
-    """Parse the JSON value at ``at``, or, without, all of ``text``; return it and where it ends."""
+    """Parse the JSON value at position ``at`` (None: all of ``text``); return it and its end position."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
@@ -193,7 +193,7 @@ def _parsed(where: str, text: str, expected: str, at: int | None = None) -> tupl
         raise DataError(
             f"{where}: not JSON: {error.msg} (column {error.colno}); expected {expected}"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
+    except (ValueError, RecursionError) as error:  # too long a number, too deep nesting
         raise DataError(f"{where}: not usable JSON: {error}") from error
 
 

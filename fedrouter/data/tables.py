@@ -1,7 +1,7 @@
-"""Rows of Parquet files, saved data sets and the hub, through Arrow and Hugging Face datasets.
+"""Rows of Parquet files, saved data sets and the hub, read with Arrow and Hugging Face datasets.
 
-Their cells have types. A cell becomes text only where that loses nothing: text, whole numbers, and the names
-of class labels. Local files are read where they lie; only what comes from the hub is kept in a cache.
+Of the typed cells, only integers and class labels are converted to text, which loses nothing. Only data from
+the hub is cached.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from typing import Any
 from fedrouter.data.readers import Row
 from fedrouter.errors import DataError, first_line
 
-SAVED = ("state.json", "dataset_dict.json")  # what ``save_to_disk`` leaves in its directory
+SAVED = ("state.json", "dataset_dict.json")  # files written by ``save_to_disk``
 
 
 def is_saved(path: Path) -> bool:
-    """Tell whether a directory holds a saved data set."""
+    """Return whether a directory is a saved data set."""
     return any((path / name).exists() for name in SAVED)
 
 
@@ -36,7 +36,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
-    """Yield the rows of a data set that ``save_to_disk`` wrote."""
+    """Yield the rows of a data set written by ``save_to_disk``."""
     import datasets
 
     try:
@@ -58,9 +58,9 @@ def hub_rows(source: str, split: str | None, say: Callable[[str], None]) -> Iter
         data = datasets.load_dataset(source, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{source}: no such file or directory, and no data set that the hub can give: {_reason(error)}"
+            f"{source}: neither a file or directory nor a usable data set on the hub: {_reason(error)}"
         ) from error
-    say(f"{source}: its rows are kept in {datasets.config.HF_DATASETS_CACHE}, as all from the hub")
+    say(f"{source}: its rows are cached in {datasets.config.HF_DATASETS_CACHE}, like all data from the hub")
     yield from _rows(source, data)
 
 
@@ -76,19 +76,19 @@ def _rows(source: str, data: Any) -> Iterator[Row]:
 
 
 def _cell(value: Any) -> Any:
-    """Return whole numbers as text, and structs without the keys that Arrow filled with None."""
+    """Return integers as text, and structs without the keys that Arrow filled with None."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _unfilled(value)
+    return _without_none(value)
 
 
-def _unfilled(value: Any) -> Any:
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _unfilled(one) for key, one in value.items() if one is not None}
-    return [_unfilled(one) for one in value] if isinstance(value, list) else value
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _reason(error: Exception) -> str:
-    """Return one line; "an error occurred while generating the dataset" hides the reason in its cause."""
+    """Return one line, from the cause if there is one: datasets hides reasons there."""
     reason = error.__cause__ or error
     return first_line(reason)

@@ -1,11 +1,11 @@
-"""Ask an OpenAI-compatible endpoint every test prompt and score what it answers.
+"""Send every test prompt to an OpenAI-compatible endpoint and score the answers.
 
-endpoint.py   the asynchronous client: one prompt in, one answer with its routing headers out
+endpoint.py   the asynchronous client: prompt → answer with its routing headers
 scores.py     ROUGE-1, ROUGE-L, exact match; means by task, client and adapter; routing confusion
 progress.py   a bar on a terminal, plain lines elsewhere
 report.py     the report: tables, JSON, JSONL
 run.py        records × models → report
-offline.py    how a bundle routes labelled records, without an endpoint
+offline.py    evaluation of a bundle's routing on labelled records, without an endpoint
 """
 
 from fedrouter.evaluate.report import Report, render, to_json, write_json, write_records

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible endpoint, asked asynchronously through the ``openai`` package."""
+"""Asynchronous client of one OpenAI-compatible endpoint, with the ``openai`` package."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from fedrouter.errors import ConfigError, ServingError
 from fedrouter.types import Turn
 
 CONNECT_TIMEOUT_S = 10.0
-GIVE_UP_AFTER = 20  # prompts in a row without any connection: the server is gone, not one prompt bad
+GIVE_UP_AFTER = 20  # prompts in a row without a connection, which mean that the server is gone
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the endpoint said to one prompt; ``error`` is set when it never answered."""
+    """The endpoint's answer to one prompt; ``error`` is set if there was none."""
 
     text: str
-    adapter: str | None  # what answered: the response's ``model``; None after an error
-    cluster: str | None = None  # the four routing facts come from the x-fedrouter-… headers
-    distance: float | None = None  # infinite when there was no text to route by
+    adapter: str | None  # the response's ``model``; None after an error
+    cluster: str | None = None  # this and the next two fields come from the x-fedrouter-… headers
+    distance: float | None = None  # infinite if the prompt had no text
     fallback: bool = False
     num_tokens: int | None = None  # generated tokens, as the endpoint counts them
-    latency_s: float | None = None  # of the attempt that succeeded, without waiting between retries
+    latency_s: float | None = None  # of the successful attempt, without the wait between retries
     error: str | None = None
 
     @property
@@ -41,13 +41,13 @@ class Endpoint:
     Parameters
     ----------
     url : str
-        With or without a trailing ``/v1``. A user name and password in it are used, never shown.
+        With or without a trailing ``/v1``. A user name and password in it are used but never shown.
     api_key : str or None
         Sent as a bearer token.
     timeout_s : float
-        For one attempt.
+        Timeout of one attempt.
     retries : int
-        Further attempts after 408, 409, 429, 5xx and connection errors, with growing pauses.
+        Further attempts after 408, 409, 429, 5xx and connection errors, with exponential backoff.
     """
 
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, retries: int) -> None:
@@ -55,7 +55,7 @@ class Endpoint:
         self.num_lost = 0  # prompts in a row that found no connection
         self._client = openai.AsyncOpenAI(
             base_url=f"{root}/v1",
-            api_key=api_key or "none",  # never the one in OPENAI_API_KEY, which is not for this server
+            api_key=api_key or "none",  # must not default to OPENAI_API_KEY, which is for another server
             timeout=openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
             max_retries=retries,
         )
@@ -69,7 +69,7 @@ class Endpoint:
         await self._client.close()
 
     async def check(self, models: Sequence[str]) -> None:
-        """Raise ServingError unless the endpoint takes the key, lists ``models`` and answers the first."""
+        """Raise ServingError unless the endpoint accepts the key, lists ``models`` and answers the first."""
         client = self._client.with_options(max_retries=1)
         try:
             listed = [model.id async for model in client.models.list()]
@@ -86,9 +86,9 @@ class Endpoint:
             raise ServingError(f"{self.url} does not speak the OpenAI API; check the address") from error
 
     async def task_adapters(self) -> dict[str, str] | None:
-        """Return the adapter of each task label: the one whose training rows hold most of that task.
+        """Return the adapter of each task label: the one with the most training rows of that task.
 
-        None when the endpoint is not ``fedrouter serve``. Of two equal adapters the first listed counts.
+        None if the endpoint is not ``fedrouter serve``. Of two adapters with equally many rows, the first.
         """
         try:
             payload: Any = await self._client.get("/fedrouter/clusters", cast_to=object)
@@ -109,7 +109,7 @@ class Endpoint:
         return {task: adapter for task, (_, adapter) in best.items()}
 
     async def ask(self, model: str, turns: Sequence[Turn], *, max_tokens: int, temperature: float) -> Answer:
-        """Return the answer to a conversation; an error, after the retries, is an answer too."""
+        """Return the answer to a conversation; an error after all retries is returned in it."""
         messages: Any = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             response = await self._client.chat.completions.with_raw_response.create(
@@ -143,10 +143,10 @@ class Endpoint:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return f"{self.url} refused the key ({error.status_code}); pass the server's API key"
             case openai.APIStatusError():
-                said = error.message.removeprefix(f"Error code: {error.status_code} - ")
-                return f"{self.url} answered {error.status_code}: {_one_line(said)}"
+                message = error.message.removeprefix(f"Error code: {error.status_code} - ")
+                return f"{self.url} answered {error.status_code}: {_one_line(message)}"
             case _:
-                return f"{self.url} gave an answer that cannot be read: {_one_line(str(error))}"
+                return f"{self.url} sent an unreadable response: {_one_line(str(error))}"
 
 
 def _routing_facts(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _one_line(text: str) -> str:
 
 
 def _split_url(url: str) -> tuple[str, str]:
-    """Return the address to use, without /v1, and the same without credentials, to show."""
+    """Return the address without /v1, with credentials for requests and without them for messages."""
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port

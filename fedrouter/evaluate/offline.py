@@ -1,4 +1,7 @@
-"""How a bundle routes labelled records, without a server: accuracy, confusion, calibration, abstention."""
+"""Evaluation of a bundle's routing on labelled records, without a server.
+
+Accuracy, confusion, calibration and abstention.
+"""
 
 import json
 from collections import Counter
@@ -22,26 +25,26 @@ from fedrouter.layout import Whole
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
-FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # radii of the abstention curve, in those of the bundle
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # factors on the bundle's radii for the abstention curve
 
-FARTHEST = 1e9  # radii; what has no text is infinitely far
+FARTHEST = 1e9  # radii; finite stand-in for the infinite distance of prompts without text
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRouting:
-    """Where one task's prompts go."""
+    """The routing of one task's prompts."""
 
-    known: bool  # some task cluster is mostly this task's
+    known: bool  # whether it is the most common task of a task cluster
     num_examples: int
-    accuracy: float | None  # share whose nearest task cluster is mostly this task's; None for unknown tasks
-    within: float  # share inside the nearest task cluster's radius
+    accuracy: float | None  # share whose nearest task cluster is of this task; None for unknown tasks
+    within: float  # share within the nearest task cluster's radius
     confusion: dict[str, int]  # prompts by nearest task cluster
     ratios: tuple[float, ...]  # (101,), distance ÷ radius at quantiles 0 %, 1 % … 100 %
 
 
 @dataclass(frozen=True, slots=True)
 class Abstention:
-    """What would happen if all radii were ``factor`` times as wide; shares are means over tasks."""
+    """The routing with all radii multiplied by ``factor``; shares are means over tasks."""
 
     factor: float
     known_rejected: float
@@ -51,27 +54,27 @@ class Abstention:
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """A bundle on labelled records."""
+    """A bundle's routing of labelled records."""
 
     by_task: dict[str, TaskRouting]
     accuracy: float | None  # mean over known tasks
     within: float | None  # mean over known tasks
-    stated: float | None  # what ``within`` should be: the quantile that the radii were made for
-    auroc: float | None  # of distance ÷ radius, unknown against known tasks, each task weighing alike
+    stated: float | None  # expected value of ``within``: the quantile that the radii were computed for
+    auroc: float | None  # of distance ÷ radius, unknown against known tasks, with equal weights for tasks
     curve: tuple[Abstention, ...]
 
 
 def evaluate_routing(
     bundle: Bundle, embedder: Embedder, records: Sequence[TaggedRecord], stated: float | None = None
 ) -> RoutingReport:
-    """Route the records and compare with their labels.
+    """Route the records and compare the decisions with their labels.
 
     Parameters
     ----------
     records : sequence of TaggedRecord
-        Those of a task that no task cluster is mostly made of should be rejected.
+        Records of unknown tasks should be rejected.
     stated : float or None
-        The quantile that the bundle's radii were made for.
+        The quantile that the bundle's radii were computed for.
 
     Raises
     ------
@@ -82,29 +85,29 @@ def evaluate_routing(
         raise DataError("no records to route; give at least one file with rows")
     if any(tagged.record.task is None for tagged in records):
         raise DataError(
-            "a record has no task; add a task field to every row, it is what routing is judged by"
+            "a record has no task; add a task field to every row, because routing is evaluated against it"
         )
     task_of = {c.name: c.task for c in bundle.clusters}
     if not any(task_of.values()):
-        raise DataError(f"{bundle.path}: was trained without task labels; nothing to judge its routing by")
+        raise DataError(f"{bundle.path}: trained without task labels, so its routing cannot be evaluated")
     decisions = decide(Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records])
     tasks = np.array([tagged.task for tagged in records])
     right = np.array([task_of.get(d.cluster, "") for d in decisions]) == tasks
     far = np.array([_far(d) for d in decisions])
     by_task = {}
     for task in sorted(set(tasks)):
-        own = np.flatnonzero(tasks == task)
+        rows = np.flatnonzero(tasks == task)
         known = task in task_of.values()
         by_task[str(task)] = TaskRouting(
             known=known,
-            num_examples=len(own),
-            accuracy=float(right[own].mean()) if known else None,
-            within=float((far[own] <= 1).mean()),
-            confusion=dict(sorted(Counter(decisions[i].cluster for i in own).items())),
-            ratios=tuple(np.quantile(np.minimum(far[own], FARTHEST), np.linspace(0, 1, 101)).tolist()),
+            num_examples=len(rows),
+            accuracy=float(right[rows].mean()) if known else None,
+            within=float((far[rows] <= 1).mean()),
+            confusion=dict(sorted(Counter(decisions[i].cluster for i in rows).items())),
+            ratios=tuple(np.quantile(np.minimum(far[rows], FARTHEST), np.linspace(0, 1, 101)).tolist()),
         )
     is_known = np.array([by_task[task].known for task in tasks])
-    weights = 1 / np.array([by_task[task].num_examples for task in tasks])  # every task weighs alike
+    weights = 1 / np.array([by_task[task].num_examples for task in tasks])  # equal weights for tasks
     return RoutingReport(
         by_task=by_task,
         accuracy=_mean(right, weights, is_known),
@@ -126,9 +129,9 @@ def evaluate_routing(
 
 
 def stated_quantile(directory: Path) -> float | None:
-    """Return the quantile that a run's radii were made for; None for a bundle without its run.
+    """Return the quantile that a bundle's radii were computed for; None for a bundle without its run.
 
-    Radii that ``routing.slack`` widened hold more, so there is none either.
+    Also None if ``routing.slack`` has changed the radii.
     """
     file = directory.parent / "config.json"
     if not file.is_file():
@@ -138,7 +141,7 @@ def stated_quantile(directory: Path) -> float | None:
 
 
 def render(report: RoutingReport) -> RenderableType:
-    """Lay the report out for a terminal."""
+    """Format the report for a terminal."""
     names = sorted({name for task in report.by_task.values() for name in task.confusion})
     table = Table("task", "records", "right", "in radius", title="prompts by nearest task cluster")
     for name in names:
@@ -164,7 +167,7 @@ def to_json(report: RoutingReport) -> str:
 
 
 def write_json(report: RoutingReport, path: Path) -> None:
-    """Write the report, atomically."""
+    """Write the report atomically."""
     write_lines(path, [to_json(report)])
 
 

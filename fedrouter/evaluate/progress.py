@@ -1,4 +1,4 @@
-"""Show how far a long loop is."""
+"""Progress of a long loop."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def progress(console: Console | None, label: str, total: int) -> Iterator[Callab
 
 
 class _Lines:
-    """One plain line now and then, for logs and pipes."""
+    """One plain line every ``LINE_EVERY_S`` seconds, for logs and pipes."""
 
     def __init__(self, console: Console, label: str, total: int) -> None:
         self.console, self.label, self.total = console, label, total

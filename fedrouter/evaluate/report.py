@@ -1,4 +1,4 @@
-"""What an evaluation found: as tables, as JSON, as one JSON line per answer."""
+"""Results of an evaluation: as tables, as JSON, as one JSON line per answer."""
 
 import json
 import math
@@ -22,18 +22,18 @@ NUM_FAILURES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model name's results; ``mean`` counts every task the same, ``overall`` every record."""
+    """The results of one model; ``mean`` gives every task the same weight, ``overall`` every record."""
 
-    model: str  # the name asked for
+    model: str  # the requested name
     mean: Scores
     overall: Scores
     by_task: Mapping[str, Scores]
     by_client: Mapping[str, Scores]
-    by_adapter: Mapping[str, Scores]  # by what answered
-    routing: Routing | None  # None when the endpoint did not choose
+    by_adapter: Mapping[str, Scores]  # by the adapter that answered
+    routing: Routing | None  # None if the endpoint did not choose adapters
     latency_p50_s: float | None
     latency_p95_s: float | None
-    tokens_per_s: float | None  # generated, all requests together
+    tokens_per_s: float | None  # generated tokens of all requests
     seconds: float
     results: tuple[Result, ...]  # in the order of the records
 
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Mean ROUGE-1 of ``fedrouter`` (else of the first model) over that of each other model."""
+        """Mean ROUGE-1 of ``fedrouter`` (else of the first model) ÷ that of each other model."""
         first = next((report for report in self.models if report.model == "fedrouter"), self.models[0])
         return {
             f"{first.model} ÷ {other.model}": first.mean.rouge_1 / other.mean.rouge_1
@@ -64,7 +64,7 @@ class Report:
 
 
 def render(report: Report) -> RenderableType:
-    """Return what to print: scores, ratios, scores by client, routing, failures."""
+    """Format the report for a terminal: scores, ratios, scores by client, routing, failures."""
     parts: list[RenderableType] = [Whole(_score_table(report))]
     parts += [Text(f"mean ROUGE-1, {names} = {ratio:.3f}") for names, ratio in report.ratios.items()]
     if len({client for model in report.models for client in model.by_client}) > 1:
@@ -83,7 +83,7 @@ def render(report: Report) -> RenderableType:
 
 
 def to_json(report: Report) -> str:
-    """Return everything but the single answers."""
+    """Return everything but the individual answers, as JSON."""
     models = {model.model: _aggregates(model) for model in report.models}
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -99,7 +99,7 @@ def to_json(report: Report) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write everything but the single answers, atomically."""
+    """Write everything but the individual answers as JSON, atomically."""
     write_lines(path, [to_json(report)])
 
 
@@ -182,7 +182,7 @@ def _failures(report: Report) -> Iterator[dict[str, Any]]:
             if result.answer.error is not None:
                 yield {
                     "model": model.model,
-                    "record": number,  # from 1, in the order of the records asked
+                    "record": number,  # from 1, in the order of the records
                     "client": result.example.client,
                     "task": result.example.record.task,
                     "error": result.answer.error,

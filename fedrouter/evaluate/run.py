@@ -29,7 +29,7 @@ from fedrouter.evaluate.scores import (
     scores_by,
 )
 
-ORACLE = "oracle"  # a model name that stands for: the adapter of the record's own task
+ORACLE = "oracle"  # pseudo model name for the adapter of the record's task
 
 
 def load(
@@ -41,13 +41,13 @@ def load(
 ) -> list[TaggedRecord]:
     """Read test records from files, data sets (their ``test`` split) or ``builtin:`` names.
 
-    The client of a record is its file's name without suffix, or the whole source where two files have the
-    same name. ``num_per_task`` and ``seed`` are for built-in data, ``fields`` as in ``[data.fields]``.
+    The client of a record is its file's name without suffix, or the whole source if two files have the same
+    name. ``num_per_task`` and ``seed`` are for built-in data, ``fields`` is the mapping of ``[data.fields]``.
 
     Raises
     ------
     DataError, ConfigError
-        As ``fedrouter.data`` does.
+        As in ``fedrouter.data``.
     """
     stems = [Path(source).stem for source in sources]
     clients = stems if len(set(stems)) == len(stems) else sources
@@ -65,10 +65,10 @@ def first_of_each_task(records: Sequence[TaggedRecord], num: int) -> list[Tagged
     """Return at most ``num`` records of each task, in their order."""
     left: dict[str | None, int] = defaultdict(lambda: num)
     kept = []
-    for one in records:
-        left[one.record.task] -= 1
-        if left[one.record.task] >= 0:
-            kept.append(one)
+    for tagged in records:
+        left[tagged.record.task] -= 1
+        if left[tagged.record.task] >= 0:
+            kept.append(tagged)
     return kept
 
 
@@ -87,50 +87,50 @@ def evaluate(
     seed: int = 0,
     console: Console | None = None,
 ) -> Report:
-    """Ask every record of every model, one model after the other, and score the answers.
+    """Send every record to every model, one model after the other, and score the answers.
 
     Parameters
     ----------
     url : str
         The endpoint, with or without ``/v1``.
     records : sequence of TaggedRecord
-        All are asked of every model.
+        The test records.
     models : sequence of str
-        Names that the endpoint lists, or ``oracle``: each record to the adapter of its own task, which
-        needs ``fedrouter serve`` at ``url`` and a bundle trained with task labels.
+        Names that the endpoint lists, or ``oracle`` for the adapter of each record's task, which needs
+        ``fedrouter serve`` at ``url`` and a bundle trained with task labels.
     api_key : str or None
         Sent as a bearer token.
     concurrency : int
-        Requests under way at once.
+        Maximum number of concurrent requests.
     max_tokens : int
-        Most tokens of one answer.
+        Maximum number of tokens per answer.
     temperature : float
-        0 takes the likeliest token each time.
+        Sampling temperature; 0 for greedy decoding.
     timeout_s : float
-        For one attempt.
+        Timeout of one attempt.
     retries : int
         Further attempts after 429, 5xx and connection errors.
     limit_per_task : int or None
-        Ask at most so many records of each task.
+        Maximum number of records per task, drawn at random.
     seed : int
-        Draws those records.
+        Seed of that draw.
     console : rich.console.Console or None
-        Where progress goes; None for silence.
+        Console for progress; None for no output.
 
     Raises
     ------
     ServingError
-        The endpoint cannot be reached, refuses the key, lacks a model, or goes away during the run.
-        One record that fails is no error: it scores 0 and counts in ``Report.num_failed``.
+        If the endpoint cannot be reached, refuses the key, lacks a model, or is lost during the run. A single
+        failed record is no error: it scores 0 and counts in ``Report.num_failed``.
     DataError
-        No records; or ``oracle`` and a record whose task has no adapter.
+        If there are no records, or with ``oracle`` a record's task has no adapter.
     ConfigError
-        A setting out of range.
+        If a setting is out of range.
     """
     models = list(dict.fromkeys(models))
     if not models or concurrency < 1 or max_tokens < 1 or retries < 0 or timeout_s <= 0:
         raise ConfigError(
-            "evaluation needs one model, concurrency ≥ 1, max_tokens ≥ 1, retries ≥ 0 and a timeout > 0"
+            "evaluation needs a model, concurrency ≥ 1, max_tokens ≥ 1, retries ≥ 0 and a timeout > 0"
         )
     if limit_per_task is not None and records:
         records = _draw(records, limit_per_task, seed)
@@ -168,7 +168,7 @@ def evaluate(
 async def _check(
     endpoint: Endpoint, records: Sequence[TaggedRecord], models: Sequence[str]
 ) -> Mapping[str, str]:
-    """Return the adapter of each task, after finding out all that would fail later."""
+    """Check everything that would fail later; return the adapter of each task."""
     await endpoint.check([model for model in models if model != ORACLE])
     task_adapters = await endpoint.task_adapters()
     if ORACLE not in models:
@@ -176,14 +176,14 @@ async def _check(
     if task_adapters is None:
         raise ServingError(
             f"{endpoint.url} does not list its task clusters, which model {ORACLE!r} needs; "
-            "ask a server started by fedrouter serve"
+            "use a server started with fedrouter serve"
         )
     for number, example in enumerate(records, start=1):
         if example.task not in task_adapters:
             known = ", ".join(sorted(task_adapters)) or "none"
             raise DataError(
                 f"record {number} (client {example.client}) has task {example.record.task!r}, for which no "
-                f"adapter was trained (there are: {known}); correct it or leave out model {ORACLE!r}"
+                f"adapter was trained (trained: {known}); correct it or leave out model {ORACLE!r}"
             )
     await endpoint.check(sorted({task_adapters[example.task] for example in records}))
     return task_adapters
@@ -198,9 +198,9 @@ async def _ask_all(
     temperature: float,
     advance: Callable[[], None],
 ) -> list[Answer]:
-    """Ask ``names[i]`` for the answer to ``records[i]``, at most ``concurrency`` at once."""
+    """Send ``records[i]`` to ``names[i]``, at most ``concurrency`` at a time."""
     answers: dict[int, Answer] = {}
-    waiting = iter(range(len(records)))  # shared by the workers: each record is taken once
+    waiting = iter(range(len(records)))  # shared by the workers, so each record is taken once
 
     async def work() -> None:
         for index in waiting:
@@ -217,8 +217,8 @@ async def _ask_all(
     if len(answers) < len(records):
         answered = sum(answer.error is None for answer in answers.values())
         raise ServingError(
-            f"{endpoint.url} went away after {answered} of {len(records)} records; "
-            "look into the server's log, start it again and repeat the evaluation"
+            f"lost the connection to {endpoint.url} after {answered} of {len(records)} records; "
+            "check the server's log, restart it and repeat the evaluation"
         )
     return [answers[index] for index in range(len(records))]
 
@@ -252,7 +252,7 @@ def _summarise(
 
 
 def _draw(records: Sequence[TaggedRecord], limit_per_task: int, seed: int) -> list[TaggedRecord]:
-    """Draw at most ``limit_per_task`` records of each task; they keep their order."""
+    """Draw at most ``limit_per_task`` records of each task, in their original order."""
     if limit_per_task < 1:
         raise ConfigError(f"limit_per_task is {limit_per_task}; it must be at least 1")
     indices: dict[str, list[int]] = defaultdict(list)

@@ -18,8 +18,8 @@ FAILED = "(failed)"
 class WordTokenizer:
     """Lower-cased runs of letters and digits.
 
-    The same as ``rouge_score``'s own on ASCII text; unlike it, this keeps letters of other scripts,
-    where its score would be 0 whatever the answer.
+    Equal to ``rouge_score``'s tokenizer on ASCII text, but keeps letters of other scripts, whose scores would
+    otherwise be 0.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -27,37 +27,37 @@ class WordTokenizer:
         return re.findall(r"[^\W_]+", text.lower())
 
 
-# No stemmer: it knows English only, and the scores stay comparable with the default of other tools.
+# No stemmer: it supports only English, and other tools use none by default.
 _ROUGE = RougeScorer(["rouge1", "rougeL"], use_stemmer=False, tokenizer=WordTokenizer())
 
 
 @dataclass(frozen=True, slots=True)
 class TaggedRecord:
-    """A test record and whose it is."""
+    """A test record and its client."""
 
     record: Record
     client: str
 
     @property
     def task(self) -> str:
-        """The record's task label, or a stand-in."""
+        """The record's task label, or ``NO_TASK``."""
         return self.record.task or NO_TASK
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One test record's answer and its scores, each in 0 … 1; all 0 when the endpoint failed."""
+    """One test record's answer and its scores from 0 to 1; all 0 if the endpoint failed."""
 
     example: TaggedRecord
     answer: Answer
     rouge_1: float  # F1 over words
     rouge_l: float  # F1 over the longest common subsequence of words
-    exact_match: float  # 1 when equal but for letter case and white space
+    exact_match: float  # 1 if equal up to letter case and white space
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Mean scores of some results; those that failed count as 0."""
+    """Mean scores of some results; failed ones count as 0."""
 
     num_examples: int
     num_failed: int
@@ -68,10 +68,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Where the endpoint sent the prompts when it chose by itself.
+    """The endpoint's own routing of the prompts.
 
-    ``accuracy`` is the share sent to the oracle's adapter of their task, among answered prompts whose
-    task has one; a fallback counts as wrong. None when no such adapter is known.
+    ``accuracy`` is the share routed to the oracle's adapter, among answered prompts whose task has one; a
+    fallback counts as wrong. None if no task has an oracle's adapter.
     """
 
     confusion: Mapping[str, Mapping[str, int]]  # task → adapter that answered → prompts
@@ -95,7 +95,7 @@ def score(example: TaggedRecord, answer: Answer) -> Result:
 
 
 def mean_scores(results: Sequence[Result]) -> Scores:
-    """Average over results (at least one)."""
+    """Average over at least one result."""
     return Scores(
         num_examples=len(results),
         num_failed=sum(result.answer.error is not None for result in results),
@@ -106,7 +106,7 @@ def mean_scores(results: Sequence[Result]) -> Scores:
 
 
 def mean_over_groups(groups: Mapping[str, Scores]) -> Scores:
-    """Average group means, each group counting the same whatever its size (macro average)."""
+    """Average group means with equal weights (macro average)."""
     scores = groups.values()
     return Scores(
         num_examples=sum(group.num_examples for group in scores),
@@ -141,7 +141,7 @@ def by_adapter(result: Result) -> str:
 
 
 def routing(results: Sequence[Result], task_adapters: Mapping[str, str]) -> Routing | None:
-    """Summarise routed answers, or None when the endpoint routed none of them."""
+    """Summarise routed answers; None if the endpoint routed none of them."""
     routed = [result for result in results if result.answer.routed]
     if not routed:
         return None

@@ -1,14 +1,14 @@
 """The paper's evaluation: methods × scenarios × seeds over several worlds, as a grid of cells.
 
-settings.py   the configuration file: worlds, methods, scenarios, seeds, what is searched
-grid.py       from settings to cells, and from a cell to the configuration that it trains with
-cell.py       one cell: train, decide, answer, score; a line of results
-engine.py     who answers: transformers in this process, or one vLLM for all cells
-compose.py    adapters merged for prompts of no task cluster
-results.py    lines of results, on disk and by cell
-run.py        all cells, side by side; gone on with where they stopped
+settings.py   the configuration file: worlds, methods, scenarios, seeds, learning rate search
+grid.py       settings → cells, and cell → training configuration
+cell.py       one cell: train, route, answer, score → one line of results
+engine.py     generation of answers, with transformers in this process or one vLLM for all cells
+compose.py    merged adapters for prompts of no task cluster
+results.py    lines of results on disk
+run.py        all cells in parallel, resumable
 compare.py    means over seeds, the best baseline, paired bootstrap
 tables.py     Markdown, LaTeX, CSV
 pictures.py   the paper's figures as SVG
-report.py     all of it as one page, and the paper's claims beside what was measured
+report.py     one page with tables and figures, and the paper's claims compared with the results
 """

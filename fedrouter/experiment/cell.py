@@ -1,13 +1,13 @@
-"""One cell: train, decide who answers each test prompt, have it answered, score; one line of results.
+"""One cell: train, choose the adapter for each test prompt, generate answers, score → one line of results.
 
-Every test prompt is asked as every client would ask it. An *evaluation* is a pair:
+Every test prompt is evaluated for every client. An *evaluation* is a pair:
 
-- routing ``global``: the nearest of all task clusters answers, whoever asks; ``local``: the nearest of those
-  that the asking client holds rows of. Of method ``local`` that is the client's own adapter.
-- tests ``own``: a client asks for the tasks that it holds; ``all``: for every task.
+- routing ``global``: the adapter of the nearest task cluster answers; ``local``: of the nearest task cluster
+  with rows of the client, which with method ``local`` is the client's adapter.
+- tests ``own``: a client is evaluated on its own tasks; ``all``: on every task.
 
-A prompt's score is the mean over the clients that ask it, a task's over its prompts, a cell's over tasks.
-Beyond a radius the nearest adapter answers all the same, so that no method is helped by the base.
+A prompt's score is the mean over clients, a task's over its prompts, a cell's over tasks. The nearest adapter
+also answers beyond the radius, so that no method benefits from the base.
 """
 
 import importlib.metadata
@@ -42,12 +42,12 @@ from fedrouter.train.run import train
 from fedrouter.types import Decision
 
 ROUTINGS, TESTS = ("global", "local"), ("own", "all")
-PLACES = 4  # digits of a score that are kept
+PLACES = 4  # decimal places of stored scores
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A cell after its training: what there is to ask."""
+    """A trained cell."""
 
     cell: Cell
     config: Config
@@ -62,7 +62,7 @@ class Trained:
 
 
 def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
-    """Train a cell below ``out``, or go on with what is there."""
+    """Train a cell in a directory below ``out``, or resume its training there."""
     directory = out / cell.key
     directory.mkdir(parents=True, exist_ok=True)
     num_tasks = len({record.task for record in questions_of(settings.worlds[cell.world])})
@@ -74,7 +74,7 @@ def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
 
 
 def searched(trained: Trained) -> Line:
-    """Return the line of a cell that judges its learning rate: the mean loss on rows held back."""
+    """Return the line of a learning rate search's cell: the mean validation loss."""
     best: dict[str, float] = {}
     for line in _metrics(trained):
         if line.get("validation") is not None:
@@ -87,24 +87,33 @@ def searched(trained: Trained) -> Line:
 
 
 def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
-    """Have a cell's adapters answer and return its line."""
+    """Generate and score the answers of a cell's adapters; return the cell's line."""
     world = settings.worlds[trained.cell.world]
     tests, bundle = questions_of(world), trained.bundle
     embedder = embedder_of(bundle, engine)
     clients = load_clients(trained.config, lambda _: None)
-    held = {client: {record.task for record in records} for client, records in clients.items()}
-    vectors = embedder.embed([routing_text(one.record.turns) for one in tests])
-    everywhere = Router(bundle, "nearest").route(vectors)
-    chosen = {"global": dict.fromkeys(held, everywhere)}
-    chosen["local"] = {c: Router(bundle, "nearest", c).route(vectors) for c in held}
-    asked = sorted({(d.model, i) for by in chosen.values() for own in by.values() for i, d in enumerate(own)})
+    client_tasks = {client: {record.task for record in records} for client, records in clients.items()}
+    vectors = embedder.embed([routing_text(test.record.turns) for test in tests])
+    global_decisions = Router(bundle, "nearest").route(vectors)
+    decisions = {
+        "global": dict.fromkeys(client_tasks, global_decisions),
+        "local": {client: Router(bundle, "nearest", client).route(vectors) for client in client_tasks},
+    }
+    requests = sorted(
+        {
+            (decision.model, i)
+            for by_client in decisions.values()
+            for of_client in by_client.values()
+            for i, decision in enumerate(of_client)
+        }
+    )
     began = time.perf_counter()
-    results = answered(engine, trained.adapters, tests, asked, world.max_tokens)
+    results = answered(engine, trained.adapters, tests, requests, world.max_tokens)
     seconds = time.perf_counter() - began
     (trained.directory / "answers.jsonl").write_text(
         "".join(
             json.dumps({"adapter": name, "prompt": i, "answer": results[name, i].answer.text}) + "\n"
-            for name, i in asked
+            for name, i in requests
         ),
         encoding="utf-8",
     )
@@ -113,13 +122,13 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
         "engine": engine.name,
         "answer_seconds": round(seconds, 1),
         "num_tests": len(tests),
-        "scores": evaluations(tests, held, chosen, results, world),
-        "routing": _routing(bundle, tests, everywhere),
+        "scores": evaluations(tests, client_tasks, decisions, results, world),
+        "routing": _routing(bundle, tests, global_decisions),
         "rounds": _rounds(trained),
         "traffic": _traffic(trained),
     }
     if has_curve(settings, trained.cell):
-        line["curve"] = curve(trained, tests, [d.model for d in everywhere], engine, world)
+        line["curve"] = curve(trained, tests, [d.model for d in global_decisions], engine, world)
     if trained.config.method == "fedrouter":
         if world.unseen:
             line["unseen"] = beyond(trained, embedder, engine, world)
@@ -129,50 +138,57 @@ def tested(settings: Settings, trained: Trained, engine: Engine) -> Line:
 
 
 def embedder_of(bundle: Bundle, engine: Engine | None = None) -> Embedder:
-    """Return a bundle's embedder, from the engine where that has it already."""
-    there = engine.embedder(bundle) if isinstance(engine, Transformers) else None
-    return there or find_embedder(bundle, find_base(bundle))
+    """Return a bundle's embedder; reuses the engine's base model if possible."""
+    shared = engine.embedder(bundle) if isinstance(engine, Transformers) else None
+    return shared or find_embedder(bundle, find_base(bundle))
 
 
 def answered(
     engine: Engine,
     adapters: Mapping[str, Path],
     tests: Sequence[TaggedRecord],
-    asked: Sequence[tuple[str, int]],
+    requests: Sequence[tuple[str, int]],
     max_tokens: int,
 ) -> dict[tuple[str, int], Result]:
-    """Ask each (adapter, test record) and score what is answered."""
-    if not asked:
+    """Generate and score the answer to each request: an adapter's name and the number of a test."""
+    if not requests:
         return {}
-    texts = engine.answers(adapters, [(name, tests[i].record.turns) for name, i in asked], max_tokens)
+    texts = engine.answers(adapters, [(name, tests[i].record.turns) for name, i in requests], max_tokens)
     return {
-        (name, i): score(tests[i], Answer(text, name)) for (name, i), text in zip(asked, texts, strict=True)
+        (name, i): score(tests[i], Answer(text, name))
+        for (name, i), text in zip(requests, texts, strict=True)
     }
 
 
 def evaluations(
     tests: Sequence[TaggedRecord],
-    held: Mapping[str, set[str | None]],
-    chosen: Mapping[str, Mapping[str, Sequence[Decision]]],
+    client_tasks: Mapping[str, set[str | None]],
+    decisions: Mapping[str, Mapping[str, Sequence[Decision]]],
     results: Mapping[tuple[str, int], Result],
     world: World,
 ) -> Line:
-    """Return the scores of each evaluation: by task and metric; by prompt in the world's metric."""
+    """Return the scores of each evaluation: by task and metric; by prompt in the world's metric.
+
+    Parameters
+    ----------
+    client_tasks : the tasks of each client's rows.
+    decisions : by routing and client, one per test.
+    results : by adapter and number of the test.
+    """
     found: Line = {}
     for routing in ROUTINGS:
         for kind in TESTS:
             if (routing, kind) == ("global", "own"):
-                continue  # all clients hold equally many tasks, so it is the same as "all"
-            means: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
-            for i, one in enumerate(tests):
-                askers = [c for c in held if kind == "all" or one.record.task in held[c]]
-                own = [results[chosen[routing][client][i].model, i] for client in askers]
+                continue  # the same as "all", because all clients have equally many tasks
+            by_prompt: dict[str, list[float]] = {metric: [] for metric in METRICS}
+            for i, test in enumerate(tests):
+                clients = [c for c in client_tasks if kind == "all" or test.record.task in client_tasks[c]]
+                answers = [results[decisions[routing][client][i].model, i] for client in clients]
                 for metric in METRICS:
-                    means[metric].append([getattr(result, metric) for result in own])
-            by_prompt = {metric: [float(np.mean(each)) for each in means[metric]] for metric in METRICS}
+                    by_prompt[metric].append(float(np.mean([getattr(result, metric) for result in answers])))
             tasks: dict[str, list[int]] = defaultdict(list)
-            for i, one in enumerate(tests):
-                tasks[one.task].append(i)
+            for i, test in enumerate(tests):
+                tasks[test.task].append(i)
             found[f"{routing}/{kind}"] = {
                 "tasks": {
                     task: {
@@ -190,42 +206,41 @@ def evaluations(
 
 
 def merged(trained: Trained, world: World, embedder: Embedder) -> tuple[list[Decision], dict[str, Mix]]:
-    """Return where prompts of tasks that nobody trained go, and which merges could answer them."""
-    vectors = embedder.embed([routing_text(one.record.turns) for one in unseen_of(world)])
+    """Return the decisions for prompts of untrained tasks, and the merged adapters that could answer them."""
+    vectors = embedder.embed([routing_text(test.record.turns) for test in unseen_of(world)])
     decisions = Router(trained.bundle, "nearest").route(vectors)
     mixes = [mix_of(trained.bundle, decision) for decision in decisions if decision.fallback]
     return decisions, {name_of(mix): mix for mix in mixes}
 
 
 def beyond(trained: Trained, embedder: Embedder, engine: Engine, world: World) -> Line:
-    """Return how prompts of tasks that nobody trained are answered, by who answers beyond the radius."""
+    """Return the scores for prompts of untrained tasks, by the policy for prompts beyond the radius."""
     bundle, tests = trained.bundle, unseen_of(world)
     decisions, mixes = merged(trained, world, embedder)
-    by: dict[str, list[str]] = {}  # who answers each prompt
+    adapters: dict[str, list[str]] = {}  # policy → the adapter that answers each prompt
     for kind in BEYOND:
-        by[kind] = [
+        adapters[kind] = [
             d.model
             if not d.fallback or kind == "nearest"
             else {"base": BASE_NAME, "generalist": bundle.generalist or BASE_NAME}.get(kind)
             or name_of(mix_of(bundle, d))
             for d in decisions
         ]
-    asked = sorted({(name, i) for own in by.values() for i, name in enumerate(own)})
-    plain = [(name, i) for name, i in asked if name not in mixes]
-    results = answered(engine, trained.adapters, tests, plain, world.max_tokens)
+    requests = sorted({(name, i) for names in adapters.values() for i, name in enumerate(names)})
+    unmixed = [(name, i) for name, i in requests if name not in mixes]
+    results = answered(engine, trained.adapters, tests, unmixed, world.max_tokens)
     if mixes:
         paths = write_mixes(bundle, mixes, trained.directory / "mixes")
-        results |= answered(
-            engine, paths, tests, [pair for pair in asked if pair[0] in mixes], world.max_tokens
-        )
+        mixed = [(name, i) for name, i in requests if name in mixes]
+        results |= answered(engine, paths, tests, mixed, world.max_tokens)
     found: Line = {}
-    for task in sorted({one.task for one in tests}):
-        rows = [i for i, one in enumerate(tests) if one.task == task]
+    for task in sorted({test.task for test in tests}):
+        rows = [i for i, test in enumerate(tests) if test.task == task]
         found[task] = {"beyond": round(float(np.mean([decisions[i].fallback for i in rows])), PLACES)}
-        for kind, names in by.items():
-            own = [results[names[i], i] for i in rows]
+        for kind, names in adapters.items():
+            answers = [results[names[i], i] for i in rows]
             found[task][kind] = {
-                metric: round(float(np.mean([getattr(result, metric) for result in own])), PLACES)
+                metric: round(float(np.mean([getattr(result, metric) for result in answers])), PLACES)
                 for metric in METRICS
             }
     return found
@@ -234,7 +249,7 @@ def beyond(trained: Trained, embedder: Embedder, engine: Engine, world: World) -
 def curve(
     trained: Trained, tests: Sequence[TaggedRecord], names: Sequence[str], engine: Engine, world: World
 ) -> list[float]:
-    """Return the score after each round, of the adapters that checkpoints hold; routed as in the end."""
+    """Return the score after each round, with the adapters in checkpoints and the final routing."""
     bundle, found = trained.bundle, []
     for checkpoint in sorted((trained.directory / "run" / "checkpoints").glob("round-*")):
         paths = {}
@@ -243,12 +258,12 @@ def curve(
             paths[cluster.adapter].mkdir(parents=True, exist_ok=True)
             shutil.copy(bundle.adapter_path(cluster) / CONFIG, paths[cluster.adapter])
             shutil.copy(checkpoint / f"cluster-{k}.safetensors", paths[cluster.adapter] / WEIGHTS)
-        asked = [(name, i) for i, name in enumerate(names)]
-        results = answered(engine, paths, tests, asked, world.max_tokens)
+        requests = [(name, i) for i, name in enumerate(names)]
+        results = answered(engine, paths, tests, requests, world.max_tokens)
         tasks: dict[str, list[float]] = defaultdict(list)
-        for key in asked:
-            tasks[tests[key[1]].task].append(getattr(results[key], world.metric))
-        found.append(round(float(np.mean([np.mean(own) for own in tasks.values()])), PLACES))
+        for name, i in requests:
+            tasks[tests[i].task].append(getattr(results[name, i], world.metric))
+        found.append(round(float(np.mean([np.mean(scores) for scores in tasks.values()])), PLACES))
     return found
 
 
@@ -275,7 +290,7 @@ def _metrics(trained: Trained) -> list[Line]:
 
 
 def _rounds(trained: Trained) -> list[Line]:
-    """Return each round's loss, and validation loss where rows are held back: means over examples."""
+    """Return each round's training loss and, if there is one, validation loss: means over examples."""
     rounds: dict[int, list[Line]] = defaultdict(list)
     for line in _metrics(trained):
         rounds[line["round"]].append(line)
@@ -283,32 +298,32 @@ def _rounds(trained: Trained) -> list[Line]:
     for number in sorted(rounds):
         lines = [line for line in rounds[number] if line["loss"] is not None]
         weights = [line["num_examples"] for line in lines]
-        one: Line = {"round": number}
+        means: Line = {"round": number}
         for key in ("loss", "validation"):
             values = [line[key] for line in lines if line.get(key) is not None]
             if values and len(values) == len(lines):
-                one[key] = round(float(np.average(values, weights=weights)), 5)
-        found.append(one)
+                means[key] = round(float(np.average(values, weights=weights)), 5)
+        found.append(means)
     return found
 
 
 def _traffic(trained: Trained) -> Line:
-    """Return the bytes that all clients send and receive in a round, before it and in it."""
+    """Return the size of an adapter, and the bytes that all clients send and receive in a round."""
     size = sum(4 * int(np.prod(shape)) for shape in trained.bundle.shapes.values())
-    if trained.config.method == "feddpa":  # the bundle's mixes are of twice the rank
+    if trained.config.method == "feddpa":  # the bundle's merged adapters have twice the rank
         size //= 2
     by_round = Counter[int]()
     for line in _metrics(trained):
         by_round[line["round"]] += line["num_clients"]
     if trained.config.method == "local":
         by_round.clear()  # nothing leaves a client
-    each = float(np.mean(list(by_round.values()))) if by_round else 0.0
-    return {"adapter_bytes": size, "bytes_per_round": round(2 * each * size)}  # there and back
+    num_updates = float(np.mean(list(by_round.values()))) if by_round else 0.0
+    return {"adapter_bytes": size, "bytes_per_round": round(2 * num_updates * size)}  # to clients and back
 
 
 def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[Decision]) -> Line:
     task_of = {c.name: c.task for c in bundle.clusters}
-    right = [task_of[d.cluster] == one.task for d, one in zip(decisions, tests, strict=True)]
+    right = [task_of[d.cluster] == test.task for d, test in zip(decisions, tests, strict=True)]
     rejected = [d.fallback for d in decisions]
     return {
         "accuracy": round(float(np.mean(right)), PLACES),
@@ -318,8 +333,8 @@ def _routing(bundle: Bundle, tests: Sequence[TaggedRecord], decisions: Sequence[
 
 def _map(trained: Trained) -> list[list[Any]]:
     """Return the clients' rows on a map (t-SNE): x, y, task, client."""
-    drawn = json.loads((trained.directory / "run" / "tsne.json").read_text(encoding="utf-8"))
+    tsne = json.loads((trained.directory / "run" / "tsne.json").read_text(encoding="utf-8"))
     return [
         [round(x, 1), round(y, 1), task, client]
-        for (x, y), task, client in zip(drawn["points"], drawn["tasks"], drawn["clients"], strict=True)
+        for (x, y), task, client in zip(tsne["points"], tsne["tasks"], tsne["clients"], strict=True)
     ]

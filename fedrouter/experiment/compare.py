@@ -1,8 +1,8 @@
-"""What results say: means over seeds, the best baseline, and how sure a difference is.
+"""Statistics of results: means over seeds, the best baseline, and confidence intervals of gains.
 
-A method is asked in one way or another (cell.py): FedRouter and the oracle route among all task clusters;
-a baseline answers with what the asking client has, as it was published. ``routed`` puts our router before a
-baseline's adapters as well: a stronger baseline that nobody published.
+FedRouter and the oracle are evaluated with global routing, baselines as published, with the adapters that the
+client has (see cell.py). ``routed`` also evaluates baselines with our router over their adapters, which makes
+them stronger than published.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +15,15 @@ from fedrouter.experiment.results import Line
 from fedrouter.experiment.settings import Settings
 from fedrouter.types import Float64s
 
-DRAWS = 2000  # of the bootstrap
-SURE = 95.0  # per cent that an interval holds
+DRAWS = 2000  # bootstrap samples
+CONFIDENCE = 95.0  # per cent
 OURS = "fedrouter"
-ONE_ADAPTER = ("fedavg", "fedprox")  # whoever asks, whatever is routed
+ONE_ADAPTER = ("fedavg", "fedprox")  # routing makes no difference
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A method, and how it is asked."""
+    """A method and how it is evaluated."""
 
     method: str
     routing: str  # "global" | "local"
@@ -37,15 +37,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """All seeds' scores of one (world, scenario, method), asked in one way."""
+    """All seeds' scores of a (world, scenario, method) in one evaluation."""
 
     seeds: tuple[int, ...]
-    prompts: tuple[Float64s, ...]  # a task each: (seeds, prompts)
+    prompts: tuple[Float64s, ...]  # one array per task: (seeds, prompts)
 
     @property
     def by_seed(self) -> Float64s:
         """(seeds,): the mean over tasks."""
-        return np.asarray(np.mean([own.mean(axis=1) for own in self.prompts], axis=0))
+        return np.asarray(np.mean([scores.mean(axis=1) for scores in self.prompts], axis=0))
 
     @property
     def mean(self) -> float:
@@ -60,22 +60,22 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """How much better one is than another, relative; with a paired bootstrap interval."""
+    """Relative gain over another method, with a paired bootstrap interval."""
 
     over: Asked
     gain: float
     low: float
     high: float
-    num_seeds: int  # that both have
+    num_seeds: int  # seeds that both methods have
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 class Results:
-    """Lines of results, looked into by world, scenario and method."""
+    """Lines of results, accessed by world, scenario and method."""
 
     def __init__(self, lines: Iterable[Line]):
         self.lines = [line for line in lines if "scores" in line]
@@ -89,27 +89,27 @@ class Results:
     def scores(
         self, world: str, scenario: str, asked: Asked, seeds: Sequence[int] | None = None
     ) -> Scores | None:
-        """Return a method's scores, of ``seeds`` or of all there are; None without any."""
+        """Return a method's scores for ``seeds`` (None: all); None if there are no results."""
         lines = [li for li in self.of(world, scenario, asked.method) if seeds is None or li["seed"] in seeds]
         if not lines:
             return None
-        kept = [_prompts(line, asked.evaluation) for line in lines]
-        tasks = sorted(kept[0])
+        by_seed = [_prompts(line, asked.evaluation) for line in lines]
+        tasks = sorted(by_seed[0])
         return Scores(
             tuple(int(line["seed"]) for line in lines),
-            tuple(np.array([own[task] for own in kept]) for task in tasks),
+            tuple(np.array([scores[task] for scores in by_seed]) for task in tasks),
         )
 
 
 def native(method: str, tests: str, settings: Settings) -> Asked:
-    """Return how a method is asked as it was published."""
+    """Return a method's evaluation as it was published."""
     kind = str(settings.methods[method].get("method", method))
     routed = kind in (OURS, "oracle", *ONE_ADAPTER)
     return Asked(method, "global" if routed else "local", tests)
 
 
 def baselines(settings: Settings, world: str, tests: str, routed: bool) -> list[Asked]:
-    """Return the baselines that are not told a task; ``routed``: with our router before them as well."""
+    """Return the baselines that do not know the tasks; ``routed``: also with our router."""
     found = []
     for method in settings.worlds[world].methods or settings.methods:
         values = settings.methods[method]
@@ -123,16 +123,16 @@ def baselines(settings: Settings, world: str, tests: str, routed: bool) -> list[
 
 
 def best(results: Results, world: str, scenario: str, among: Sequence[Asked]) -> Asked | None:
-    """Return who has the highest mean."""
+    """Return the evaluation with the highest mean; None without results."""
     means = {asked: found.mean for asked in among if (found := results.scores(world, scenario, asked))}
     return max(means, key=lambda asked: means[asked], default=None)
 
 
 def gain(results: Results, world: str, scenario: str, ours: Asked, other: Asked) -> Gain | None:
-    """Return the relative gain of ``ours`` over ``other``, over the seeds that both have.
+    """Return the relative gain of ``ours`` over ``other`` on the seeds that both have.
 
-    The interval comes from a paired bootstrap in two stages: seeds are drawn with replacement, then each
-    task's prompts, the same ones for both.
+    The interval comes from a paired two-stage bootstrap: seeds are drawn with replacement, then each task's
+    prompts; both methods get the same draws.
     """
     ours_all, other_all = (results.scores(world, scenario, asked) for asked in (ours, other))
     if ours_all is None or other_all is None:
@@ -141,13 +141,13 @@ def gain(results: Results, world: str, scenario: str, ours: Asked, other: Asked)
     a, b = (results.scores(world, scenario, asked, seeds) for asked in (ours, other))
     if not seeds or a is None or b is None or not b.mean:
         return None
-    low, high = np.percentile(drawn_gains(a, b), [(100 - SURE) / 2, (100 + SURE) / 2])
+    low, high = np.percentile(drawn_gains(a, b), [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
     return Gain(other, a.mean / b.mean - 1, float(low), float(high), len(seeds))
 
 
 def drawn_gains(a: Scores, b: Scores, num: int = DRAWS, seed: int = 0) -> Float64s:
     """Return relative gains of ``a`` over ``b`` in bootstrap samples, (num,)."""
-    seeds, prompts = _weights(num, len(a.seeds), tuple(own.shape[1] for own in a.prompts), seed)
+    seeds, prompts = _weights(num, len(a.seeds), tuple(scores.shape[1] for scores in a.prompts), seed)
     totals = np.zeros((2, num))
     for weights, *pair in zip(prompts, a.prompts, b.prompts, strict=True):
         totals += [np.einsum("np,np->n", seeds @ scores, weights) for scores in pair]
@@ -156,10 +156,9 @@ def drawn_gains(a: Scores, b: Scores, num: int = DRAWS, seed: int = 0) -> Float6
 
 @cache
 def _weights(num: int, seeds: int, prompts: tuple[int, ...], seed: int) -> tuple[Float64s, list[Float64s]]:
-    """Return what each seed, and each prompt of each task, counts in ``num`` bootstrap samples.
+    """Return the weights of seeds, (num, seeds), and of each task's prompts, (num, prompts), in samples.
 
-    Drawing with replacement is drawing how often each comes: (num, seeds) and a (num, prompts) a task, whose
-    rows sum to 1.
+    They are relative frequencies in ``num`` draws with replacement, so rows sum to 1.
     """
     draw = np.random.default_rng(seed)
     all_ = [draw.multinomial(size, np.full(size, 1 / size), num) / size for size in (seeds, *prompts)]
@@ -169,12 +168,14 @@ def _weights(num: int, seeds: int, prompts: tuple[int, ...], seed: int) -> tuple
 def task_means(results: Results, world: str, scenario: str, asked: Asked, metric: str) -> dict[str, float]:
     """Return the mean over seeds in ``metric``, by task."""
     lines = results.of(world, scenario, asked.method)
-    own = [evaluation(line, asked.evaluation)["tasks"] for line in lines]
-    return {task: float(np.mean([o[task][metric] for o in own])) for task in sorted(own[0])} if own else {}
+    by_seed = [evaluation(line, asked.evaluation)["tasks"] for line in lines]
+    if not by_seed:
+        return {}
+    return {task: float(np.mean([seed[task][metric] for seed in by_seed])) for task in sorted(by_seed[0])}
 
 
 def evaluation(line: Line, name: str) -> Mapping[str, Mapping[str, dict[str, float]]]:
-    """Return an evaluation's scores, which may stand under the name of another one."""
+    """Return an evaluation's scores; follows a reference to an equal evaluation."""
     found = line["scores"][name]
     return line["scores"][found["same as"]] if "same as" in found else found  # type: ignore[no-any-return]
 

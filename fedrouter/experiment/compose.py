@@ -1,7 +1,7 @@
-"""Adapters merged for prompts of no task cluster: the nearest ones, weighted by how near they are.
+"""Merged adapters for prompts of no task cluster: the nearest adapters, weighted by distance.
 
-As LoRA composition does (LORAUTER; LoraHub, Huang et al. 2023): the merged adapter's product is exactly the
-weighted sum of the products. Weights are rounded to quarters, so that a server could hold all merges.
+As in LoRA composition (LORAUTER; LoraHub, Huang et al. 2023), the merged product BA is exactly the weighted
+sum of the products. Weights are rounded to quarters, so that a server can load all merged adapters.
 """
 
 import json
@@ -17,13 +17,13 @@ from fedrouter.train.lora import stack
 from fedrouter.types import Decision
 
 NEAREST = 2
-STEPS = 4  # weights are multiples of one in so many
+STEPS = 4  # weights are multiples of 1 / STEPS
 
 Mix = tuple[tuple[str, int], ...]  # (adapter, weight in quarters), nearest first
 
 
 def mix_of(bundle: Bundle, decision: Decision) -> Mix:
-    """Return the two nearest task clusters' adapters, weighted by inverse squared distance."""
+    """Return the adapters of the two nearest task clusters, weighted by inverse squared distance."""
     adapter_of = {c.name: c.adapter for c in bundle.clusters}
     nearest = list(decision.distances.items())[:NEAREST]  # nearest first
     shares = [1 / max(distance, 1e-9) ** 2 for _, distance in nearest]
@@ -38,7 +38,7 @@ def name_of(mix: Mix) -> str:
 
 
 def write_mixes(bundle: Bundle, mixes: Mapping[str, Mix], directory: Path) -> dict[str, Path]:
-    """Write merged adapters, all of rank 2r, as PEFT does; return their directories by name."""
+    """Write merged adapters, all of rank 2r, in PEFT's format; return their directories by name."""
     paths = {}
     for name, mix in mixes.items():
         parts = list(mix) if len(mix) == NEAREST else [mix[0], (mix[0][0], 0)]

@@ -1,8 +1,8 @@
-"""Who answers test prompts: adapters on a base model, greedily, either way.
+"""Engines that generate the answers to test prompts, with greedy decoding.
 
-``Transformers`` runs in this process, on a GPU where there is one: all adapters of a bundle answer in the
-same batches (stacked.py). ``Vllm`` asks a server that holds the adapters of many cells. A cell says in its
-results which of them answered: their arithmetic differs, and so does a word here and there.
+``Transformers`` runs in this process, on a GPU if there is one; all adapters of a bundle share its batches
+(stacked.py). ``Vllm`` uses a server that has the adapters of many cells. A cell's results name the engine,
+because rounding differs between them and with it some words.
 """
 
 import asyncio
@@ -21,31 +21,31 @@ from fedrouter.route import BASE_NAME
 from fedrouter.stacked import StackedAdapters
 from fedrouter.types import AdapterState, Turn
 
-ROWS = 16  # prompts of one adapter that lie together
-TOKENS_CPU, TOKENS_GPU = 16_384, 131_072  # of prompts and answers in one batch, padding counted
-AT_ONCE, TIMEOUT_S = 32, 300.0  # requests to a server
+ROWS = 16  # prompts per block; a block has one adapter
+TOKENS_CPU, TOKENS_GPU = 16_384, 131_072  # tokens of prompts and answers in one batch, with padding
+CONCURRENCY, TIMEOUT_S = 32, 300.0  # of requests to a server
 
 Conversation = Sequence[Turn]
 
 
 class Engine(Protocol):
-    """Answers prompts by adapter."""
+    """Generates answers with adapters."""
 
     name: str
 
     def answers(
         self, adapters: Mapping[str, Path], asked: Sequence[tuple[str, Conversation]], max_tokens: int
     ) -> list[str]:
-        """Return the answer to each (adapter, conversation); an adapter that is not given is the base."""
+        """Return the answer to each (adapter, conversation); for a name not in ``adapters`` the base's."""
         ...
 
 
 class Transformers:
-    """The base model in this process, adapters stacked into it.
+    """The base model in this process, with stacked adapters.
 
     Parameters
     ----------
-    path : of the base model.
+    path : directory of the base model.
     """
 
     name = "transformers"
@@ -58,7 +58,7 @@ class Transformers:
         self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def embedder(self, bundle: Bundle) -> Embedder | None:
-        """Return the bundle's embedder where it is this base, so that it need not be loaded again."""
+        """Return the bundle's embedder if it is this base, so that the base is loaded only once."""
         if bundle.embedder.kind != "base":
             return None
         return HiddenStateEmbedder(self._model.base_model, self._tokenizer, bundle.embedder)
@@ -92,7 +92,7 @@ class Transformers:
     def _batches(
         self, adapters: Sequence[int], prompts: Sequence[list[int]], max_tokens: int
     ) -> list[list[tuple[int, list[int]]]]:
-        """Return batches of blocks (adapter, up to ``ROWS`` prompts), prompts of like length together."""
+        """Return batches of blocks (adapter, up to ``ROWS`` prompts) of similar length."""
         order = sorted(range(len(prompts)), key=lambda i: (adapters[i], len(prompts[i]), i))
         blocks: list[tuple[int, list[int]]] = []
         for i in order:
@@ -114,7 +114,7 @@ class Transformers:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         device = self._model.device
-        made = self._model.generate(
+        generated = self._model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
@@ -122,16 +122,16 @@ class Transformers:
             pad_token_id=pad,
             eos_token_id=sorted(self._ends),
         )
-        texts: list[str] = self._tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        texts: list[str] = self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
         return texts
 
 
 class Vllm:
-    """A server that holds all adapters that will be asked for, by the same names.
+    """A server that has all adapters under the same names.
 
     Parameters
     ----------
-    url : of ``fedrouter serve``, or of vLLM itself.
+    url : address of ``fedrouter serve`` or of vLLM.
     """
 
     name = "vllm"
@@ -147,7 +147,7 @@ class Vllm:
         Raises
         ------
         ServingError
-            If a prompt gets none, after retries.
+            If a prompt gets no answer, after retries.
         """
         names = [name if name in adapters else BASE_NAME for name, _ in asked]
         return asyncio.run(
@@ -155,17 +155,17 @@ class Vllm:
         )
 
     async def _ask(self, asked: Sequence[tuple[str, Conversation]], max_tokens: int) -> list[str]:
-        gate = asyncio.Semaphore(AT_ONCE)
+        semaphore = asyncio.Semaphore(CONCURRENCY)
         async with Endpoint(self._url, api_key=None, timeout_s=TIMEOUT_S, retries=3) as endpoint:
 
-            async def one(name: str, turns: Conversation) -> str:
-                async with gate:
+            async def answer_of(name: str, turns: Conversation) -> str:
+                async with semaphore:
                     answer = await endpoint.ask(name, turns, max_tokens=max_tokens, temperature=0.0)
                 if answer.error is not None:
                     raise ServingError(f"{name} did not answer: {answer.error}")
                 return answer.text
 
-            return list(await asyncio.gather(*(one(name, turns) for name, turns in asked)))
+            return list(await asyncio.gather(*(answer_of(name, turns) for name, turns in asked)))
 
 
 def _scale(directory: Path) -> float:

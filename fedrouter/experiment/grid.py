@@ -1,4 +1,4 @@
-"""From an experiment's settings to cells, and from a cell to the configuration that it trains with."""
+"""An experiment's settings → cells; a cell → its training configuration."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from fedrouter.errors import ConfigError
 from fedrouter.evaluate import TaggedRecord, first_of_each_task, load
 from fedrouter.experiment.settings import Settings, Values, World
 
-OURS = ("given", "told")  # keys of a method that are none of a training configuration's
-MANY = 1000  # checkpoints: all of them
+FLAGS = ("given", "told")  # keys of a method that are not part of a training configuration
+ALL_CHECKPOINTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +27,26 @@ class Cell:
     method: str
     seed: int
     rate: float | None = None  # learning rate; None: as configured
-    search: bool = False  # trained to judge its learning rate, not to be tested
+    search: bool = False  # trained for the learning rate search, not tested
 
     @property
     def key(self) -> str:
-        """What tells it from all others; also its directory."""
+        """The cell's unique name and relative directory."""
         name = f"{self.world}/{self.scenario}/{self.method}/{self.seed}"
         return f"search/{name}/{self.rate:g}" if self.search else name
 
 
 def cells_of(settings: Settings, only: Sequence[str] = ()) -> list[Cell]:
-    """Return the grid's cells, seed by seed, so that what is interrupted holds whole comparisons.
+    """Return the grid's cells, ordered by seed, so that an interrupted grid has complete comparisons.
 
     Parameters
     ----------
-    only : patterns of keys (``english-6m/*``); without: all.
+    only : patterns of keys (``english-6m/*``); empty: all cells.
+
+    Raises
+    ------
+    ConfigError
+        If no cell matches.
     """
     cells = [
         Cell(name, scenario, method, seed)
@@ -52,12 +57,12 @@ def cells_of(settings: Settings, only: Sequence[str] = ()) -> list[Cell]:
     ]
     kept = [c for c in cells if not only or any(fnmatch(c.key, pattern) for pattern in only)]
     if not kept:
-        raise ConfigError(f"no cell of this experiment is named like {', '.join(only)}")
+        raise ConfigError(f"no cell of this experiment matches {', '.join(only)}")
     return kept
 
 
 def search_of(settings: Settings, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that find the learning rates of ``cells``."""
+    """Return the cells of the learning rate search for ``cells``."""
     search = settings.search
     if search is None:
         return []
@@ -72,59 +77,66 @@ def search_of(settings: Settings, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def with_rate(settings: Settings, cell: Cell, losses: Mapping[float, float]) -> Cell:
-    """Return the cell with its learning rate: given, the best of ``losses`` by rate, or as configured."""
+    """Return the cell with its learning rate: the world's, else the best in ``losses``, else as configured.
+
+    Parameters
+    ----------
+    losses : validation loss by learning rate.
+    """
     given = settings.worlds[cell.world].rates.get(cell.method)
     best = min(losses, key=lambda rate: (losses[rate], rate), default=None)
     return replace(cell, rate=given if given is not None else best)
 
 
 def config_of(settings: Settings, cell: Cell, num_tasks: int) -> Config:
-    """Return what a cell trains with: the experiment's sections, the world's, the method's, then the cell's.
+    """Return a cell's training configuration: sections of the experiment, the world, the method, the cell.
+
+    Later ones override earlier ones.
 
     Raises
     ------
     ConfigError
-        If they do not fit together.
+        If the settings do not fit together.
     """
     world = settings.worlds[cell.world]
-    own = settings.methods[cell.method]
+    method = settings.methods[cell.method]
     values = copy.deepcopy(settings.run)
-    for more in (world.run, {k: v for k, v in own.items() if k not in OURS}):
+    for more in (world.run, {k: v for k, v in method.items() if k not in FLAGS}):
         merge(values, more)
     values.setdefault("method", cell.method)
     merge(values, {"seed": cell.seed, "data": {"partition": cell.scenario}})
     if values["method"] not in ("fedrouter", "clustered"):
         values.pop("cluster", None)
-    elif own.get("given"):
+    elif method.get("given"):
         merge(values, {"cluster": {"global": num_tasks}})
-        if values["cluster"].get("method") == "kmeans":  # as many local clusters as tasks that a client holds
-            held = {"single": 1, "dual": 2}.get(cell.scenario, num_tasks)
-            merge(values, {"cluster": {"local": held}})
+        if values["cluster"].get("method") == "kmeans":
+            num_client_tasks = {"single": 1, "dual": 2}.get(cell.scenario, num_tasks)
+            merge(values, {"cluster": {"local": num_client_tasks}})
     if cell.rate is not None:
         rates = {"learning_rate": cell.rate, "learning_rate_end": settings.rate_end * cell.rate}
         merge(values, {"train": rates})
     if has_curve(settings, cell):
-        merge(values, {"train": {"keep_checkpoints": MANY}})
+        merge(values, {"train": {"keep_checkpoints": ALL_CHECKPOINTS}})
     if cell.search and settings.search:
         merge(values, {"train": {"validation": settings.search.validation}})
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        said = "; ".join(
+        problems = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         )
-        raise ConfigError(f"cell {cell.key}: {said}") from error
+        raise ConfigError(f"cell {cell.key}: {problems}") from error
 
 
 def is_shown(settings: Settings, cell: Cell) -> bool:
-    """Tell whether a cell is the one of its method that pictures show: scenario dual, the first seed."""
+    """Return whether figures show this cell: scenario dual, first seed."""
     first = (settings.worlds[cell.world].seeds or settings.seeds)[0]
     return (cell.scenario, cell.seed, cell.search) == ("dual", first, False)
 
 
 def has_curve(settings: Settings, cell: Cell) -> bool:
-    """Tell whether a cell is tested after every round."""
+    """Return whether a cell is tested after every round."""
     return cell.method in settings.worlds[cell.world].curve and is_shown(settings, cell)
 
 
@@ -134,12 +146,12 @@ def questions_of(world: World) -> list[TaggedRecord]:
 
 
 def unseen_of(world: World) -> list[TaggedRecord]:
-    """Return its test records of other tasks."""
+    """Return a world's test records of untrained tasks."""
     return _records(tuple(world.unseen), world.num_per_task)
 
 
 def merge(values: Values, more: Mapping[str, Any]) -> None:
-    """Put ``more`` over ``values``, section by section."""
+    """Merge ``more`` into ``values``, section by section; ``more`` overrides."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
             merge(values[key], value)

@@ -19,20 +19,20 @@ def bars(path: Path, title: str, values: Mapping[str, Mapping[str, tuple[float, 
 
     Parameters
     ----------
-    values : by group, then by series: (mean, deviation; nan for none).
+    values : by group, then by series: (mean, standard deviation or nan).
     """
     series = list(dict.fromkeys(name for group in values.values() for name in group))
     width = max(14, min(26, 640 // max(1, len(values) * (len(series) + 1))))
     right = LEFT + max(360, len(values) * (len(series) + 1) * width)
     top = _ceiling(m + (0 if math.isnan(d) else d) for group in values.values() for m, d in group.values())
     body = [_text(14, 18, title, bold=True), *_scale(top, right, unit)]
-    for g, (group, own) in enumerate(values.items()):
+    for g, (group, by_series) in enumerate(values.items()):
         start = LEFT + g * (len(series) + 1) * width + width / 2
         body.append(_text(start, HEIGHT - BOTTOM + 18, group))
         for s, name in enumerate(series):
-            if name not in own:
+            if name not in by_series:
                 continue
-            mean, deviation = own[name]
+            mean, deviation = by_series[name]
             x, y = start + s * width, _y(mean / top)
             body.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 3}" height="{_y(0) - y:.1f}" '
@@ -46,8 +46,8 @@ def bars(path: Path, title: str, values: Mapping[str, Mapping[str, tuple[float, 
 
 
 def lines(path: Path, title: str, series: Series, along: str, unit: str, logarithmic: bool = False) -> None:
-    """Draw lines through points; ``logarithmic``: of the horizontal axis."""
-    points = [point for own in series.values() for point in own]
+    """Draw lines through points; ``logarithmic`` is for the horizontal axis."""
+    points = [point for line in series.values() for point in line]
     place = math.log10 if logarithmic else float
     xs = [place(x) for x, _ in points]
     least, most = min(xs), max(xs)
@@ -61,17 +61,17 @@ def lines(path: Path, title: str, series: Series, along: str, unit: str, logarit
     for x in sorted({x for x, _ in points}):
         shown = f"{x / 1e6:.3g} M" if logarithmic else f"{x:g}"
         body.append(_text(at(x) - 10, HEIGHT - BOTTOM + 18, shown))
-    for s, own in enumerate(series.values()):
-        path_points = " ".join(f"{at(x):.1f},{_y(y / top):.1f}" for x, y in sorted(own))
+    for s, line in enumerate(series.values()):
+        path_points = " ".join(f"{at(x):.1f},{_y(y / top):.1f}" for x, y in sorted(line))
         body.append(f'<polyline fill="none" stroke="{_colour(s)}" stroke-width="2" points="{path_points}"/>')
         body += [
-            f'<circle cx="{at(x):.1f}" cy="{_y(y / top):.1f}" r="3" fill="{_colour(s)}"/>' for x, y in own
+            f'<circle cx="{at(x):.1f}" cy="{_y(y / top):.1f}" r="3" fill="{_colour(s)}"/>' for x, y in line
         ]
     _write(path, right, body, list(series))
 
 
 def embedding_map(path: Path, title: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Draw a map of clients' rows: (x, y, task, client); a colour a task."""
+    """Draw a map of clients' rows, (x, y, task, client), with one colour per task."""
     tasks = sorted({str(row[2]) for row in rows})
     xs, ys = [float(row[0]) for row in rows], [float(row[1]) for row in rows]
     right = LEFT + PLOT * 1.4

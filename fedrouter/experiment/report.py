@@ -1,4 +1,4 @@
-"""An experiment's results as a page, tables for papers, a tidy file and pictures."""
+"""An experiment's results as a page, LaTeX tables, a CSV file and figures."""
 
 import math
 from collections import defaultdict
@@ -13,7 +13,7 @@ from fedrouter.experiment import pictures
 from fedrouter.experiment.compare import OURS, Asked, Results, gain, native
 from fedrouter.experiment.results import METRICS, RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
-from fedrouter.experiment.tables import Table, against_best, tables, tidy, told
+from fedrouter.experiment.tables import Table, against_best, gain_text, tables, tidy
 from fedrouter.files import write_atomically
 
 SETTINGS, PAGE = "experiment.json", "report.html"
@@ -27,7 +27,7 @@ th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right 
 th:first-child, td:first-child { text-align: left }
 td { font-variant-numeric: tabular-nums }
 </style>"""
-SIZES = (OURS, "fedavg", "local", "oracle")  # methods in the picture of scores over sizes
+SIZES = (OURS, "fedavg", "local", "oracle")  # methods in the figure of scores over sizes of the base
 
 
 def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> list[Table]:
@@ -35,13 +35,13 @@ def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> li
     results = Results(lines.values())
     found = [
         claims(settings, results),
-        *tables(settings, results, [li for li in lines.values() if "loss" in li]),
+        *tables(settings, results, [line for line in lines.values() if "loss" in line]),
     ]
     out.mkdir(parents=True, exist_ok=True)
-    drawn = draw(settings, results, out / "figures")
+    figures = draw(settings, results, out / "figures")
     sections = [f"## {table.title}\n\n{table.markdown()}\n" for table in found]
-    sections += [f"![{name}](figures/{name}.svg)\n" for name in drawn]
-    write_atomically(out / PAGE, _page(found, drawn, out / "figures"))
+    sections += [f"![{name}](figures/{name}.svg)\n" for name in figures]
+    write_atomically(out / PAGE, _page(found, figures, out / "figures"))
     write_results(out / RESULTS, lines)
     write_atomically(out / SETTINGS, settings.model_dump_json(indent=2) + "\n")
     write_atomically(out / "report.md", "\n".join(sections))
@@ -51,31 +51,31 @@ def write_report(settings: Settings, lines: Mapping[str, Line], out: Path) -> li
 
 
 def show_report(out: Path) -> Path:
-    """Write an experiment's report again from its results; return the page.
+    """Write an experiment's report again from its results; return the page's path.
 
     Raises
     ------
     DataError
-        If ``out`` holds no experiment of this version.
+        If ``out`` is not an experiment of this version.
     """
     try:
         settings = Settings.model_validate_json((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{out}: no experiment's directory: {SETTINGS} is missing or of another version"
+            f"{out}: not the directory of an experiment: {SETTINGS} is missing or of another version"
         ) from error
     write_report(settings, read_results(out / RESULTS), out)
     return out / PAGE
 
 
-def _page(found: Sequence[Table], drawn: Sequence[str], figures: Path) -> str:
-    """Return one HTML file that asks nobody for anything."""
+def _page(found: Sequence[Table], names: Sequence[str], figures: Path) -> str:
+    """Return one HTML file without external resources."""
     parts = [STYLE, "<h1>Experiment</h1>"]
     for table in found:
         parts += [f"<h2>{escape(table.title)}</h2>", "<div><table>", _html_row("th", table.columns)]
         parts += [_html_row("td", row) for row in table.rows]
         parts.append("</table></div>")
-    parts += [f"<figure>{(figures / f'{name}.svg').read_text(encoding='utf-8')}</figure>" for name in drawn]
+    parts += [f"<figure>{(figures / f'{name}.svg').read_text(encoding='utf-8')}</figure>" for name in names]
     return "\n".join(parts) + "\n"
 
 
@@ -85,7 +85,7 @@ def _html_row(cell: str, texts: Sequence[str]) -> str:
 
 
 def claims(settings: Settings, results: Results) -> Table:
-    """Return the paper's claims beside what was measured, world by world."""
+    """Return the paper's claims and the measured values, world by world."""
     rows = []
     for world, shown in settings.worlds.items():
         label = shown.label or world
@@ -99,7 +99,7 @@ def claims(settings: Settings, results: Results) -> Table:
             if found:
                 reached = "" if wanted is None else _yes(found.gain >= wanted)
                 goal = "" if wanted is None else f"≥ {wanted:+.0%}" if wanted else "> 0"
-                rows.append([f"{label}: single, all tests, {name}", told(found), goal, reached])
+                rows.append([f"{label}: single, all tests, {name}", gain_text(found), goal, reached])
         for scenario in ("dual", "all"):
             for routed in (False, True):
                 found = against_best(settings, results, world, scenario, "own", routed)
@@ -109,7 +109,7 @@ def claims(settings: Settings, results: Results) -> Table:
                 over = f"the best baseline ({behind}: `{found.over.method}`)"
                 name = f"{label}: {scenario}, own tests, over {over}"
                 reached = "" if routed else _yes(found.gain >= 0.061)
-                rows.append([name, told(found), "" if routed else "≥ +6.1 %", reached])
+                rows.append([name, gain_text(found), "" if routed else "≥ +6.1 %", reached])
         for scenario in shown.scenarios or settings.scenarios:
             found = gain(results, world, scenario, ours, Asked("oracle", "global", "all"))
             if found:
@@ -138,11 +138,11 @@ def claims(settings: Settings, results: Results) -> Table:
 
 
 def draw(settings: Settings, results: Results, out: Path) -> list[str]:
-    """Draw all pictures that there are results for; return their names."""
-    return list(_drawn(settings, results, out))
+    """Draw all figures that there are results for; return their names."""
+    return list(_draw(settings, results, out))
 
 
-def _drawn(settings: Settings, results: Results, out: Path) -> Iterator[str]:
+def _draw(settings: Settings, results: Results, out: Path) -> Iterator[str]:
     sizes: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for world, shown in settings.worlds.items():
         label, unit = shown.label or world, METRICS[shown.metric]
@@ -154,8 +154,8 @@ def _drawn(settings: Settings, results: Results, out: Path) -> Iterator[str]:
                 found = results.scores(world, "single", asked)
                 assert found is not None
                 tasks = sorted(results.of(world, "single", method)[0]["scores"]["global/all"]["prompts"])
-                for task, own in zip(tasks, found.prompts, strict=True):
-                    seeds = own.mean(axis=1)
+                for task, prompts in zip(tasks, found.prompts, strict=True):
+                    seeds = prompts.mean(axis=1)
                     deviation = float(seeds.std(ddof=1)) if len(seeds) > 1 else math.nan
                     values[task][method] = float(seeds.mean()), deviation
             pictures.bars(out / f"{world}-tasks.svg", f"{label}: single, scored on all tasks", values, unit)
@@ -169,14 +169,14 @@ def _drawn(settings: Settings, results: Results, out: Path) -> Iterator[str]:
                 float(np.mean([line["traffic"]["bytes_per_round"] for line in lines])) / 2**20,
                 math.nan,
             )
-            rounds = [line["rounds"] for line in lines]
-            told = [
-                (float(n + 1), float(np.mean([own[n]["validation"] for own in rounds])))
-                for n in range(min(map(len, rounds)))
-                if all("validation" in own[n] for own in rounds)
+            by_seed = [line["rounds"] for line in lines]
+            validation = [
+                (float(n + 1), float(np.mean([rounds[n]["validation"] for rounds in by_seed])))
+                for n in range(min(map(len, by_seed)))
+                if all("validation" in rounds[n] for rounds in by_seed)
             ]
-            if told:
-                losses[method] = told
+            if validation:
+                losses[method] = validation
             if lines[0].get("curve"):
                 curves[method] = [(float(n), score) for n, score in enumerate(lines[0]["curve"], start=1)]
             if lines[0].get("map"):
@@ -193,7 +193,7 @@ def _drawn(settings: Settings, results: Results, out: Path) -> Iterator[str]:
             yield f"{world}-bytes"
         if losses:
             title = f"{label}: dual, validation loss over rounds"
-            pictures.lines(out / f"{world}-loss.svg", title, losses, "round", "nats a token")
+            pictures.lines(out / f"{world}-loss.svg", title, losses, "round", "nats per token")
             yield f"{world}-loss"
         if curves:
             title = f"{label}: dual, one seed, score over rounds"

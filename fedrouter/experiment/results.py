@@ -1,4 +1,4 @@
-"""Results as lines of JSON, one a cell."""
+"""Results as JSON Lines, one line per cell."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,18 @@ from fedrouter.files import write_atomically
 Line = dict[str, Any]
 RESULTS = "results.jsonl"
 METRICS = {"rouge_1": "ROUGE-1", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
-BEYOND = ("base", "nearest", "generalist", "composed")  # who answers prompts of no task cluster
+BEYOND = ("base", "nearest", "generalist", "composed")  # policies for prompts beyond the radius
 
 
 def read_results(path: Path) -> dict[str, Line]:
-    """Return the lines of a results file by cell; the last one of a cell counts.
+    """Return the lines of a results file by cell, the last line of each cell.
+
+    A truncated line at the end of the file is ignored.
 
     Raises
     ------
     DataError
-        If a line is none of ours; one that was cut off at the end is left out.
+        If another line is invalid.
     """
     if not path.exists():
         return {}
@@ -33,11 +35,11 @@ def read_results(path: Path) -> dict[str, Line]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue
-            raise DataError(f"{path}:{number}: no line of an experiment's results") from error
+            raise DataError(f"{path}:{number}: not a line of an experiment's results") from error
     return found
 
 
 def write_results(path: Path, lines: Mapping[str, Line]) -> None:
-    """Write all lines, in the order of their cells, atomically."""
+    """Write all lines atomically, sorted by cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))

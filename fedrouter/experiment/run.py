@@ -1,4 +1,4 @@
-"""All cells of an experiment, side by side in processes of their own; gone on with where they stopped."""
+"""All cells of an experiment, in parallel processes; an interrupted experiment can be resumed."""
 
 import gc
 import multiprocessing
@@ -45,15 +45,15 @@ def run_experiment(
 
     Parameters
     ----------
-    out : what cells leave on disk, one directory each, and the report; an interrupted one goes on there.
-    jobs : cells at a time, each in a process of its own; on a GPU they share it.
+    out : directory for the report and one directory per cell, in which an interrupted cell is resumed.
+    jobs : number of cells in parallel, each in a process; they share a GPU.
     only : patterns of cells (``english-6m/dual/*``).
-    results : the lines; ``results.jsonl`` in ``out`` if not given.
+    results : results file; default: ``results.jsonl`` in ``out``.
 
     Raises
     ------
     TrainingError
-        At the end, if cells failed; all others have their lines.
+        If cells failed; raised after all other cells have finished.
     """
     file = results or out / RESULTS
     lines = read_results(file)
@@ -63,17 +63,17 @@ def run_experiment(
     def work(todo: Sequence[Cell], pool: Pool) -> None:
         missing = [cell for cell in todo if cell.key not in lines]
         console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
-        ended = _side_by_side(settings, missing, out, pool)
+        finished = _in_parallel(settings, missing, out, pool)
         if settings.engine == "vllm" and not todo[0].search:
-            ended = _asked_of_vllm(settings, ended, out)
-        for cell, line in ended:
+            finished = _tested_with_vllm(settings, finished, out)
+        for cell, line in finished:
             if isinstance(line, str):
                 failed[cell.key] = line
                 console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
                 continue
             lines[cell.key] = line
             write_results(file, lines)
-            console.print(_told(line), highlight=False, soft_wrap=True, markup=False)
+            console.print(_summary(line), highlight=False, soft_wrap=True, markup=False)
 
     with _pool(jobs) as pool:
         search = search_of(settings, cells)
@@ -90,16 +90,16 @@ def run_experiment(
     if failed:
         first = next(iter(failed))
         raise TrainingError(
-            f"{len(failed)} cells failed, the first {first}: {failed[first]}; its train.log and error.txt in "
-            f"{out / first} say more; the same command tries them again"
+            f"{len(failed)} cells failed, the first was {first}: {failed[first]}; see train.log and "
+            f"error.txt in {out / first}; run the same command again to retry them"
         )
     return lines
 
 
-def _side_by_side(
+def _in_parallel(
     settings: Settings, cells: Sequence[Cell], out: Path, pool: Pool
 ) -> Iterator[tuple[Cell, Line | str]]:
-    """Yield each cell with its line, or with what went wrong, as they end."""
+    """Yield each finished cell with its line, or with an error message."""
     if pool is None:
         for cell in cells:
             yield cell, run_cell(settings, cell, out)
@@ -110,7 +110,7 @@ def _side_by_side(
             yield waiting[future], future.result()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():  # else it would be waited for until its cell ends
+        for child in multiprocessing.active_children():  # otherwise exit waits until its cell has finished
             child.terminate()
         raise
 
@@ -120,22 +120,22 @@ def _pool(jobs: int) -> Iterator[Pool]:
     if jobs == 1:
         yield None
         return
-    spawning = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP have open
+    context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, spawning, _begin, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _set_num_threads, (threads,)) as pool:
         yield pool
 
 
-def _asked_of_vllm(
-    settings: Settings, ended: Iterator[tuple[Cell, Line | str]], out: Path
+def _tested_with_vllm(
+    settings: Settings, finished: Iterator[tuple[Cell, Line | str]], out: Path
 ) -> Iterator[tuple[Cell, Line | str]]:
-    """Have trained cells answered: one server for all cells over the same base."""
+    """Test trained cells with one server per base, which has the adapters of all its cells."""
     groups: dict[Path, list[Trained]] = defaultdict(list)
-    for cell, line in ended:
+    for cell, line in finished:
         if isinstance(line, str):
             yield cell, line
             continue
-        trained = train_cell(settings, cell, out)  # it is there; this only loads it
+        trained = train_cell(settings, cell, out)  # only loads the finished run
         trained = replace(trained, seconds=line["train_seconds"])
         groups[find_base(trained.bundle)].append(trained)
     for cells in groups.values():
@@ -155,9 +155,9 @@ def _asked_of_vllm(
 
 
 def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
-    """Run one cell to its line, or to what went wrong: one cell must not end the others.
+    """Run a cell; return its line, or an error message, so that other cells continue.
 
-    With vLLM its training alone; the cells are asked together, afterwards.
+    With vLLM the cell is only trained; all cells are tested together afterwards.
     """
 
     def run() -> Line:
@@ -171,7 +171,7 @@ def run_cell(settings: Settings, cell: Cell, out: Path) -> Line | str:
     try:
         return _line(cell, out, run)
     finally:
-        gc.unfreeze()  # each training freezes what was there; the next cell needs the room
+        gc.unfreeze()  # training freezes objects; the next cell needs their memory
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -191,17 +191,17 @@ def _engine(path: Path, dtype: str, device: str, chat_template: str | None) -> T
     return Transformers(path, dtype, device, chat_template)
 
 
-def _begin(threads: int) -> None:
+def _set_num_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _told(line: Line) -> str:
+def _summary(line: Line) -> str:
     if "loss" in line:
         return f"{line['key']}: loss {line['loss']}, {line['train_seconds']} s"
     means = {
-        name: sum(sum(p) / len(p) for p in own["prompts"].values()) / len(own["prompts"])
-        for name, own in line["scores"].items()
-        if "prompts" in own
+        name: sum(sum(p) / len(p) for p in scores["prompts"].values()) / len(scores["prompts"])
+        for name, scores in line["scores"].items()
+        if "prompts" in scores
     }
     scores = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     return (

@@ -26,19 +26,19 @@ from fedrouter.experiment.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of text."""
+    """A table of strings."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """Return it as Markdown."""
+        """Return the table as Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def latex(self) -> str:
-        """Return it as LaTeX, for the package booktabs."""
+        """Return the table as LaTeX, for the package booktabs."""
         lines = [
             rf"% {self.title}",
             rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
@@ -53,7 +53,7 @@ class Table:
 
 
 def tables(settings: Settings, results: Results, searched: Sequence[Line]) -> Iterator[Table]:
-    """Yield all tables of what has results."""
+    """Yield all tables that there are results for."""
     worlds = [w for w in settings.worlds if any(line["world"] == w for line in results.lines)]
     for world in worlds:
         label = settings.worlds[world].label or world
@@ -61,45 +61,44 @@ def tables(settings: Settings, results: Results, searched: Sequence[Line]) -> It
             found = scores(settings, results, world, scenario)
             if found.rows:
                 yield found
-        for scenario, kind in (("dual", "own"), ("all", "own"), ("single", "all")):
-            if tasks := by_task(settings, results, world, scenario, kind):
-                yield tasks
-        if told := routing(settings, results, world):
-            yield told
-        if more := beyond(settings, results, world):
-            yield more
-        if lowest := convergence(settings, results, world):
-            yield lowest
-        if rates := searches(searched, world, label):
-            yield rates
-        if sent := traffic(settings, results, world):
-            yield sent
+        more = [
+            *(
+                by_task(settings, results, world, scenario, kind)
+                for scenario, kind in (("dual", "own"), ("all", "own"), ("single", "all"))
+            ),
+            routing(settings, results, world),
+            beyond(settings, results, world),
+            convergence(settings, results, world),
+            searches(searched, world, label),
+            traffic(settings, results, world),
+        ]
+        yield from (table for table in more if table is not None)
 
 
 def scores(settings: Settings, results: Results, world: str, scenario: str) -> Table:
-    """Return a scenario's scores: mean ± std over seeds, and what FedRouter gains over each."""
+    """Return a scenario's scores, mean ± standard deviation over seeds, and FedRouter's gains."""
     shown = settings.worlds[world]
     rows = []
     for method in shown.methods or settings.methods:
         kind = settings.methods[method].get("method", method)
         first = native(method, "own", settings)
-        ways = [first.routing]
+        routings = [first.routing]
         if kind not in ONE_ADAPTER:
-            ways.append("local" if first.routing == "global" else "global")
-        for way in ways:
+            routings.append("local" if first.routing == "global" else "global")
+        for routing_ in routings:
             cells, gains = [], []
             for tests in ("own", "all"):
-                asked = Asked(method, way, tests)
+                asked = Asked(method, routing_, tests)
                 found = results.scores(world, scenario, asked)
                 if found is None:
                     break
                 cells.append(spread(found.mean, found.spread))
                 ours = native(OURS, tests, settings)
-                more = None if asked == ours else gain(results, world, scenario, ours, asked)
-                gains.append(told(more))
+                over = None if asked == ours else gain(results, world, scenario, ours, asked)
+                gains.append(gain_text(over))
             if len(cells) == 2:
                 num = len(results.of(world, scenario, method))
-                rows.append([name_of(method, way, first.routing), str(num), *cells, *gains])
+                rows.append([name_of(method, routing_, first.routing), str(num), *cells, *gains])
     return Table(
         f"{shown.label or world}, scenario {scenario}: {METRICS[shown.metric]}",
         ["method", "seeds", "own tests", "all tests", "FedRouter's gain, own", "FedRouter's gain, all"],
@@ -108,7 +107,7 @@ def scores(settings: Settings, results: Results, world: str, scenario: str) -> T
 
 
 def summary(settings: Settings, results: Results, world: str) -> Table:
-    """Return one row a method: clients' own tasks in dual and all, all tasks in single."""
+    """Return one row per method: clients' own tasks in dual and all, all tasks in single."""
     columns = [("dual", "own"), ("all", "own"), ("single", "all")]
     rows = []
     for method in settings.worlds[world].methods or settings.methods:
@@ -134,7 +133,7 @@ def by_task(settings: Settings, results: Results, world: str, scenario: str, tes
 
 
 def routing(settings: Settings, results: Results, world: str) -> Table | None:
-    """Return what FedRouter found and where prompts went, with the share of the oracle's score."""
+    """Return FedRouter's number of adapters, routing accuracy, and share of the oracle's score."""
     rows = []
     for scenario in settings.worlds[world].scenarios or settings.scenarios:
         for method in settings.worlds[world].methods or settings.methods:
@@ -171,37 +170,37 @@ def routing(settings: Settings, results: Results, world: str) -> Table | None:
 
 
 def beyond(settings: Settings, results: Results, world: str) -> Table | None:
-    """Return who should answer prompts of no task that was trained."""
+    """Return the scores for prompts of untrained tasks by the policy for prompts beyond the radius."""
     rows = []
     metric = settings.worlds[world].metric
     for scenario in settings.worlds[world].scenarios or settings.scenarios:
         lines = [line for line in results.of(world, scenario, OURS) if "unseen" in line]
         for task in lines[0]["unseen"] if lines else ():
-            own = [line["unseen"][task] for line in lines]
+            by_seed = [line["unseen"][task] for line in lines]
             means = [
                 spread(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else float("nan"))
-                for v in ([o[who][metric] for o in own] for who in BEYOND)
+                for v in ([seed[policy][metric] for seed in by_seed] for policy in BEYOND)
             ]
-            rows.append([scenario, task, f"{np.mean([o['beyond'] for o in own]):.2f}", *means])
+            rows.append([scenario, task, f"{np.mean([seed['beyond'] for seed in by_seed]):.2f}", *means])
     label = settings.worlds[world].label or world
-    title = f"{label}: prompts of a task that nobody trained, by who answers beyond the radius"
+    title = f"{label}: prompts of untrained tasks, by the policy beyond the radius"
     return Table(title, ["scenario", "task", "share beyond", *BEYOND], rows) if rows else None
 
 
 def convergence(settings: Settings, results: Results, world: str) -> Table | None:
-    """Return the round in which a method's validation loss was lowest: the last one means too few."""
+    """Return the round in which a method's validation loss was lowest; the last one means too few rounds."""
     scenarios = settings.worlds[world].scenarios or settings.scenarios
     rows, last = [], 0
     for method in settings.worlds[world].methods or settings.methods:
         cells = []
         for scenario in scenarios:
-            told = [
-                [one["validation"] for one in line["rounds"]]
+            by_seed = [
+                [round_["validation"] for round_ in line["rounds"]]
                 for line in results.of(world, scenario, method)
-                if line["rounds"] and all("validation" in one for one in line["rounds"])
+                if line["rounds"] and all("validation" in round_ for round_ in line["rounds"])
             ]
-            last = max([last, *map(len, told)])
-            cells.append(f"{np.mean([np.argmin(own) + 1 for own in told]):.1f}" if told else "–")
+            last = max([last, *map(len, by_seed)])
+            cells.append(f"{np.mean([np.argmin(losses) + 1 for losses in by_seed]):.1f}" if by_seed else "–")
         if any(cell != "–" for cell in cells):
             rows.append([method, *cells])
     label = settings.worlds[world].label or world
@@ -210,42 +209,42 @@ def convergence(settings: Settings, results: Results, world: str) -> Table | Non
 
 
 def searches(searched: Iterable[Line], world: str, label: str) -> Table | None:
-    """Return each method's validation loss by learning rate; the lowest is taken."""
+    """Return each method's validation loss by learning rate; the lowest is in bold and was used."""
     found: dict[str, dict[float, float]] = {}
     for line in searched:
         if line["world"] == world and line.get("loss") is not None:
             found.setdefault(line["method"], {})[line["learning_rate"]] = line["loss"]
-    rates = sorted({rate for own in found.values() for rate in own})
+    rates = sorted({rate for losses in found.values() for rate in losses})
     rows = []
-    for method, own in found.items():
-        lowest = min(own, key=lambda rate: own[rate])
-        texts = [f"{own[r]:.3f}" if r in own else "–" for r in rates]
+    for method, losses in found.items():
+        lowest = min(losses, key=lambda rate: losses[rate])
+        texts = [f"{losses[r]:.3f}" if r in losses else "–" for r in rates]
         rows.append(
             [
                 method,
                 *(f"**{t}**" if r == lowest else t for r, t in zip(rates, texts, strict=True)),
             ]
         )
-    title = f"{label}: learning rates, validation loss in nats a token (mean over a method's adapters)"
+    title = f"{label}: learning rates, validation loss in nats per token (mean over a method's adapters)"
     return Table(title, ["method", *(f"{rate:g}" for rate in rates)], rows) if rows else None
 
 
 def traffic(settings: Settings, results: Results, world: str) -> Table | None:
-    """Return what travels in a round."""
+    """Return the bytes that all clients send and receive in a round."""
     rows = []
     for scenario in settings.worlds[world].scenarios or settings.scenarios:
         for method in settings.worlds[world].methods or settings.methods:
             lines = results.of(world, scenario, method)
             if lines:
-                sent = np.mean([line["traffic"]["bytes_per_round"] for line in lines]) / 2**20
-                rows.append([scenario, method, f"{sent:.1f}"])
+                size = np.mean([line["traffic"]["bytes_per_round"] for line in lines]) / 2**20
+                rows.append([scenario, method, f"{size:.1f}"])
     label = settings.worlds[world].label or world
     title = f"{label}: MiB that all clients send and receive in a round"
     return Table(title, ["scenario", "method", "MiB"], rows) if rows else None
 
 
 def tidy(results: Results) -> str:
-    """Return all scores as CSV, a line a cell, evaluation and task."""
+    """Return all scores as CSV, one line per cell, evaluation and task."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["world", "scenario", "method", "seed", "routing", "tests", "task", *METRICS, "engine"])
@@ -260,7 +259,7 @@ def tidy(results: Results) -> str:
 def against_best(
     settings: Settings, results: Results, world: str, scenario: str, tests: str, routed: bool
 ) -> Gain | None:
-    """Return FedRouter's gain over the best baseline that is not told the task."""
+    """Return FedRouter's gain over the best baseline that does not know the tasks."""
     other = best(results, world, scenario, baselines(settings, world, tests, routed))
     if other is None:
         return None
@@ -268,18 +267,22 @@ def against_best(
 
 
 def spread(mean: float, deviation: float) -> str:
-    """Write a mean with its standard deviation, if there is one."""
+    """Format a mean with its standard deviation, if there is one."""
     return f"{mean:.3f}" if np.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
 
 
-def told(found: Gain | None) -> str:
-    """Write a gain with its interval."""
+def gain_text(found: Gain | None) -> str:
+    """Format a gain with its interval."""
     return f"{found.gain:+.1%} [{found.low:+.1%}, {found.high:+.1%}]" if found else ""
 
 
-def name_of(method: str, way: str, first: str) -> str:
-    """Name a method and how it is asked, where that is not how it was published."""
-    return method if way == first else f"{method}, {'routed' if way == 'global' else 'local routing'}"
+def name_of(method: str, routing: str, published: str) -> str:
+    """Return a method's name, with its routing if that is not the published one."""
+    return (
+        method
+        if routing == published
+        else f"{method}, {'routed' if routing == 'global' else 'local routing'}"
+    )
 
 
 def _latex_row(cells: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""``fedrouter report``: one self-contained HTML file about a run, and its figures beside it.
+"""``fedrouter report``: one self-contained HTML file about a run, and its figures as separate files.
 
-gather.py   what is in a run, and how its bundle routes test data
-figures.py  figures, with Matplotlib
-page.py     all of it as one page
+gather.py   a run's files, and its bundle's routing of test data
+figures.py  the figures, drawn with Matplotlib
+page.py     the HTML page
 """
 
 from fedrouter.report.page import write_report

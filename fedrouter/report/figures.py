@@ -1,4 +1,4 @@
-"""The figures of a report: each is drawn from facts alone, and left out where there are none."""
+"""The figures of a report, drawn from ``Facts``; figures without data are left out."""
 
 import io
 from collections import defaultdict
@@ -30,7 +30,7 @@ STYLE: Any = {
     "ytick.color": "#666666",
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "svg.hashsalt": "fedrouter",  # the same facts, the same file
+    "svg.hashsalt": "fedrouter",  # makes files reproducible
     "axes.prop_cycle": cycler(color=COLOURS),
 }
 DPI = 150
@@ -39,7 +39,7 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", COLOURS[0]])
 
 
 def figures(facts: Facts) -> Iterator[tuple[str, str, Figure]]:
-    """Yield name, title and figure of everything that there are facts for."""
+    """Yield name, title and figure of every figure that there is data for."""
     every: Sequence[tuple[str, str, Callable[[Facts], Figure | None]]] = (
         ("losses", "Losses by round", losses),
         ("tsne", "Client embeddings (t-SNE)", embeddings),
@@ -69,19 +69,21 @@ def losses(facts: Facts) -> Figure | None:
     by_cluster: dict[str, list[Any]] = defaultdict(list)
     for line in facts.run["rounds"]:
         by_cluster[line["cluster"]].append(line)
-    told = {name: own for name, own in by_cluster.items() if any(one["loss"] is not None for one in own)}
-    if not told:
+    with_loss = {
+        name: lines for name, lines in by_cluster.items() if any(line["loss"] is not None for line in lines)
+    }
+    if not with_loss:
         return None
     figure, axes = _panels(1)
-    for (name, own), colour in zip(sorted(told.items()), _colours(len(told)), strict=True):
-        for key, line in (("loss", "-"), ("validation", "--")):
-            points = [(one["round"] + 1, one[key]) for one in own if one.get(key) is not None]
+    for (name, lines), colour in zip(sorted(with_loss.items()), _colours(len(with_loss)), strict=True):
+        for key, style in (("loss", "-"), ("validation", "--")):
+            points = [(line["round"] + 1, line[key]) for line in lines if line.get(key) is not None]
             if points:
                 label = name if key == "loss" else None
-                axes[0].plot(*zip(*points, strict=True), line, color=colour, marker="o", ms=3, label=label)
-    axes[0].set(xlabel="round", ylabel="loss, nats a token", ylim=(0, None))
+                axes[0].plot(*zip(*points, strict=True), style, color=colour, marker="o", ms=3, label=label)
+    axes[0].set(xlabel="round", ylabel="loss, nats per token", ylim=(0, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes[0], len(told))
+    _legend(axes[0], len(with_loss))
     return figure
 
 
@@ -92,11 +94,11 @@ def embeddings(facts: Facts) -> Figure | None:
     points = np.array(facts.tsne["points"])
     figure, axes = _panels(2, height=4.4)
     for panel, key, title in zip(axes, ("tasks", "clusters"), ("by task", "by task cluster"), strict=True):
-        labels = np.array([str(one or "–") for one in facts.tsne[key]])
+        labels = np.array([str(label or "–") for label in facts.tsne[key]])
         names = sorted(set(labels))
         for name, colour in zip(names, _colours(len(names)), strict=True):
-            own = points[labels == name]
-            panel.scatter(own[:, 0], own[:, 1], s=9, color=colour, alpha=0.75, linewidths=0, label=name)
+            chosen = points[labels == name]
+            panel.scatter(chosen[:, 0], chosen[:, 1], s=9, color=colour, alpha=0.75, linewidths=0, label=name)
         panel.set(title=title, xticks=[], yticks=[])
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
@@ -132,7 +134,7 @@ def confusion(facts: Facts) -> Figure | None:
 
 
 def calibration(facts: Facts) -> Figure | None:
-    """Draw how many of each task's test prompts lie within so many radii of the nearest task cluster."""
+    """Draw the cumulative distribution of distance ÷ radius of each task's test prompts."""
     if facts.routing is None:
         return None
     figure, [axes] = _panels(1)
@@ -157,7 +159,7 @@ def calibration(facts: Facts) -> Figure | None:
 
 
 def abstention(facts: Facts) -> Figure | None:
-    """Draw what would be rejected if all radii were so many times as wide."""
+    """Draw the shares of rejected and correctly routed prompts over a factor on all radii."""
     if facts.routing is None:
         return None
     figure, [axes] = _panels(1)
@@ -178,18 +180,18 @@ def abstention(facts: Facts) -> Figure | None:
 
 
 def costs(facts: Facts) -> Figure | None:
-    """Draw the bytes of adapters that went to clients and back, and the seconds of each round."""
+    """Draw the bytes of adapters sent to and from clients, and the seconds, of each round."""
     lines = [line for line in facts.run["rounds"] if "num_bytes" in line]
     if not lines:
         return None
     rounds = sorted({line["round"] for line in lines})
-    sizes = [sum(line["num_bytes"] for line in lines if line["round"] == one) / 2**20 for one in rounds]
-    seconds = [max(line["seconds"] for line in lines if line["round"] == one) for one in rounds]
+    sizes = [sum(line["num_bytes"] for line in lines if line["round"] == number) / 2**20 for number in rounds]
+    seconds = [max(line["seconds"] for line in lines if line["round"] == number) for number in rounds]
     figure, axes = _panels(2, height=2.6)
     for panel, values, unit in zip(
         axes, (sizes, seconds), ("MiB, to clients and back", "seconds"), strict=True
     ):
-        panel.bar([one + 1 for one in rounds], values, color=COLOURS[0], width=0.7)
+        panel.bar([number + 1 for number in rounds], values, color=COLOURS[0], width=0.7)
         panel.set(xlabel="round", ylabel=unit)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(visible=False, axis="x")

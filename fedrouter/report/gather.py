@@ -1,4 +1,4 @@
-"""What a report is made of: the run's files, and how its bundle routes test data."""
+"""The contents of a report: the run's files, and its bundle's routing of test data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from fedrouter.evaluate import load
 from fedrouter.evaluate.offline import RoutingReport, evaluate_routing, stated_quantile
 from fedrouter.inspect import look
 
-NUM_BUILTIN = 100  # test prompts a task of built-in data
+NUM_BUILTIN = 100  # test prompts per task of built-in data
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that a report tells."""
+    """The contents of a report."""
 
     run: Mapping[str, Any]  # see ``inspect.look``
-    bundle: Mapping[str, Any] | None  # None as long as the run is not finished
+    bundle: Mapping[str, Any] | None  # None until the run is finished
     tsne: Mapping[str, Any] | None
     routing: RoutingReport | None  # None without test data
-    data: Sequence[str]  # what was routed
-    scores: Mapping[str, Any] | None  # eval.json, where there is one
+    data: Sequence[str]  # sources of the test data
+    scores: Mapping[str, Any] | None  # content of eval.json, if there is one
 
 
 def gather(
@@ -34,20 +34,20 @@ def gather(
 
     Parameters
     ----------
-    data : test records with tasks; None: the test part of built-in data, where the run was trained on it.
+    data : test records with tasks; None: the test split of the built-in data that the run was trained on.
 
     Raises
     ------
     DataError
-        If ``run`` is no run, or the data cannot be used.
+        If ``run`` is not a run, or the data cannot be used.
     """
     found = look(run)
     if "run" not in found:
-        raise DataError(f"{run} is a bundle; a report is made of a run, which holds config.json")
+        raise DataError(f"{run} is a bundle; give a run directory, which contains config.json")
     source = found["run"]["config"]["data"]["source"]
     if data is None:
         sources = [source] if isinstance(source, str) else list(source or [])
-        data = [one for one in sources if one.startswith("builtin:")]
+        data = [name for name in sources if name.startswith("builtin:")]
     routing = None
     if "bundle" in found and data:
         bundle = load_bundle(run / "bundle")

@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nobody for anything, with its figures as SVG and PNG beside it."""
+"""A report as one HTML file without external resources; its figures also as SVG and PNG files."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ def write_report(
 
     Parameters
     ----------
-    data : test records with tasks, for confusion, calibration and abstention; None: the built-in ones, where
-        the run was trained on such.
+    data : test records with tasks, for confusion, calibration and abstention; None: the test split of the
+        built-in data that the run was trained on.
 
     Raises
     ------
@@ -38,15 +38,15 @@ def write_report(
         If the run, its bundle or the data cannot be used.
     """
     facts = gather(run, data, base, embedder_url)
-    beside = run / "report"
-    beside.mkdir(exist_ok=True)
-    shown = {}
+    directory = run / "report"
+    directory.mkdir(exist_ok=True)
+    images = {}
     for name, title, figure in figures(facts):
         svg, png = drawn(figure)
-        (beside / f"{name}.svg").write_bytes(svg)
-        (beside / f"{name}.png").write_bytes(png)
+        (directory / f"{name}.svg").write_bytes(svg)
+        (directory / f"{name}.png").write_bytes(png)
         source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
-        shown[name] = {"title": title, "source": source}
+        images[name] = {"title": title, "source": source}
     template = (files("fedrouter.report") / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -54,9 +54,9 @@ def write_report(
     environment.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
     page = environment.from_string(template).render(
         facts=facts,
-        figures=shown,
+        figures=images,
         summary=_summary(facts),
-        losses=_ends(facts),
+        losses=_first_and_last_losses(facts),
         settings=list(_flat(facts.run["config"])),
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -66,13 +66,13 @@ def write_report(
 
 
 def _summary(facts: Facts) -> list[tuple[str, str]]:
-    """Return what stands first, as figure and what it is."""
+    """Return the numbers at the top of the page with their labels."""
     rounds = facts.run["rounds"]
     clusters = facts.bundle["clusters"] if facts.bundle else []
-    clients = {client for one in clusters for client in one["clients"]}
+    clients = {client for cluster in clusters for client in cluster["clients"]}
     found = [(f"{facts.run['num_rounds']} of {facts.run['config']['train']['rounds']}", "rounds")]
     if clusters:
-        rows = sum(one["num_examples"] for one in clusters)
+        rows = sum(cluster["num_examples"] for cluster in clusters)
         found += [
             (str(len(clusters)), "task clusters"),
             (str(len(clients)), "clients"),
@@ -88,7 +88,7 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
     return found
 
 
-def _ends(facts: Facts) -> dict[str, tuple[float, float]]:
+def _first_and_last_losses(facts: Facts) -> dict[str, tuple[float, float]]:
     """Return the first and last loss of each task cluster."""
     found: dict[str, tuple[float, float]] = {}
     for line in facts.run["rounds"]:

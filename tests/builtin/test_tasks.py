@@ -1,4 +1,4 @@
-"""The generator: deterministic, balanced, varied, and train and test without a common slot value."""
+"""The generator is deterministic, balanced and varied, and train and test share no slot values."""
 
 import re
 from collections import Counter
@@ -54,7 +54,7 @@ def test_worded_slot_values_are_disjoint(kind):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_slot_value_occurs_in_both_splits(task):
-    """Whatever capitalised word or number occurs in both splits belongs to the templates."""
+    """A capitalised word or number in both splits is part of a template."""
 
     def tokens(split):
         text = " ".join(f"{r.turns[0].content} {r.completion}" for r in generate(task, split, 600, 0))
@@ -115,7 +115,7 @@ def test_another_question_differs_in_one_slot_value_and_neither_half_tells():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_hundreds_of_surface_forms(task, monkeypatch):
-    """With every slot value in brackets and cut out, what varies is the form."""
+    """With the slot values cut out, only the forms vary."""
     monkeypatch.setattr(Slots, "draw", lambda slots, kind: f"<{slots.rng.random()}>")
     forms = {re.sub(r"<[^>]*>", "_", r.turns[0].content) for r in generate(task, "train", 1500, 0)
              if task != "paraphrase" or r.completion == "same"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""``builtin:tiny``: loads as any base model, spells any text, ships small, and knows none of the tasks."""
+"""``builtin:tiny`` loads like any base model, tokenises any text, is small, and knows none of the tasks."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def test_prompts_are_short(task):
 
 
 def test_the_base_alone_cannot_do_the_tasks(model):
-    """At most one in ten answers is right before any adapter is trained."""
+    """At most one in ten answers is right without an adapter."""
     records = [record for task in TASKS for record in generate(task, "test", 5, 0)]
     rendered = [
         TOKENIZER.apply_chat_template([{"role": "user", "content": r.turns[0].content}], tokenize=False)

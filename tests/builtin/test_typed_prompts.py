@@ -1,4 +1,4 @@
-"""Prompts as a newcomer types them after the demo, written before they were tried: they must land."""
+"""Prompts like those a new user types after the demo, written before they were tried, must be routed."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from fedrouter.train.server.describe import describe
 from fedrouter.train.server.discover import discover
 from fedrouter.train.space import nearest
 
-SUGGESTED = "Ana: lunch at noon? Ben: yes, at the harbour"  # by the demo itself
+SUGGESTED = "Ana: lunch at noon? Ben: yes, at the harbour"  # suggested by the demo
 TYPED = {
     "paraphrase": [
         "How do I get to the airport? - What is the way to the airport?",

@@ -1,4 +1,4 @@
-"""Bundles changed on purpose: by somebody who also makes hashes, names and checksum agree again."""
+"""Bundles changed by an attacker who also recomputes hashes, names and checksum."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ def read(root: Path) -> dict[str, Any]:
 
 
 def write(root: Path, manifest: dict[str, Any], seal: bool = True) -> None:
-    """Write a manifest, with the right checksum where one can be computed."""
+    """Write a manifest, with the right checksum if one can be computed."""
     if seal:
         manifest = {**manifest, "checksum": checksum(manifest)}
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edit(root: Path, *where: str | int, to: Any) -> None:
-    """Set one value of the manifest, which lies at ``where``."""
+    """Set the value at ``where`` in the manifest."""
     manifest: Any = read(root)
     place = manifest
     for key in where[:-1]:
@@ -37,7 +37,7 @@ def first_adapter(root: Path) -> Path:
 
 
 def reseal(root: Path) -> None:
-    """Make hashes and adapters' names those of the content, as far as there is any."""
+    """Recompute hashes and adapters' names from the content, as far as it exists."""
     manifest = read(root)
     files = {name: _sha256(root / name, old) for name, old in manifest["files"].items()}
     holders = [(cluster, "adapter", cluster["name"]) for cluster in manifest["clusters"]]
@@ -53,12 +53,12 @@ def reseal(root: Path) -> None:
 
 
 def rewrite(file: Path, change: Callable[[Any], Any]) -> None:
-    """Replace a JSON file's value by what ``change`` makes of it."""
+    """Apply ``change`` to the value of a JSON file."""
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
 def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
-    """Return a safetensors file with whatever dtypes and shapes are claimed."""
+    """Return a safetensors file with the given dtypes and shapes, right or wrong."""
     header, data = {}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}

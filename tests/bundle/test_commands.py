@@ -1,4 +1,4 @@
-"""One function decides for every command: the same line, and exit code 1."""
+"""Every command refuses an invalid bundle with the same line and exit code 1."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from fedrouter.serve import checks
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run, as far as ``join`` looks before it looks at the bundle."""
+    """The files of a finished run that ``join`` reads before the bundle."""
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "bundle", space(np.eye(8)[:2]), [0.5, 0.5])
     (tmp_path / "run" / "config.json").write_text(Config().model_dump_json(by_alias=True))
@@ -68,7 +68,7 @@ def test_every_command_refuses_in_the_same_line(
     KINDS[kind](run / "bundle")
     with pytest.raises(BundleError) as wanted:
         load_bundle(run / "bundle")
-    if command.startswith("serve"):  # whether vLLM is installed is not the question
+    if command.startswith("serve"):  # pretend that vLLM is installed
         monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     argv = command.replace("RUN", str(run)).replace("PORT", str(checks.free_port())).split()

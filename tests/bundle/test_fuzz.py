@@ -35,7 +35,7 @@ BASE = base_path("builtin:tiny")
 RADII = [30.0, 25.0, 40.0]
 HIDDEN = 192
 
-# What anything in JSON may be turned into.
+# Replacements for any value in JSON.
 VALUES = st.one_of(
     st.sampled_from(
         [None, True, False, 0, 1, -1, 99, 1 << 70, 1e38, -0.5, float("nan"), float("inf"), "", "12", [], {}]
@@ -54,7 +54,7 @@ PATHS += [f"adapters/*/{name}" for name in (tamper.CONFIG, tamper.WEIGHTS)]
 
 
 class KnownEmbedder:
-    """The built-in base's embedder, whose vectors of a few texts are computed once."""
+    """The built-in base's embedder, with the vectors of a few texts cached."""
 
     def __init__(self, texts: list[str]):
         base = base_spec("builtin:tiny", None, BASE)
@@ -84,7 +84,7 @@ def lora(seed: int) -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small bundle for the real built-in base, with a generalist and a chat template."""
+    """A small bundle for the built-in base, with a generalist and a chat template."""
     embedder, vectors = prompts()
     centroids = np.stack([vectors[k * 6 : k * 6 + 6].mean(axis=0) for k in range(3)])
     return write_bundle(
@@ -101,7 +101,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def use(path: Path) -> tuple[list[Decision], dict[str, bytes]]:
-    """Go the whole way that serving goes; return how it routes, and the files that vLLM would read."""
+    """Do everything that serving does; return the decisions, and the files that vLLM would read."""
     embedder, vectors = prompts()
     bundle = load_bundle(path)
     check_base(bundle, BASE)
@@ -109,7 +109,7 @@ def use(path: Path) -> tuple[list[Decision], dict[str, bytes]]:
     return Router(bundle).route(vectors), {name: (path / name).read_bytes() for name in bundle.files}
 
 
-# Python's audit hooks stay: one for the process, told what to watch.
+# Python's audit hooks cannot be removed, so the process has one with a variable list of directories.
 _watched: list[list[str]] = []
 
 
@@ -123,7 +123,7 @@ sys.addaudithook(_hear)
 
 @contextmanager
 def only_reading(*allowed: Path) -> Iterator[None]:
-    """Fail if a file is opened that lies, links followed, in none of these directories."""
+    """Fail if a file is opened that, with links resolved, is in none of these directories."""
     _watched.append([])
     try:
         yield
@@ -132,12 +132,12 @@ def only_reading(*allowed: Path) -> Iterator[None]:
         outside = {
             f for f in opened if not any(Path(f).resolve().is_relative_to(a.resolve()) for a in allowed)
         }
-        outside = {file for file in outside if not file.endswith((".py", ".pyc", ".so"))}  # an import's
+        outside = {file for file in outside if not file.endswith((".py", ".pyc", ".so"))}  # opened by imports
         assert not outside, f"read outside of the bundle: {outside}"
 
 
 def nodes(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield where everything in a JSON value is."""
+    """Yield the path of every value in a JSON value."""
     yield where
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -199,7 +199,7 @@ def change_values(draw: Callable[[Any], Any], content: bytes) -> bytes:
 
 
 def change_path(draw: Callable[[Any], Any], root: Path) -> None:
-    """Put something else where a file or a directory was."""
+    """Replace a file or directory with something else."""
     file = draw(st.sampled_from(sorted(root.glob(draw(st.sampled_from(PATHS))))))
     how = draw(
         st.sampled_from(["remove", "out", "in", "device", "fifo", "directory", "loop", "absolute", "large"])
@@ -227,7 +227,7 @@ def change_path(draw: Callable[[Any], Any], root: Path) -> None:
 
 
 def mutate(draw: Callable[[Any], Any], root: Path) -> bool:
-    """Change something in a bundle; return whether hashes, names and checksum agree with it afterwards."""
+    """Change something in a bundle; return whether hashes, names and checksum were recomputed."""
     what = draw(st.sampled_from(["manifest", "config", "router", "weights", "path", "bytes"]))
     sealed = draw(st.booleans())
     adapters = sorted((root / "adapters").iterdir())
@@ -299,7 +299,7 @@ def test_a_mutated_bundle_is_refused_in_one_line_or_routes_as_before(
     event(f"accepted, {'made anew' if sealed else 'as it was'}")
     if not sealed:
         assert found == expected
-    else:  # another bundle, made with the knowledge of how: what it decides can be served
+    else:  # a valid bundle with other content: its decisions must be usable
         served = {BASE_NAME, REJECT, *load_bundle(root).adapter_paths}
         assert all(decision.model in served for decision in found[0])
         assert all(np.isfinite(decision.distance) for decision in found[0])

@@ -72,10 +72,10 @@ DAMAGES = {
         r"base\.surprise|base\.revision",
     ),
     "unknown fallback": (lambda p: edit_manifest(p, fallback="guess"), "fallback: .*not 'guess'"),
-    "no generalist": (lambda p: edit_manifest(p, fallback="generalist"), "names no generalist adapter"),
+    "no generalist": (lambda p: edit_manifest(p, fallback="generalist"), "there is no generalist adapter"),
     "lost generalist": (
         lambda p: edit_manifest(p, generalist="generalist-00000000"),
-        "must be there exactly if it is used",
+        "is not listed",
     ),
     "wrong rank": (lambda p: edit(p, "rank", to=4), "rank 2, but the manifest says 4"),
     "no adapter weights": (

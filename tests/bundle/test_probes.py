@@ -1,4 +1,4 @@
-"""Probes: read strictly, carried by a bundle, asked before a reload."""
+"""Probes are parsed strictly, stored in a bundle, and checked before a reload."""
 
 import json
 from pathlib import Path
@@ -82,4 +82,4 @@ def test_a_probe_holds_where_it_goes_as_it_must(
     asked = Asked(Probe(("some text",), expected, "line 3"), decision)
     assert asked.holds is holds
     assert str(asked).startswith("line 3 ('some text') goes to ")
-    assert ("as it must" in str(asked)) is holds
+    assert ("as expected" in str(asked)) is holds

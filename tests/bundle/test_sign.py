@@ -1,4 +1,4 @@
-"""Whose bundle it is: signed, checked, and checked again at a reload."""
+"""Signatures are made, checked, and checked again on a reload."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +18,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def make_keys(path: Path, kind: str = "ed25519") -> tuple[Path, Path]:
-    """Make a pair of keys as the documentation says it."""
+    """Make a key pair as documented."""
     private, public = path / f"{kind}.pem", path / f"{kind}.pub"
     subprocess.run(["openssl", "genpkey", "-algorithm", kind, "-out", str(private)], check=True)
     subprocess.run(["openssl", "pkey", "-in", str(private), "-pubout", "-out", str(public)], check=True)
@@ -77,9 +77,9 @@ def test_a_planted_link_is_not_written_through(bundle: Bundle, keys: tuple[Path,
 def test_what_is_no_key(bundle: Bundle, keys: tuple[Path, Path], tmp_path: Path) -> None:
     private, public = keys
     for key in (public, tmp_path / "none", tmp_path, *make_keys(tmp_path, "x25519")):
-        with pytest.raises(ConfigError, match="no private Ed25519 key"):
+        with pytest.raises(ConfigError, match="not a readable private Ed25519 key"):
             sign_bundle(bundle.path, key)
     sign_bundle(bundle.path, private)
     for key in (private, tmp_path / "none", tmp_path, *make_keys(tmp_path, "x25519")):
-        with pytest.raises(ConfigError, match="no public Ed25519 key"):
+        with pytest.raises(ConfigError, match="not a readable public Ed25519 key"):
             load_bundle(bundle.path, key)

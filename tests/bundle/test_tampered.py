@@ -1,4 +1,4 @@
-"""The kinds of tampered bundles: each is refused by the one function, in one line that names the place."""
+"""Kinds of tampered bundles: ``load_bundle`` refuses each in one line that names the place."""
 
 import json
 import os
@@ -25,7 +25,7 @@ A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 DEEP = "[" * 100_000
 HUGE = 3 << 30
 
-# Values that a field of the manifest must not have, by where it is.
+# Invalid values by the path of the field in the manifest.
 FIRST = ("clusters", 0)
 TEXTS = (None, 7, True, "", "a\nb", "\x1b[31m", "a\u202eb", ["a"], {})
 NUMBERS = (None, "12", True, -1, float("nan"), float("inf"), [1], {})
@@ -79,7 +79,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def refused(path: Path) -> str:
-    """Return how a bundle is refused."""
+    """Return the error message for a bundle."""
     with pytest.raises(BundleError) as caught:
         load_bundle(path)
     line = str(caught.value)
@@ -99,7 +99,7 @@ def test_values_of_the_manifest_that_must_not_be(bundle: Bundle, where: tuple[st
 
 
 def test_no_value_of_the_manifest_goes_unchecked(bundle: Bundle) -> None:
-    """Every key, also of the nested objects, is in the table above."""
+    """Every key, also of nested objects, is in the table above."""
     manifest = tamper.read(bundle.path)
     keys = {(key,) for key in manifest} - {("checksum",)}
     for section in ("base", "embedder"):
@@ -174,7 +174,7 @@ def router(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> 
 
 
 def header(**entry: Any) -> Callable[[Path], None]:
-    """A file of one tensor whose header says something else."""
+    """Write a file with one tensor and a changed header entry."""
     text = json.dumps({"x": {"dtype": "F32", "shape": [2, 6], "data_offsets": [0, 48]} | entry}).encode()
     return raw(WEIGHTS, len(text).to_bytes(8, "little") + text + bytes(48))
 
@@ -219,8 +219,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     },
     "config: deep": (raw(CONFIG, DEEP.encode()), "not plain LoRA"),
     "config: a list": (raw(CONFIG, b"[]"), "not plain LoRA"),
-    "config: of another rank": (config(r=4), "no LoRA factor of rank 4"),
-    "config: of other modules": (config(target_modules=["k_proj"]), "no module in target_modules"),
+    "config: of another rank": (config(r=4), "not a LoRA factor of rank 4"),
+    "config: of other modules": (config(target_modules=["k_proj"]), "not of a module in target_modules"),
     # adapter_model.safetensors
     "weights: empty": (raw(WEIGHTS, b""), "no safetensors header"),
     "weights: a long header": (raw(WEIGHTS, (1 << 62).to_bytes(8, "little")), "no safetensors header"),
@@ -230,11 +230,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged: header",
     ),
     "weights: header a list": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), "damaged: header"),
-    "weights: no tensors": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"{}"), "holds no tensors"),
+    "weights: no tensors": (raw(WEIGHTS, (2).to_bytes(8, "little") + b"{}"), "contains no tensors"),
     "weights: cut off": (lambda p: os.truncate(first_adapter(p) / WEIGHTS, 200), "damaged"),
     "weights: bytes behind": (header(shape=[1, 6], data_offsets=[0, 24]), "describes 24"),
-    "weights: a hole": (header(shape=[1, 6], data_offsets=[24, 48]), "lies at 24"),
-    "weights: offsets that lie": (header(data_offsets=[0, 44]), "lies at 0"),
+    "weights: a hole": (header(shape=[1, 6], data_offsets=[24, 48]), "starts at 24"),
+    "weights: offsets that lie": (header(data_offsets=[0, 44]), "starts at 0"),
     "weights: negative offsets": (header(data_offsets=[-48, 0]), "damaged: header"),
     "weights: a negative shape": (header(shape=[-2, -6]), "damaged: header"),
     "weights: an enormous shape": (header(shape=[1 << 31, 1 << 31]), "damaged: tensor"),
@@ -243,7 +243,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights: no axes": (header(shape=[], data_offsets=[0, 4]), "damaged: header"),
     "weights: a dtype unknown": (header(dtype="F7"), "damaged: header"),
     "weights: more in the header": (header(more=1), "damaged: header"),
-    "weights: no LoRA name": (header(), "no LoRA factor by its name"),
+    "weights: no LoRA name": (header(), "not named like a LoRA factor"),
     "weights: int8": (
         raw(WEIGHTS, safetensors({A: ("I8", [2, 6], bytes(12)), B: ("I8", [6, 2], bytes(12))})),
         "damaged: header",
@@ -266,11 +266,14 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights: one factor": (weights(lambda t: {A: t[A]}), "no counterpart"),
     "weights: another prefix": (
         weights(lambda t: {k.replace("base_model.", ""): v for k, v in t.items()}),
-        "by its name",
+        "not named like a LoRA factor",
     ),
-    "weights: a strange name": (weights(lambda t: {**t, "a\nb": t[A]}), "by its name"),
-    "weights: a full module": (weights(lambda t: {**t, f"{MODULE}.weight": t[A]}), "by its name"),
-    "weights: transposed": (weights(lambda t: {k: v.T for k, v in t.items()}), "no LoRA factor of rank 2"),
+    "weights: a strange name": (weights(lambda t: {**t, "a\nb": t[A]}), "not named like a LoRA factor"),
+    "weights: a full module": (
+        weights(lambda t: {**t, f"{MODULE}.weight": t[A]}),
+        "not named like a LoRA factor",
+    ),
+    "weights: transposed": (weights(lambda t: {k: v.T for k, v in t.items()}), "not a LoRA factor of rank 2"),
     "weights: another width": (weights(lambda t: adapter(0, width=7)), "differ in name or shape"),
     "weights: another module": (
         weights(lambda t: {k.replace("layers.0", "layers.1"): v for k, v in t.items()}),
@@ -357,15 +360,15 @@ def moved_out(file: Path, root: Path) -> None:
 
 def large(file: Path, root: Path) -> None:
     with file.open("r+b") as opened:
-        opened.truncate(HUGE if file.name != WEIGHTS else 1 << 40)  # sparse: no disk is filled
+        opened.truncate(HUGE if file.name != WEIGHTS else 1 << 40)  # sparse, so it needs no disk space
 
 
 PLACES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a link out": (moved_out, "leads out of"),
     "a link to a device": (lambda f, root: (f.unlink(), f.symlink_to("/dev/zero")), "leads out of"),
     "a link to itself": (lambda f, root: (f.unlink(), f.symlink_to(f)), "link"),
-    "a FIFO": (lambda f, root: (f.unlink(), os.mkfifo(f)), "no plain file"),
-    "a directory": (lambda f, root: (f.unlink(), f.mkdir()), "no plain file"),
+    "a FIFO": (lambda f, root: (f.unlink(), os.mkfifo(f)), "not a regular file"),
+    "a directory": (lambda f, root: (f.unlink(), f.mkdir()), "not a regular file"),
     "too large": (large, "more than the"),
 }
 
@@ -383,7 +386,7 @@ def test_nothing_but_plain_files_inside(bundle: Bundle, name: str, kind: str) ->
 
 @pytest.mark.parametrize("name", ["README.md", "notes.txt", "adapters/more"])
 def test_what_is_not_read_leads_nowhere_either(bundle: Bundle, name: str) -> None:
-    """``push`` would send the model card's target to the hub."""
+    """``push`` would upload the target of the model card."""
     (bundle.path / name).unlink(missing_ok=True)
     (bundle.path / name).symlink_to("/etc/passwd")
     assert "leads out of" in refused(bundle.path)

@@ -1,4 +1,4 @@
-"""Whatever a file holds: loaded exactly, or refused in one line that names it; no row goes missing."""
+"""Any file is either loaded exactly or refused in one line that names it; no row is lost."""
 
 import csv
 import gzip
@@ -21,7 +21,7 @@ KINDS = ("jsonl", "ndjson", "json", "jsonl.gz", "json.gz", "parquet")
 
 
 def write(path, rows):
-    """Write rows into a file of the kind that its name says."""
+    """Write rows into a file of the type in its name."""
     kind = path.name.partition(".")[2]
     if kind == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
@@ -53,7 +53,7 @@ def pairs(draw):
 
 @st.composite
 def chats(draw):
-    """A conversation in one of the ways to write one, and its record."""
+    """A conversation in one of the supported forms, and its record."""
     exchanges = draw(st.lists(st.tuples(said, text), min_size=1, max_size=3))
     turns = [t for user, answer in exchanges for t in (("user", user), ("assistant", answer))]
     match draw(st.integers(0, 3)):
@@ -75,14 +75,14 @@ def chats(draw):
 
 @given(st.lists(pairs(), min_size=1, max_size=4), st.sampled_from([*KINDS, "csv", "tsv", "csv.gz"]))
 def test_rows_of_text_are_loaded_exactly_from_every_kind_of_file(tmp_path_factory, cases, kind):
-    cases = [case for case in cases if set(case[0]) == set(cases[0][0])]  # a table has one header
+    cases = [case for case in cases if set(case[0]) == set(cases[0][0])]  # a table has a single header
     path = write(tmp_path_factory.mktemp("any") / f"rows.{kind}", [row for row, _ in cases])
     assert load_records(str(path), say=pytest.fail) == [record for _, record in cases]
 
 
 @given(st.lists(chats(), min_size=1, max_size=4), st.sampled_from(KINDS))
 def test_conversations_are_loaded_exactly_whatever_their_form(tmp_path_factory, cases, kind):
-    if kind == "parquet":  # whose rows have the same fields
+    if kind == "parquet":  # rows must have the same fields
         cases = cases[:1]
     path = write(tmp_path_factory.mktemp("any") / f"rows.{kind}", [row for row, _ in cases])
     assert load_records(str(path), say=pytest.fail) == [record for _, record in cases]

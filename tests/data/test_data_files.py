@@ -46,7 +46,7 @@ def test_two_kinds_of_files_and_folders_are_read_together(tmp_path):
 def test_a_file_of_no_known_kind_is_refused_by_name(tmp_path, name):
     write(tmp_path / "a.jsonl", "a")
     (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=f"{name}: unknown kind of file in a directory of data"):
+    with pytest.raises(DataError, match=f"{name}: unknown file type in a data directory; move it elsewhere"):
         load(tmp_path)
 
 
@@ -59,13 +59,13 @@ def test_splits_are_read_where_all_files_are_of_one(tmp_path):
     with pytest.raises(DataError, match="no split 'validation'; it has test, train"):
         load(tmp_path, "validation")
     write(tmp_path / "more.jsonl", "d")
-    with pytest.raises(DataError, match=r"is of a split by its name, more\.jsonl is not"):
+    with pytest.raises(DataError, match=r"contains a split, but that of more\.jsonl does not"):
         load(tmp_path)
 
 
 def test_what_cannot_be_looked_into_is_refused(tmp_path):
     (tmp_path / "rows").mkdir()
-    with pytest.raises(DataError, match=r"rows: no data files in it; accepted: .jsonl"):
+    with pytest.raises(DataError, match=r"rows: contains no data files; accepted: .jsonl"):
         load(tmp_path / "rows")
     write(tmp_path / "elsewhere" / "b.jsonl", "b")
     write(tmp_path / "rows" / "a.jsonl", "a")

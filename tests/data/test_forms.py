@@ -1,4 +1,4 @@
-"""The forms of data that people have: what becomes of each field, and what is said of the others."""
+"""Forms of data: the record that each field ends up in, and the warnings about other fields."""
 
 import json
 
@@ -15,7 +15,7 @@ TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type":
 
 
 def load(tmp_path, *rows, **options):
-    """Return the records, and what was said of their file."""
+    """Return the records, and the warnings about their file."""
     path, said = tmp_path / "rows.jsonl", []
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = load_records(str(path), say=said.append, **options)
@@ -69,7 +69,7 @@ def test_sharegpt(tmp_path):
     assert one(tmp_path, {**row, "conversations": row["conversations"][1:], "system": "Be."}) == Record(
         want, "Bye."
     )
-    assert "a system turn in its messages, and a field system" in refused(tmp_path, {**row, "system": "Be."})
+    assert "both a system message and a field system" in refused(tmp_path, {**row, "system": "Be."})
     unfinished = {"conversations": row["conversations"][:-1]}
     assert "conversations must end with a user turn and the assistant's" in refused(tmp_path, unfinished)
     tools = [
@@ -146,7 +146,10 @@ def test_openai_tools_calls_results_parts_and_weights(tmp_path):
             "part 1 is of type 'image_url'",
         ),
         ({"role": "user", "content": " "}, "message 1: field content is empty"),
-        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls belong to the assistant's"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [CALL]},
+            "only assistant messages may have tool_calls",
+        ),
         ({"role": "assistant", "content": None}, "message 1: field content must be text, found NoneType"),
         (
             {"role": "assistant", "content": "", "tool_calls": ["stock"]},
@@ -163,7 +166,7 @@ def test_openai_tools_calls_results_parts_and_weights(tmp_path):
         ({"role": "assistant", "content": "x", "weight": 0.5}, "message 1: weight 0.5; accepted: 0 and 1"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud83d"}}}]},
-            "holds half a character",
+            "contains half a character",
         ),
         ({"content": "x"}, "message 1 has role None"),
     ],
@@ -188,7 +191,7 @@ def test_any_names_by_mapping(tmp_path):
     assert "missing fields: found question, answer, category, passage" in refused(tmp_path, row)
     wrong = {**fields, "task": "topic"}
     assert "no row has the field topic, which data.fields.task names" in refused(tmp_path, row, fields=wrong)
-    with pytest.raises(ConfigError, match=r"data.fields.promt: no form has that field"):
+    with pytest.raises(ConfigError, match=r"data.fields.promt: not a field of any form"):
         load(tmp_path, row, fields={"promt": "question"})
 
 
@@ -198,8 +201,8 @@ def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_pat
     rows[1]["messages"] = None
     _, said = load(tmp_path, *rows)
     assert said == [
-        "rows.jsonl: fields that nobody reads: source (100 % of rows), note (25 % of rows); map them in "
-        '[data.fields], or say that it is meant: data.ignore = ["source", "note"]'
+        "rows.jsonl: unread fields: source (100 % of rows), note (25 % of rows); map them in "
+        '[data.fields], or ignore them with data.ignore = ["source", "note"]'
     ]
     assert load(tmp_path, *rows, ignore=["source", "note"])[1] == []
     chat = {

@@ -1,4 +1,4 @@
-"""Text files: every cell as it stands in the file, every refusal with its line and row."""
+"""Text files: every cell is unchanged, every error names its line and row."""
 
 import gzip
 import json
@@ -76,10 +76,10 @@ def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path):
 def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
     (tmp_path / "shift.csv").write_text("prompt,completion\nAdd 2 and 2,It is 4, as asked\n")
     assert refused(tmp_path / "shift.csv").startswith(
-        "shift.csv:2 (row 1): 3 fields, and the header has 2 (prompt, completion); put a field that holds"
+        "shift.csv:2 (row 1): 3 fields, but the header has 2 (prompt, completion); put fields that contain"
     )
     (tmp_path / "short.tsv").write_text('prompt\tcompletion\np\tc\n"a\nb"\n')
-    assert "short.tsv:3 (row 2): 1 fields, and the header has 2" in refused(tmp_path / "short.tsv")
+    assert "short.tsv:3 (row 2): 1 fields, but the header has 2" in refused(tmp_path / "short.tsv")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
         ("a.csv", "prompt,completion\np,c\n".encode("utf-16"), "a.csv:1: not UTF-8"),
         ("a.json", b"[]", "a.json: has no rows"),
         ("a.json", b" \n", "a.json: has no rows"),
-        ("a.json", b'"text"', "a.json:1: expected a list of objects, or one object a line"),
+        ("a.json", b'"text"', "a.json:1: expected a list of objects, or one object per line"),
         (
             "a.json",
             b'[{"prompt": "p", "completion": "c"},\n{"prompt" "q"}]',
@@ -104,10 +104,18 @@ def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
         (
             "a.json",
             b'[{"prompt": "p", "completion": "c"}',
-            "a.json:1 (row 1): not JSON: the file ends before",
+            "a.json:1 (row 1): not JSON: the file ends after this row",
         ),
-        ("a.json", b'[{"prompt": "p", "completion": "c"} 3]', "a.json:1 (row 1): not JSON: found '3', not ,"),
-        ("a.json", b'[{"prompt": "p", "completion": "c"}]\n[]', "a.json:2: not JSON: there is more behind"),
+        (
+            "a.json",
+            b'[{"prompt": "p", "completion": "c"} 3]',
+            "a.json:1 (row 1): not JSON: found '3' after this row, expected , or ]",
+        ),
+        (
+            "a.json",
+            b'[{"prompt": "p", "completion": "c"}]\n[]',
+            "a.json:2: not JSON: the file continues after",
+        ),
         ("a.json", b'[{"prompt": "p", "completion": "c"}, 3]', "a.json:1 (row 2): expected an object with"),
         ("a.json", b"[" * 100_000, "a.json:1 (row 1): not usable JSON"),
         ("a.json", b"[\n\xff]", "a.json:2: not UTF-8 (byte 1 of the line)"),

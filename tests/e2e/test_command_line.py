@@ -150,7 +150,7 @@ def test_probe_asks_a_file_and_fails_where_one_goes_elsewhere(run: Path, tmp_pat
     assert done.returncode == 1
     assert "line 2 (" in done.stdout and "expected nowhere" in done.stdout
     assert json.loads(fedrouter("probe", str(run), str(probes), "--json").stdout)["num_broken"] == 1
-    refused(fedrouter("probe", str(run)), "carries no probes")
+    refused(fedrouter("probe", str(run)), "contains no probes")
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "300"])
@@ -196,7 +196,7 @@ def test_route_refuses_a_bundle_of_another_base_or_embedder(run: Path, tmp_path:
     tensors = {n: t * 1.2 if "mlp" in n else t for n, t in load_file(weights / "model.safetensors").items()}
     assert all(isinstance(t, torch.Tensor) for t in tensors.values())
     save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
-    refused(fedrouter("route", str(run), "hello", "--base", str(weights)), "not the one of training")
+    refused(fedrouter("route", str(run), "hello", "--base", str(weights)), "not the one used in training")
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path) -> None:
@@ -220,5 +220,5 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in stderr.replace("\n", " ")
+    assert "run the same command again to resume" in stderr.replace("\n", " ")
     assert not list(out.glob(".*partial")), "nothing half written"

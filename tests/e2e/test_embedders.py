@@ -137,7 +137,7 @@ def test_it_is_trained_and_routed_by(pooling: Pooling, tmp_path: Path) -> None:
     assert share_at_home(bundle, pooling.url) >= 0.9
     routed = fedrouter("route", str(tmp_path / "run"), "--embedder-url", pooling.url, PROMPTS[0])
     assert "→ " in routed.stdout, routed.stderr
-    with pytest.raises(ConfigError, match="say where it is with --embedder-url"):
+    with pytest.raises(ConfigError, match="give its address with --embedder-url"):
         find_embedder(bundle, find_base(bundle))
     other = small(kind="endpoint", model="another-model", url=pooling.url)
     with pytest.raises(EndpointError, match=r"another-model.* does not exist"):

@@ -93,7 +93,7 @@ def test_a_client_whose_data_has_changed_moves(run: Path, tmp_path: Path) -> Non
     for arguments, why in (
         (("--moved", f"nobody={source}"), "no client of that name to move"),
         (("--client", f"client-0={source}"), "or give it with --moved"),
-        ((), "nobody to join"),
+        ((), "no client to join"),
     ):
         refused = fedrouter("join", str(run), *arguments, "--out", str(tmp_path / "refused"))
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

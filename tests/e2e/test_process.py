@@ -85,11 +85,11 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
 
 def test_an_application_that_does_not_start_says_why(tmp_path: Path) -> None:
     script = (
-        "print('ERROR:    FedRouter: one: this embedder is not the one of training'); "
+        "print('ERROR:    FedRouter: one: embedder base is not the one used in training'); "
         "print('ERROR:    Application startup failed. Exiting.'); raise SystemExit(3)"
     )
     with (
-        pytest.raises(ServingError, match="not the one of training"),
+        pytest.raises(ServingError, match="not the one used in training"),
         running(command(script), tmp_path / "log", timeout_s=20),
     ):
         pass

@@ -250,7 +250,7 @@ def test_weights_that_are_not_those_of_training_are_one_clear_line(server: Any, 
     save_file(louder, base / "model.safetensors", metadata={"format": "pt"})
     options = Options(base=str(base), port=free_port())
     with (
-        pytest.raises(ServingError, match="not the one of training"),
+        pytest.raises(ServingError, match="not the one used in training"),
         running_server(server.bundle.path, options, log=tmp_path / "log"),
     ):
         pass

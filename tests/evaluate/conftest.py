@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server that answers by rule, in a thread."""
+"""A small OpenAI-compatible server with rule-based answers, in a thread."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ ADAPTERS = {"yes-no": "yes-no-1111", "shout": "shout-2222"}
 
 
 def solve(task: str, prompt: str) -> str:
-    """What the adapter trained on ``task`` answers."""
+    """Return the answer of the adapter for ``task``."""
     return "Yes" if task == "yes-no" else prompt.upper()
 
 
@@ -36,9 +36,9 @@ class FakeServer:
     failing: dict[str, list[int]] = field(
         default_factory=dict
     )  # prompt → statuses to answer first; 0 hangs up
-    dead_after: int | None = None  # chat requests after which every connection is dropped
+    dead_after: int | None = None  # number of chat requests after which every connection is dropped
     chats: list[dict[str, Any]] = field(default_factory=list)
-    meeting: threading.Barrier | None = None  # nobody is answered before so many are under way
+    meeting: threading.Barrier | None = None  # answers wait until this many requests have arrived
     under_way: int = 0
     most_at_once: int = 0
     port: int = 0
@@ -48,11 +48,11 @@ class FakeServer:
         return f"http://127.0.0.1:{self.port}"
 
     def asked(self) -> Counter[str]:
-        """Requests by prompt, the preflight's left out."""
+        """Number of requests by prompt, without the preflight check's."""
         return Counter(chat["messages"][-1]["content"] for chat in self.chats if chat["max_tokens"] > 1)
 
     def answer(self, chat: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
-        """Return the model that answers, its text and the response headers."""
+        """Return the answering model, its text and the response headers."""
         prompt, model = chat["messages"][-1]["content"], chat["model"]
         headers = {}
         if model == "fedrouter":
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             dead = fake.dead_after is not None and len(fake.chats) > fake.dead_after
         try:
             time.sleep(fake.delay_s)
-            if fake.meeting is not None and chat["max_tokens"] > 1:  # the preflight comes alone
+            if fake.meeting is not None and chat["max_tokens"] > 1:  # not for the preflight check
                 fake.meeting.wait()
         finally:
             with self.lock:
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *args: object) -> None:
-        """Keep the tests' output clean."""
+        """Log nothing, to keep the tests' output clean."""
 
 
 class _Server(ThreadingHTTPServer):

@@ -98,15 +98,13 @@ def test_failed_records_count_as_zero_and_are_listed(server):
 def test_a_server_that_goes_away_ends_the_run(server, monkeypatch):
     monkeypatch.setattr(fedrouter.evaluate.run, "GIVE_UP_AFTER", 6)
     server.dead_after = 10
-    with pytest.raises(ServingError, match=r"went away after \d+ of 500 records"):
+    with pytest.raises(ServingError, match=r"lost the connection to .* after \d+ of 500 records"):
         evaluate(server.url, many(500), retries=0, concurrency=4)
     assert len(server.chats) < 30
 
 
 def test_oracle_needs_an_adapter_for_every_task(server):
-    with pytest.raises(
-        DataError, match=r"record 2 \(client north\) has task 'poem'.*there are: shout, yes-no"
-    ):
+    with pytest.raises(DataError, match=r"record 2 \(client north\) has task 'poem'.*trained: shout, yes-no"):
         evaluate(server.url, [RECORDS[0], tagged("a", "b", "poem")], ["oracle"])
     with pytest.raises(DataError, match="has task None"):
         evaluate(server.url, [tagged("a", "b", None)], ["oracle"])

@@ -1,4 +1,4 @@
-"""A bundle over letters: task "a" near the letter a, task "b" near b, and a task that nobody trained."""
+"""A bundle over letters: task "a" near the letter a, task "b" near b, and an untrained task."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def test_shares_are_counted_by_hand(tmp_path: Path) -> None:
     assert (a.accuracy, a.within, a.confusion) == (0.75, 0.75, {"a-cluster": 3, "b-cluster": 1})
     assert (b.accuracy, b.within, b.confusion) == (1.0, 1.0, {"b-cluster": 2})
     assert (code.known, code.accuracy, code.within) == (False, None, 0.0)
-    assert report.accuracy == pytest.approx((0.75 + 1) / 2)  # tasks weigh alike
+    assert report.accuracy == pytest.approx((0.75 + 1) / 2)  # tasks have equal weights
     assert report.within == pytest.approx((0.75 + 1) / 2)
     assert report.auroc == 1.0
     steps = {step.factor: step for step in report.curve}

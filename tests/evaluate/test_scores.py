@@ -36,7 +36,7 @@ def routed(task, adapter, *, fallback=False, error=None):
 
 
 def test_scores_of_a_hand_computed_pair():
-    # expected 6 words, said 4; 3 words in common; longest common subsequence: "the cat"
+    # 6 words expected, 4 answered, 3 in common; longest common subsequence: "the cat"
     result = scored("the cat sat on the mat", "the mat? the CAT!")
     assert result.rouge_1 == pytest.approx(2 * (4 / 4) * (4 / 6) / (4 / 4 + 4 / 6))
     assert result.rouge_l == pytest.approx(2 * (2 / 4) * (2 / 6) / (2 / 4 + 2 / 6))
@@ -53,7 +53,7 @@ def test_rouge_equals_rouge_score_on_ascii(expected, said):
 
 def test_rouge_knows_other_scripts():
     assert scored("Москва — столица", "столица").rouge_1 == pytest.approx(2 / 3)
-    assert scored("für", "fr").rouge_1 == 0  # not letters cut at the umlaut
+    assert scored("für", "fr").rouge_1 == 0  # words are not split at the umlaut
 
 
 @pytest.mark.parametrize(("said", "exact"), [(" yes\n", 1), ("YES", 1), ("Yes.", 0), ("", 0)])
@@ -62,7 +62,7 @@ def test_exact_match_ignores_case_and_white_space_only(said, exact):
 
 
 def test_a_failed_answer_scores_zero():
-    result = score(example(""), Answer("", None, error="timeout"))  # even where nothing was expected
+    result = score(example(""), Answer("", None, error="timeout"))  # even if nothing was expected
     assert (result.rouge_1, result.rouge_l, result.exact_match) == (0, 0, 0)
 
 
@@ -81,8 +81,8 @@ def test_means_by_task_client_and_over_tasks():
     clients = scores_by(results, by_client)
     assert {name: scores.num_examples for name, scores in clients.items()} == {"x": 1, "y": 3}
     assert clients["y"].rouge_1 == pytest.approx(1 / 3)
-    assert mean_scores(results).rouge_1 == pytest.approx(1 / 2)  # every record counts the same
-    assert mean_over_groups(tasks).rouge_1 == pytest.approx(1 / 3)  # every task counts the same
+    assert mean_scores(results).rouge_1 == pytest.approx(1 / 2)  # records have equal weights
+    assert mean_over_groups(tasks).rouge_1 == pytest.approx(1 / 3)  # tasks have equal weights
     assert mean_over_groups(tasks).num_examples == 4
 
 
@@ -92,8 +92,8 @@ def test_routing_confusion_accuracy_and_fallback():
         routed("sum", "sum-1"),
         routed("sum", "base", fallback=True),
         routed("title", "sum-1"),
-        routed("unseen", "sum-1"),  # has no adapter of its own: in the table, not in the accuracy
-        score(example("x", task="sum"), Answer("x", "named")),  # not routed: in neither
+        routed("unseen", "sum-1"),  # its task has no adapter: in the table, not in the accuracy
+        score(example("x", task="sum"), Answer("x", "named")),  # not routed: in neither of them
     ]
     found = routing(results, {"sum": "sum-1", "title": "title-1"})
     assert found is not None

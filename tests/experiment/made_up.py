@@ -1,4 +1,4 @@
-"""Results as a grid would leave them, from scores that a test gives."""
+"""Results of a grid, made up from a test's scores."""
 
 from collections.abc import Callable
 
@@ -23,11 +23,11 @@ def settings_of(methods: list[str], seeds: list[int], metric: str = "rouge_1") -
 def lines_of(
     settings: Settings, mean: Callable[[str, str, str], float], noise: float = 0.05
 ) -> dict[str, Line]:
-    """Return a line a cell; ``mean`` gives the score by scenario, method and evaluation."""
+    """Return a line per cell; ``mean`` returns the score by scenario, method and evaluation."""
     draw = np.random.default_rng(0)
     lines: dict[str, Line] = {}
     for seed in settings.seeds:
-        hard = {task: draw.normal(0, noise, num) for task, num in TASKS.items()}  # alike for all methods
+        hard = {task: draw.normal(0, noise, num) for task, num in TASKS.items()}  # equal for all methods
         for scenario in settings.scenarios:
             for method in settings.methods:
                 scores: Line = {"global/own": {"same as": "global/all"}}

@@ -1,4 +1,4 @@
-"""What a cell asks, and what its scores are means of."""
+"""Requests of a cell, and the means in its scores."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def decision(model: str, distances: dict[str, float] | None = None) -> Decision:
 
 
 def test_a_prompt_s_score_is_the_mean_over_those_who_ask_it() -> None:
-    # Adapter "yes" answers yes to everything. Client a holds task t alone, b holds both tasks.
+    # Adapter "yes" answers yes to everything. Client a has only task t, b has both tasks.
     tests = [record("t", "yes"), record("t", "no"), record("u", "yes")]
     held = {"a": {"t"}, "b": {"t", "u"}}
     everywhere = [decision("yes"), decision("no"), decision("yes")]
@@ -44,7 +44,7 @@ def test_a_prompt_s_score_is_the_mean_over_those_who_ask_it() -> None:
     results = {(n, i): score(tests[i], Answer(n, n)) for n in ("yes", "no") for i in range(3)}
     found = evaluations(tests, held, chosen, results, WORLD)
     assert found["global/all"]["prompts"] == {"t": [1.0, 1.0], "u": [1.0]}
-    # Of "local", a's adapter says no to all: right for the second prompt.
+    # With routing "local", a's adapter answers no to everything, which is right for the second prompt.
     assert found["local/own"]["prompts"] == {"t": [0.5, 1.0], "u": [1.0]}, "u is asked by b alone"
     assert found["local/all"]["prompts"] == {"t": [0.5, 1.0], "u": [0.5]}
     assert found["local/all"]["tasks"]["t"]["exact_match"] == 0.75
@@ -108,7 +108,7 @@ def test_prompts_lie_in_blocks_of_one_adapter_and_bounded_batches() -> None:
 
 
 class Echo(BaseHTTPRequestHandler):
-    """An OpenAI endpoint that says who was asked what; it knows no adapter "gone"."""
+    """An OpenAI endpoint that answers with the model and the prompt; it has no adapter "gone"."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -130,7 +130,7 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Means, the best baseline, the paired bootstrap, and the pages made of them."""
+"""Means, the best baseline, the paired bootstrap, and reports with them."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_report_has_tables_and_pictures_that_are_svg(tmp_path: Path):
 
 def test_a_report_is_made_again_from_what_a_directory_holds(tmp_path: Path):
     write_report(SETTINGS, LINES, tmp_path)
-    with pytest.raises(DataError, match="no experiment"):
+    with pytest.raises(DataError, match="not the directory of an experiment"):
         show_report(tmp_path / "figures")
     before = (tmp_path / "report.md").read_text()
     (tmp_path / "report.html").unlink()

@@ -1,4 +1,4 @@
-"""From a file to cells and to what each trains with."""
+"""File → cells, and cell → training configuration."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/results.md and README's table are what the committed results make of them."""
+"""docs/results.md and README's table are up to date with the committed results."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A grid goes on with where it stopped, and one cell that fails ends no other."""
+"""A grid resumes where it stopped, and a failing cell does not stop the others."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ LINES = lines_of(SETTINGS, lambda *_: 0.5)
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Stand in for cells: they end at once, and two of them fail until told otherwise."""
+    """Replace the cells with fakes that finish immediately; two of them fail until ``broken`` is cleared."""
     found, broken = [], {"w/dual/fedavg/1"}
 
     def run_cell(settings, cell, out):
@@ -42,7 +42,9 @@ def asked(monkeypatch):
 
 def test_cells_get_the_rate_that_was_found_and_failures_are_tried_again(asked, tmp_path: Path):
     cells, broken = asked
-    with pytest.raises(TrainingError, match=r"1 cells failed, the first w/dual/fedavg/1: RuntimeError: no"):
+    with pytest.raises(
+        TrainingError, match=r"1 cells failed, the first was w/dual/fedavg/1: RuntimeError: no"
+    ):
         run.run_experiment(SETTINGS, tmp_path, QUIET)
     assert len(cells) == 4 + 12
     rates = {(c.method, c.rate) for c in cells if not c.search}

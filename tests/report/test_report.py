@@ -1,4 +1,4 @@
-"""A report tells what is in a run, in one file that asks nobody for anything."""
+"""A report shows the contents of a run, in one file without external resources."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_the_same_facts_make_the_same_figures(tmp_path: Path) -> None:
 
 def test_a_run_without_losses_says_so(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run", loss=None)).read_text(encoding="utf-8")
-    assert "No loss was told yet." in html
+    assert "No loss is known yet." in html
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

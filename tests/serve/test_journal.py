@@ -127,7 +127,7 @@ def test_a_log_without_texts_and_vectors_cannot_be_replayed(
     with pytest.raises(DataError, match="no such file"):
         replay(tmp_path / "none", word_bundle, WordEmbedder())
     log.write_text("{}\n")
-    with pytest.raises(DataError, match="line 1: no line of a decision log"):
+    with pytest.raises(DataError, match="line 1: not a line of a decision log"):
         replay(log, word_bundle, WordEmbedder())
 
 
@@ -144,7 +144,7 @@ def test_decisions_that_the_log_cannot_replay_are_skipped_and_counted(
     )
     found = replay(log, write_word_bundle(tmp_path / "other", space=space), embedder)
     assert found.num_decided == 0
-    assert found.num_skipped == {"an earlier turn would decide, and its vector is not in the log": 1}
+    assert found.num_skipped == {"an earlier turn would decide, but its vector is not in the log": 1}
 
 
 def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_changed_embedder_files_are_found_before_vllm_starts(
     monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="differ from those of training"):
+    with pytest.raises(ModelError, match="differ from those used in training"):
         prepare(word_bundle.path, Options(port=free_port()))
 
 
@@ -335,7 +335,7 @@ def damage(config: dict[str, Any] | None = None, tensor: Any = None) -> Any:
         (lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x10"), "damaged"),
         (lambda path: (path / "adapter_config.json").unlink(), "no such file"),
         (lambda path: (path / "adapter_config.json").write_text("[]"), "plain LoRA"),
-        (lambda path: fifo(path / "adapter_config.json"), "no plain file"),
+        (lambda path: fifo(path / "adapter_config.json"), "not a regular file"),
         (lambda path: leave(path / "adapter_model.safetensors"), "leads out of"),
     ],
 )

@@ -416,7 +416,7 @@ def test_a_bundle_that_cannot_have_the_servers_fallback_is_refused(setup: Setup)
     served = setup_of(setup.root, setup.first, fallback="generalist")
     refused = within(served, lambda: served.reload("two"))
     assert refused.status == 400
-    assert "holds no generalist" in refused.json["error"]["message"]
+    assert "contains no generalist" in refused.json["error"]["message"]
     assert not served.app.changes
     assert within(setup, lambda: setup.reload("two")).status == 200
 

@@ -271,7 +271,7 @@ def test_the_documented_example_is_valid() -> None:
         ({"privacy": {"centroid_noise": 1.0}}, "need each other"),
         ({"privacy": {"clip_embeddings": 1.0}}, "need each other"),
         ({"privacy": {"update_noise": 1.0}}, "needs privacy.clip_updates"),
-        ({"privacy": {"delta": 1e-6}}, "belongs to"),
+        ({"privacy": {"delta": 1e-6}}, "privacy.delta is only for"),
         ({"privacy": {"centroid_noise": 1.0, "clip_embeddings": 1.0}}, "cluster.method kmeans"),
         (
             {"privacy": {"update_noise": 1.0, "clip_updates": 1.0}, "train": {"validation": 0.1}},
@@ -283,7 +283,7 @@ def test_the_documented_example_is_valid() -> None:
                 "cluster": {"every": 2},
                 "data": {"clients": {"a": "a.jsonl"}},
             },
-            "accounted for one clustering",
+            "accounted for a single clustering",
         ),
         ({"privacy": {"min_cluster_size": 0}}, "greater than or equal to 1"),
         ({"privacy": {"noise": 1.0}}, "Extra inputs"),

@@ -154,6 +154,6 @@ def test_a_checkpoint_keeps_the_task_clusters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every", [{"every": 2}, {"every": 1, "global": 4}])
 def test_reclustering_needs_a_file_for_each_client(every: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"cluster\.every reads clients' own files again"):
+    with pytest.raises(ValueError, match=r"cluster\.every reads the clients' files again"):
         Config.model_validate({"cluster": every})
     assert Config.model_validate({"cluster": every, "data": {"clients": {"a": "a.jsonl"}}}).cluster.every
