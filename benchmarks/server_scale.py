@@ -50,8 +50,8 @@ class Crowd:
 
     def assign(self, space: RoutingSpace) -> Iterator[Assignment]:
         """Yield rows by task cluster."""
-        held_out, tasks = np.arange(0, ROWS, 3), [None] * ROWS
-        return self._each(lambda name, x: Assignment(name, cluster.assign(x, held_out, space, tasks)[1]))
+        tasks = [None] * ROWS
+        return self._each(lambda name, x: Assignment(name, cluster.assign(x, space, tasks)[1]))
 
     def _each(self, reveal: Callable[[str, Array], Any]) -> Iterator[Any]:
         for number in range(self.num):

@@ -117,7 +117,7 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
 
     batches: list[tuple[list[list[int]], list[list[int]], list[list[int]]]] = []
 
-    class Recording(sft.SFTTrainer):  # type: ignore[misc]
+    class Recording(sft._Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             if file:
                 batches.append([inputs[k].tolist() for k in ("input_ids", "labels", "attention_mask")])
@@ -130,7 +130,7 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
             super().write(*result)
             stamps.append(time.process_time())
 
-    sft.SFTTrainer, rounds.Metrics = Recording, Stamping  # type: ignore[misc]
+    sft._Trainer, rounds.Metrics = Recording, Stamping  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as scratch:
         train(config, Path(scratch) / "run", Console(file=sys.stderr))
     if not file:
