@@ -105,6 +105,10 @@ def train(
     directory = out or Path("runs") / (config.stem if config else "four-tasks")
     try:
         if federation is not None:
+            if processes > 1:
+                raise ConfigError(
+                    "--processes: the sites train, not this machine; leave it or --federation out"
+                )
             from fedrouter.train.flower.run import train_over_flower
 
             bundle = train_over_flower(config, set_ or [], directory, federation, console)

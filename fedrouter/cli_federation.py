@@ -1,6 +1,7 @@
 """Commands for a federation on many machines: ``federation`` for its server, ``client`` for its sites."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -113,10 +114,13 @@ def init_client(
     from fedrouter.train.client.site_files import make_site
 
     made, public = make_site(directory or Path(name), name, data, server)
+    key = (
+        name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
+    )  # as TOML wants
     _print_line(
         f"{made.directory / 'site.toml'}: paths of the data and the base, and the site's policy\n"
         f"put the federation's ca.crt beside it, and give the federation's operator this line:\n"
-        f'{name} = "{public}"'
+        f'{key} = "{public}"'
     )
 
 

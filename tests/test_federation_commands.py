@@ -4,6 +4,7 @@ import json
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_a_site_keeps_its_key_to_itself_and_is_made_once(made: Path) -> None:
         "error: ulm already belongs to a site; choose another directory\n",
     )
     assert key.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["st. mary's", "köln", "a-1_b"])
+def test_the_line_for_the_operator_is_toml_whatever_the_name(tmp_path: Path, name: str) -> None:
+    done = fedrouter("client", "init", name, "--dir", "site", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tomllib.loads(done.stdout.splitlines()[-1])) == [name]
+
+
+def test_with_a_federation_processes_are_refused(tmp_path: Path) -> None:
+    done = fedrouter("train", "--federation", "fed", "--processes", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: --processes: the sites train" in done.stderr
 
 
 def test_check_says_what_would_be_revealed_and_quotes_no_row(made: Path) -> None:
