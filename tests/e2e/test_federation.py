@@ -107,6 +107,7 @@ def test_it_comes_back_and_the_server_is_killed_and_the_bundle_is_that_of_one_pr
 @MORE
 def test_a_site_that_restarts_within_a_run_and_one_that_is_not_in_the_roster(sites: Sites) -> None:
     """It has another address after the restart; its name is its key's. A revoked key is out."""
+    sites.patience(absent_s=120.0)  # a restarted site loads its base again
     file = sites.directory / "fed" / "federation.toml"
     text = file.read_text()
     file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("graz =")) + "\n")
