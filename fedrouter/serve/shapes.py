@@ -21,10 +21,28 @@ def check_shapes(path: str, payload: Mapping[str, Any]) -> None:
     """Raise ``Refusal`` (400) for a payload that would fail in vLLM or block it, whatever its model."""
     if not isinstance(payload.get("structured_outputs"), dict | None):  # vLLM calls its methods unchecked
         raise Refusal(400, "structured_outputs must be an object", "structured_outputs")
+    _check_prompt_logprobs(payload)
     _check_list(payload, "messages", _is_chat_message)
     if path.startswith((RESPONSES, INVOCATIONS)):
         _check_list(payload, "input", _is_item)
         _check_list(payload, "tools", _is_function)
+
+
+def _check_prompt_logprobs(payload: Mapping[str, Any]) -> None:
+    """Refuse log-likelihoods of the prompt: with adapters, vLLM's engine dies of them (vllm issue 16668).
+
+    ``echo`` asks for them too: always in a chat, and with ``logprobs`` in a completion.
+    """
+    for fields in (payload, payload.get("sampling_params")):
+        if isinstance(fields, dict) and fields.get("prompt_logprobs") is not None:
+            raise Refusal(
+                400, "prompt_logprobs are not available where adapters are served", "prompt_logprobs"
+            )
+    completion = "prompt" in payload and "messages" not in payload
+    if payload.get("echo") not in (None, False) and not (completion and payload.get("logprobs") is None):
+        raise Refusal(
+            400, "echo works for completions without logprobs only, where adapters are served", "echo"
+        )
 
 
 def _check_list(payload: Mapping[str, Any], field: str, fits: Callable[[Any], bool]) -> None:

@@ -101,3 +101,34 @@ def _function() -> dict[str, Any]:
         "strict": True,
         "description": "d",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        (CHAT, {"messages": [], "prompt_logprobs": 0}),
+        (COMPLETIONS, {"prompt": "x", "prompt_logprobs": 5}),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"prompt_logprobs": 1}}),
+        (CHAT, {"messages": [], "echo": True}),
+        (INVOCATIONS, {"messages": [], "echo": "true"}),
+        (COMPLETIONS, {"prompt": "x", "echo": True, "logprobs": 0}),
+        (COMPLETIONS, {"prompt": "x", "echo": 1, "logprobs": 2}),
+    ],
+)
+def test_log_likelihoods_of_a_prompt_are_refused_because_the_engine_dies_of_them(
+    path: str, payload: dict[str, Any]
+) -> None:
+    with pytest.raises(Refusal, match="where adapters are served"):
+        check_shapes(path, payload)
+
+
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        (CHAT, {"messages": [], "logprobs": True, "top_logprobs": 5, "echo": False, "prompt_logprobs": None}),
+        (COMPLETIONS, {"prompt": "x", "echo": True}),
+        (COMPLETIONS, {"prompt": "x", "logprobs": 5}),
+    ],
+)
+def test_log_likelihoods_of_the_answer_pass(path: str, payload: dict[str, Any]) -> None:
+    check_shapes(path, payload)
