@@ -181,6 +181,24 @@ def test_garbage_is_vllms_to_refuse(server: Any, body: bytes) -> None:
     assert routed.text.replace("fedrouter", "base") == direct.text
 
 
+@pytest.mark.parametrize("model", ["fedrouter", "base"])
+def test_no_request_for_a_prompts_log_likelihoods_reaches_the_engine(server: Any, model: str) -> None:
+    headers = {"authorization": f"Bearer {server.key}"}
+    chat_body = {"model": model, "messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 1}
+    text = {"model": model, "prompt": PROMPTS[0], "max_tokens": 1}
+    for path, body in (
+        ("chat/completions", chat_body | {"prompt_logprobs": 0}),
+        ("chat/completions", chat_body | {"echo": True}),
+        ("completions", text | {"echo": True, "logprobs": 0}),
+    ):
+        assert HTTP.post(f"{server.url}/v1/{path}", json=body, headers=headers).status_code == 400
+    for path, body in (
+        ("chat/completions", chat_body | {"logprobs": True}),
+        ("completions", text | {"echo": True}),
+    ):
+        assert HTTP.post(f"{server.url}/v1/{path}", json=body, headers=headers).status_code == 200
+
+
 def test_an_unknown_model_is_a_404(server: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(**chat("hello", "no-such-model"))
