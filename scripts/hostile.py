@@ -83,7 +83,8 @@ async def attack(host: str, port: int, number: int, seed: int, parallel: int) ->
                 found["hangs"].append(request)
                 continue
             found["statuses"][status] += 1
-            if not status and (len(request.body) < SMALL_BODY or request.path in ROUTED):
+            read = request.method == "POST" and request.path in ROUTED
+            if not status and (len(request.body) < SMALL_BODY or read):
                 # an unread large body resets the connection, and usually the response is lost with it
                 found["no answer"].append((request, body))
             if status >= 500:
