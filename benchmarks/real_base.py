@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedrouter.bundle import load_bundle
 from fedrouter.config_file import load_config
-from fedrouter.decide import decide
+from fedrouter.decide import route_texts
 from fedrouter.embed import load_embedder
 from fedrouter.route import Router
 from fedrouter.serve.checks import free_port
@@ -116,7 +116,7 @@ def one_prompt(path: Path) -> dict[str, float]:
     with threadpool_limits(1):
         for text in texts:
             began = time.perf_counter()
-            decide(router, embedder, [text])
+            route_texts(router, embedder, [text])
             took.append(1000 * (time.perf_counter() - began))
     torch.set_num_threads(threads)
     return {"one_ms": float(np.median(took[10:]))}

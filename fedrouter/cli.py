@@ -443,13 +443,13 @@ def route(
     as_json: Json = False,
 ) -> None:
     """Show which adapter would answer a prompt, and why; needs no server."""
-    from fedrouter.decide import decide
+    from fedrouter.decide import route_texts
     from fedrouter.route import Router
 
     loaded, embedder = _load(bundle, base, embedder_url)
     router = Router(loaded)
     for text in prompt or _stdin_lines():
-        [decision] = decide(router, embedder, [text])
+        [decision] = route_texts(router, embedder, [text])
         if as_json:
             _print_json(_decision_json(text, decision), indent=None)
         else:
@@ -500,7 +500,7 @@ def probe(
     import asyncio
 
     from fedrouter.bundle import parse_probes, read_probes
-    from fedrouter.decide import decide
+    from fedrouter.decide import route_texts
     from fedrouter.probes import ask
     from fedrouter.route import Router
 
@@ -512,7 +512,7 @@ def probe(
     router = Router(loaded)
 
     async def route(texts: Sequence[str]) -> "list[Decision]":
-        return decide(router, embedder, texts)
+        return route_texts(router, embedder, texts)
 
     results = asyncio.run(ask(probes, route))
     broken = [result for result in results if not result.holds]

@@ -36,8 +36,8 @@ def _is_long_enough(turn: str) -> bool:
     return len(list(islice(LETTER.finditer(turn), MIN_LETTERS))) == MIN_LETTERS
 
 
-async def decide(conversations: Sequence[Sequence[str]], route: Route) -> list[Decision]:
-    """Decide for each conversation; most need one embedding, those that end in follow-ups a few.
+async def route_by_turns(conversations: Sequence[Sequence[str]], route: Route) -> list[Decision]:
+    """Route each conversation; most need one embedding, those that end in follow-ups a few.
 
     Parameters
     ----------
@@ -47,12 +47,12 @@ async def decide(conversations: Sequence[Sequence[str]], route: Route) -> list[D
     candidate_turns = [candidates(turns) for turns in conversations]
     decisions = await route([turns[0][1] for turns in candidate_turns])
     return [
-        await _decide(decision, turns, route)
+        await _first_inside(decision, turns, route)
         for decision, turns in zip(decisions, candidate_turns, strict=True)
     ]
 
 
-async def _decide(first: Decision, turns: Sequence[tuple[int, str]], route: Route) -> Decision:
+async def _first_inside(first: Decision, turns: Sequence[tuple[int, str]], route: Route) -> Decision:
     (number, _), *earlier = turns
     if first.fallback and earlier:
         for (turn, _), decision in zip(earlier, await route([text for _, text in earlier]), strict=True):

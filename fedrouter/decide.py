@@ -41,7 +41,7 @@ def without_text(router: Router) -> Decision:
     return replace(NO_TEXT, model=router.beyond or BASE_NAME)
 
 
-def decide(router: Router, embedder: Embedder, texts: Sequence[str]) -> list[Decision]:
+def route_texts(router: Router, embedder: Embedder, texts: Sequence[str]) -> list[Decision]:
     """Decide for each text."""
     decided = iter(router.route(embedder.embed([text for text in texts if text.strip()])))
     return [next(decided) if text.strip() else without_text(router) for text in texts]

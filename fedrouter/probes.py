@@ -41,5 +41,5 @@ async def ask(probes: Sequence[Probe], route: conversation.Route) -> list[Asked]
     ----------
     route : decides for single texts.
     """
-    decisions = await conversation.decide([probe.turns for probe in probes], route) if probes else []
+    decisions = await conversation.route_by_turns([probe.turns for probe in probes], route) if probes else []
     return [Asked(probe, decision) for probe, decision in zip(probes, decisions, strict=True)]

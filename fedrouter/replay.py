@@ -88,7 +88,7 @@ def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
             continue
         if line.caller not in routers:
             routers[line.caller] = Router(bundle, client=line.caller)
-        second = _decide(line, routers[line.caller], embedder, bundle)
+        second = _replayed(line, routers[line.caller], embedder, bundle)
         if isinstance(second, str):
             found.num_skipped[second] += 1
             continue
@@ -154,7 +154,7 @@ def _logged(line: LoggedDecision) -> Decision:
     return Decision(line.adapter, line.cluster, 0.0, line.radius, 0.0, line.fallback, {})
 
 
-def _decide(line: LoggedDecision, router: Router, embedder: Embedder, bundle: Bundle) -> Decision | str:
+def _replayed(line: LoggedDecision, router: Router, embedder: Embedder, bundle: Bundle) -> Decision | str:
     """Decide as a server does; return the reason if the log does not contain enough for that."""
     if line.texts is not None:
         texts = list(reversed(line.texts))
@@ -163,7 +163,7 @@ def _decide(line: LoggedDecision, router: Router, embedder: Embedder, bundle: Bu
             rows = iter(router.route(embedder.embed([text for text in texts if text.strip()])))
             return [next(rows) if text.strip() else without_text(router) for text in texts]
 
-        return asyncio.run(conversation.decide([texts], route))[0]
+        return asyncio.run(conversation.route_by_turns([texts], route))[0]
     if line.reason == "no_text":
         return without_text(router)
     if not line.vectors or line.vectors[0] is None:

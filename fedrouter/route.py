@@ -64,9 +64,9 @@ class Router:
         z = transform(self.bundle.space, embeddings)
         # Only worth it for thousands of centroids; exact in any case.
         _, found = self._index.search(z, min(CANDIDATES, self._index.ntotal))
-        return [self._decide(row, candidates) for row, candidates in zip(z, found, strict=True)]
+        return [self._decision(row, candidates) for row, candidates in zip(z, found, strict=True)]
 
-    def _decide(self, row: Array, candidates: np.ndarray) -> Decision:
+    def _decision(self, row: Array, candidates: np.ndarray) -> Decision:
         # Recomputed, because the rounding of FAISS's distances depends on the batch.
         difference = self._centroids[candidates].astype(np.float64) - row
         distances: dict[int, float] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrouter.conversation import MAX_TURNS, MIN_LETTERS, candidates, decide
+from fedrouter.conversation import MAX_TURNS, MIN_LETTERS, candidates, route_by_turns
 from fedrouter.serve.routing import NO_TEXT
 from fedrouter.types import Decision
 
@@ -28,7 +28,7 @@ def decided(*conversation: str) -> tuple[str, list[list[str]]]:
             for text in texts
         ]
 
-    [decision] = asyncio.run(decide([conversation], route))
+    [decision] = asyncio.run(route_by_turns([conversation], route))
     if conversation:
         assert conversation[decision.turn].removeprefix("task ")[0] == decision.model.split(" of ")[-1][0]
     return decision.model, asked

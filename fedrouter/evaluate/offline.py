@@ -16,7 +16,7 @@ from rich.text import Text
 from sklearn.metrics import roc_auc_score
 
 from fedrouter.bundle import Bundle
-from fedrouter.decide import decide
+from fedrouter.decide import route_texts
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
@@ -90,7 +90,9 @@ def evaluate_routing(
     task_of = {c.name: c.task for c in bundle.clusters}
     if not any(task_of.values()):
         raise DataError(f"{bundle.path}: trained without task labels, so its routing cannot be evaluated")
-    decisions = decide(Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records])
+    decisions = route_texts(
+        Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records]
+    )
     tasks = np.array([tagged.task for tagged in records])
     right = np.array([task_of.get(d.cluster, "") for d in decisions]) == tasks
     far = np.array([_far(d) for d in decisions])

@@ -141,7 +141,7 @@ class Journal:
         others: Sequence[Decision] = ()
         if decisions[0] is not OVERLOAD and caller.client in (None, *other.clients):
             try:
-                others = await conversation.decide(
+                others = await conversation.route_by_turns(
                     user_turns, lambda texts: other.route(texts, caller.client, caller.tenant_name, vectors)
                 )
             except (Overloaded, FedRouterError):

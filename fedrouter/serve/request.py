@@ -227,7 +227,7 @@ async def route_conversations(
     """
     check_client(routing, caller)
     try:
-        return await conversation.decide(
+        return await conversation.route_by_turns(
             user_turns, lambda texts: routing.route(texts, caller.client, caller.tenant_name, vectors)
         )
     except Overloaded:

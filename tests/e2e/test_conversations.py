@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedrouter.bundle import Bundle
-from fedrouter.conversation import decide
+from fedrouter.conversation import route_by_turns
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
 from fedrouter.serve.paths import CHAT
@@ -30,7 +30,10 @@ def routing(small_bundle: Bundle) -> Routing:
 
 def test_conversations_keep_their_adapter(routing: Routing) -> None:
     async def ask() -> list[Decision]:
-        return [(await decide(conversations(CHAT, probe, str) or [], routing.route))[0] for probe in PROBES]
+        return [
+            (await route_by_turns(conversations(CHAT, probe, str) or [], routing.route))[0]
+            for probe in PROBES
+        ]
 
     adapters = {task_of(cluster.task_counts): cluster.adapter for cluster in routing.bundle.clusters}
     wrong = [

@@ -13,7 +13,7 @@ import pytest
 from echo import KEY, TASKS, Answer, EchoApp, Server, WordEmbedder
 
 from fedrouter.bundle import Bundle
-from fedrouter.decide import decide
+from fedrouter.decide import route_texts
 from fedrouter.route import Router
 from fedrouter.serve.access import METRICS_KEY, Access, load_access
 from fedrouter.serve.paths import (
@@ -259,9 +259,9 @@ def test_a_tenant_is_not_told_what_all_clients_have_together(
 def test_a_blank_prompt_gives_one_answer_offline_and_served(
     make_server: MakeServer, word_bundle: Bundle, embedder: WordEmbedder, fallback: str
 ) -> None:
-    offline, far = decide(Router(word_bundle, fallback), embedder, [" \n", "zebra " * 50])
+    offline, far = route_texts(Router(word_bundle, fallback), embedder, [" \n", "zebra " * 50])
     assert offline.fallback
     assert far.cluster
     served = ask(make_server(fallback=fallback), DRY_RUN, {"prompt": " \n"}).json
     assert (served["model"], served["cluster"]) == (offline.model, offline.cluster)
-    assert decide(Router(word_bundle), embedder, []) == []
+    assert route_texts(Router(word_bundle), embedder, []) == []
