@@ -66,8 +66,8 @@ class Replay:
 def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
     """Route a log's prompts with another bundle.
 
-    Uses the texts if the log has them (``--log-prompts``), else the vectors (``--log-vectors``), if they
-    have the dimension of the bundle's embedder. A named caller is routed among its own task clusters only.
+    Uses the texts if the log has them (``--log-prompts``), else the vectors (``--log-vectors``), if the
+    bundle's embedder made them. A named caller is routed among its own task clusters only.
 
     Raises
     ------
@@ -169,6 +169,8 @@ def _replayed(line: LoggedDecision, router: Router, embedder: Embedder, bundle: 
     if not line.vectors or line.vectors[0] is None:
         return "neither texts nor vectors"
     first = None
+    if line.embedder not in (None, bundle.embedder.digest):
+        return "vectors of another embedder"
     for packed in line.vectors:
         if packed is None:
             return "an earlier turn would decide, but its vector is not in the log"

@@ -4,6 +4,7 @@ They are in the order of the data flow: records → what a client reveals → me
 bundle → decisions.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,6 +204,12 @@ class EmbedderSpec:
     fingerprint: str
     pooling: str = "unit"  # mean over tokens of the states scaled to "unit" length, or unscaled: "mean"
 
+    @property
+    def digest(self) -> str:
+        """First digits of a SHA-256 over what makes vectors comparable."""
+        parts = (self.kind, self.layer, self.max_tokens, self.dim, self.fingerprint, self.pooling)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
 
 @dataclass(frozen=True, slots=True)
 class TaskCluster:
@@ -292,4 +299,5 @@ class LoggedDecision:
     routing_ms: float
     other: OtherDecision | None = None
     texts: tuple[str, ...] | None = None  # of the turns that may decide, the latest first; only if requested
+    embedder: str | None = None  # ``EmbedderSpec.digest`` of the vectors' embedder
     vectors: tuple[str | None, ...] | None = None  # of these turns, base64 of float16; null: not embedded

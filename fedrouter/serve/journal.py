@@ -195,6 +195,7 @@ def _entry(
         "id": key,
         "prompt": number,
         "bundle": routing.digest[:12],
+        "embedder": routing.bundle.embedder.digest,
         "caller": caller.client,
         "tenant": caller.tenant,
         "adapter": decision.model,

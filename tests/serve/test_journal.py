@@ -147,6 +147,18 @@ def test_decisions_that_the_log_cannot_replay_are_skipped_and_counted(
     assert found.num_skipped == {"an earlier turn would decide, but its vector is not in the log": 1}
 
 
+def test_vectors_of_another_embedder_of_the_same_dimension_are_skipped(
+    make_server: Callable[..., Server], word_bundle: Bundle, tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    within(make_server(log=LogOptions(log, vectors=True)), (CHAT, chat(TASKS["summary"]), {}))
+    digest = word_bundle.embedder.digest
+    assert digest in log.read_text()
+    log.write_text(log.read_text().replace(digest, "0" * 12))
+    found = replay(log, word_bundle, WordEmbedder())
+    assert (found.num_decided, found.num_skipped) == (0, {"vectors of another embedder": 1})
+
+
 def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:
     log = DecisionLog(LogOptions(tmp_path / "log.jsonl", max_mib=0.001))
     for number in range(40):
