@@ -8,6 +8,7 @@ have it. Times are CPU seconds, so that a busy machine does not change the share
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import report
@@ -28,11 +29,12 @@ def main() -> None:
     groups: dict[int, list[TrainReply]] = {}
     collect = server.collect
 
-    def recording(*arguments):  # type: ignore[no-untyped-def]
+    def recording(federation: Any, requests: Any, on_reply: Any) -> Any:
         began = time.process_time()
-        replies = collect(*arguments)
+        replies = collect(federation, requests, on_reply)
         spent["round"] = time.process_time() - began
         for reply in replies.values():
+            assert isinstance(reply, TrainReply), reply
             groups.setdefault(reply.cluster, []).append(reply)
         return replies
 
@@ -121,7 +123,8 @@ def sliced(states: list[AdapterState], weights: list[int]) -> dict[str, np.ndarr
 def truncated(dense: np.ndarray, rank: int) -> np.ndarray:
     """Return the closest matrix of the given rank."""
     u, values, vt = np.linalg.svd(dense, full_matrices=False)
-    return u[:, :rank] * values[:rank] @ vt[:rank]
+    found: np.ndarray = u[:, :rank] * values[:rank] @ vt[:rank]
+    return found
 
 
 def relative(found: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:

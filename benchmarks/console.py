@@ -209,7 +209,7 @@ def main() -> None:
         for i in range(options.rounds):
             for kind, log in list(kinds.items()) if i % 2 else reversed(list(kinds.items())):
                 rates[kind].append(asyncio.run(throughput(make(), log(i), 512)))
-        lines = {kind: line_us(load_bundle(bundle), log(99)) for kind, log in kinds.items() if log(99)}
+        lines = {kind: line_us(load_bundle(bundle), own) for kind, log in kinds.items() if (own := log(99))}
         page = write_report(run).stat().st_size if (run / "config.json").exists() else 0
         num_clusters = len(load_bundle(bundle).clusters)
     bare = statistics.median(rates["without"])

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from fedrouter.config_file import load_config
 from fedrouter.evaluate import evaluate, load, render
-from fedrouter.serve.launch import Options, free_port, running_server
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.run import train
 
 FEDAVG = ["method=fedavg", "cluster={}", "train.schedule=all"]  # refuses schedule "one"

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Sites:
         self.directory, self.names, self.hollow = directory, names, hollow
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["fedrouter.train.federate", "fedrouter.train.flower.site"])
-        self.processes = {}
+        self.processes: dict[str, BaseProcess] = {}
         for name in names:
             self.start(name)
 
@@ -87,6 +88,7 @@ class Sites:
     def kill(self, name: str) -> None:
         """Kill a site and all its processes, like a power failure."""
         process = self.processes.pop(name)
+        assert process.pid is not None
         for pid in [process.pid, *children(process.pid)]:
             os.kill(pid, signal.SIGKILL)
         process.join()
@@ -119,7 +121,7 @@ def memory_mib(pids: Sequence[int]) -> float:
 @contextmanager
 def federation(num: int, hollow: bool) -> Iterator[tuple[Directory, Sites, int]]:
     """Create and serve a federation of ``num`` sites; yield it, the sites and the superlink's pid."""
-    from fedrouter.serve.launch import free_port
+    from fedrouter.serve.checks import free_port
     from fedrouter.train.client.site_files import make_site
 
     with tempfile.TemporaryDirectory(prefix="fr-") as scratch:
@@ -251,7 +253,7 @@ def in_process(num: int, rounds: int) -> float:
         train(config, root / "out", QUIET)
         lines = [json.loads(line) for line in (root / "out" / "metrics.jsonl").read_text().splitlines()]
     times = sorted({line["round"]: line["time"] for line in lines}.items())
-    return (times[-1][1] - times[0][1]) / max(len(times) - 1, 1)
+    return float(times[-1][1] - times[0][1]) / max(len(times) - 1, 1)
 
 
 def kill_every_second_round(log: Path, sites: Sites) -> None:

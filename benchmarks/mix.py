@@ -40,18 +40,17 @@ def wanted(random_: random.Random, prompts: list[str], adapters: list[str]) -> t
     turn = [{"role": "user", "content": first}]
     turns = [*turn, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "shorter"}]
     stream = {"stream": random_.random() < 0.5}
-    return random_.choice(
-        [
-            ("/v1/chat/completions", {**short, **stream, "messages": turn}),
-            ("/v1/chat/completions", {**short, **stream, "messages": turns}),
-            ("/v1/completions", {**short, **stream, "prompt": first}),
-            ("/v1/completions", {**short, "prompt": [first, second, third]}),
-            ("/v1/messages", {**short, **stream, "messages": turn}),
-            ("/v1/responses", {"model": model, **stream, "input": first, "max_output_tokens": 12}),
-            ("/tokenize", {"model": model, "prompt": first}),
-            ("/v1/fedrouter/route", {"messages": turns}),
-        ]
-    )
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {**short, **stream, "messages": turn}),
+        ("/v1/chat/completions", {**short, **stream, "messages": turns}),
+        ("/v1/completions", {**short, **stream, "prompt": first}),
+        ("/v1/completions", {**short, "prompt": [first, second, third]}),
+        ("/v1/messages", {**short, **stream, "messages": turn}),
+        ("/v1/responses", {"model": model, **stream, "input": first, "max_output_tokens": 12}),
+        ("/tokenize", {"model": model, "prompt": first}),
+        ("/v1/fedrouter/route", {"messages": turns}),
+    ]
+    return random_.choice(kinds)
 
 
 async def mix(url: str, pid: int, minutes: float, prompts: list[str], adapters: list[str]) -> dict[str, Any]:

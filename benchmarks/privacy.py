@@ -64,7 +64,8 @@ def main() -> None:
     )
     clip = float(np.quantile(np.linalg.norm(public - probe(embedder).mean(0), axis=1), 0.95))
     judged = [r for t in TASKS for r in generate(t, "test", 150, 1)]
-    results, rows = [], []
+    results = []
+    rows: list[tuple[str, str, str, bool | None]] = []
     for num in options.rows:
         for z in MULTIPLIERS:
             runs = []

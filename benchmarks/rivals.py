@@ -41,7 +41,7 @@ def semantic_router(
         print(f"skipped: semantic-router does not import ({error}); {INSTALL}")
         return None
 
-    class Same(DenseEncoder):
+    class Same(DenseEncoder):  # type: ignore[misc]  # untyped where it is not installed
         name: str = "the same embedder"
 
         def __call__(self, docs: list[str]) -> list[list[float]]:
@@ -52,7 +52,7 @@ def semantic_router(
     def known(docs: list[str]) -> list[list[float]]:
         return [(vectors[d] if d in vectors else embedder.embed([d])[0]).tolist() for d in docs]
 
-    utterances = defaultdict(list)
+    utterances: defaultdict[str | None, list[str]] = defaultdict(list)
     for r in taken:
         if num is None or len(utterances[r.task]) < num:
             utterances[r.task].append(routing_text(r.turns))

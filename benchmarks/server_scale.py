@@ -106,7 +106,7 @@ def measure(method: str, num: int) -> dict[str, float]:
     """Cluster ``num`` clients and calibrate the radii; return the server's seconds and the peak memory."""
     crowd = Crowd(num)
     began = time.process_time()
-    space = discover(crowd, SETTINGS[method], seed=0)  # type: ignore[arg-type]
+    space = discover(crowd, SETTINGS[method], seed=0)
     clusters = describe(list(crowd.assign(space)), len(set(space.cluster_of)), Config().routing)
     total = time.process_time() - began
     return {

@@ -36,7 +36,8 @@ from fedrouter.config_file import load_config
 from fedrouter.embed import load_embedder
 from fedrouter.models import resolve_base
 from fedrouter.route import Router
-from fedrouter.serve.launch import Options, free_port, prepare
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, prepare
 from fedrouter.serve.process import running
 from fedrouter.train.run import train
 from fedrouter.types import RoutingSpace, TaskCluster
@@ -130,8 +131,8 @@ async def traffic(url: str) -> dict[str, Any]:
         def direct(i: int) -> Awaitable[Reply]:
             return ask(named[i], i)
 
-        for kind in (direct, routed):  # warm-up
-            await load(kind, 64, 128)
+        for way in (direct, routed):  # warm-up
+            await load(way, 64, 128)
         rates: dict[str, list[float]] = {"routed": [], "direct": []}
         for turn in range(8):  # alternately, so that other load affects both
             for kind, way in (("routed", routed), ("direct", direct))[:: 1 if turn % 2 else -1]:

@@ -113,11 +113,12 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
     """Return the seconds and padded tokens of the last round; write its batches to ``file``."""
     from fedrouter.train import rounds
     from fedrouter.train.client import sft
+    from fedrouter.train.disk.metrics import Metrics
     from fedrouter.train.run import train
 
-    batches: list[tuple[list[list[int]], list[list[int]], list[list[int]]]] = []
+    batches: list[list[list[list[int]]]] = []
 
-    class Recording(sft._Trainer):  # type: ignore[misc]
+    class Recording(sft._Trainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             if file:
                 batches.append([inputs[k].tolist() for k in ("input_ids", "labels", "attention_mask")])
@@ -125,12 +126,13 @@ def federated(config: Any, file: Path | None) -> dict[str, float]:
 
     stamps = [0.0]
 
-    class Stamping(rounds.Metrics):
+    class Stamping(Metrics):
         def write(self, *result: Any) -> None:
             super().write(*result)
             stamps.append(time.process_time())
 
-    sft._Trainer, rounds.Metrics = Recording, Stamping  # type: ignore[misc]
+    patched: tuple[Any, Any] = sft, rounds
+    patched[0]._Trainer, patched[1].Metrics = Recording, Stamping
     with tempfile.TemporaryDirectory() as scratch:
         train(config, Path(scratch) / "run", Console(file=sys.stderr))
     if not file:

@@ -23,13 +23,14 @@ from rich.console import Console
 
 from fedrouter.bundle import Bundle
 from fedrouter.config_file import load_config
-from fedrouter.serve.launch import Options, free_port, prepare
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, prepare
 from fedrouter.serve.paths import CHAT, ROUTED, UNROUTED
 from fedrouter.serve.process import running
 from fedrouter.train.run import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "serve"))
-from hostile import Hostile, requests
+from hostile_requests import Hostile, requests
 
 SMALL = ("num_clients=4", "num_per_task=60"), ("rounds=2", "steps=4"), ("global=4",)
 HANG_S = 60.0

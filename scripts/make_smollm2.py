@@ -61,7 +61,7 @@ def main(out: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         values = {name: getattr(loaded.config, name) for name in CONFIG_KEYS}
         config = LlamaConfig(**values, rms_norm_eps=1e-5)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)  # a model loaded from GGUF cannot be saved
+        model = LlamaForCausalLM(config).bfloat16()  # a model loaded from GGUF cannot be saved
         model.load_state_dict({name: t.to(torch.bfloat16) for name, t in loaded.state_dict().items()})
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
         part = out.with_name(out.name + ".part")

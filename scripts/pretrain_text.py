@@ -112,9 +112,9 @@ def look_up(rng: random.Random) -> str:
 
 
 def span(rng: random.Random) -> str:
-    opening, closing = rng.choice(("[]", "()", "{}", "<>", "**", '""', "__"))
+    brackets = rng.choice(("[]", "()", "{}", "<>", "**", '""', "__"))
     before, marked, after = (" ".join(some(rng, low, 4)) for low in (0, 1, 0))
-    return f"{before} {opening}{marked}{closing} {after} {rng.choice(MARKS)} {marked}"
+    return f"{before} {brackets[0]}{marked}{brackets[1]} {after} {rng.choice(MARKS)} {marked}"
 
 
 def member(rng: random.Random) -> str:

@@ -153,6 +153,7 @@ def main() -> None:
         train_tokenizer()
     dist.barrier()
     tokenizer = AutoTokenizer.from_pretrained(OUT)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -168,7 +169,7 @@ def main() -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     for phase in PHASES:
         train(model, tokenizer, phase, rank, world)
     dist.destroy_process_group()

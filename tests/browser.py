@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 from selenium import webdriver
@@ -45,7 +45,7 @@ class Page:
     def texts(self, selector: str) -> list[str]:
         return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
 
-    def until(self, what: Callable[[], Found], why: str = "") -> Found:
+    def until(self, what: Callable[[], Literal[False] | Found], why: str = "") -> Found:
         """Wait until a condition is true; return its value."""
         gone = [StaleElementReferenceException]
         wait = WebDriverWait(self.driver, WAIT_S, poll_frequency=0.02, ignored_exceptions=gone)

@@ -1,10 +1,12 @@
 """Small fakes that really embed and train, on a scale that a test can check by hand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedrouter.bundle import Bundle, write_bundle
 from fedrouter.config import Count
@@ -14,12 +16,19 @@ from fedrouter.types import (
     Array,
     Assignment,
     BaseSpec,
+    Comparison,
     EmbedderSpec,
     LocalClusters,
+    Member,
+    Membership,
+    Reread,
     RoutingSpace,
     TaskCluster,
+    TrainFailure,
     TrainReply,
     TrainRequest,
+    ValidationReply,
+    ValidationRequest,
 )
 
 DIM = 8
@@ -46,7 +55,7 @@ def adapter(seed: int, rank: int = 2, width: int = 6) -> AdapterState:
     }
 
 
-def space(centroids: Array, cluster_of: Sequence[int] | None = None) -> RoutingSpace:
+def space(centroids: NDArray[Any], cluster_of: Sequence[int] | None = None) -> RoutingSpace:
     """A routing space without a transform."""
     dim = centroids.shape[1]
     return RoutingSpace(
@@ -74,7 +83,29 @@ def write(path: Path, routing: RoutingSpace, radii: Sequence[float], **changes: 
     return write_bundle(path, **{**arguments, **changes})  # type: ignore[arg-type]
 
 
-class PullFederation:
+class Unasked:
+    """A federation that is asked nothing."""
+
+    def members(self) -> Sequence[Member]:
+        raise NotImplementedError
+
+    def reread(self) -> Sequence[Reread]:
+        raise NotImplementedError
+
+    def compare(self, space: RoutingSpace, radii: Sequence[float]) -> Sequence[Comparison]:
+        raise NotImplementedError
+
+    def summarise_beyond(self, num: Count) -> Iterable[LocalClusters]:
+        raise NotImplementedError
+
+    def leave(self, names: Collection[str]) -> None:
+        raise NotImplementedError
+
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        raise NotImplementedError
+
+
+class PullFederation(Unasked):
     """Clients whose training steps move the adapter half of the way to the client's target."""
 
     def __init__(self, vectors: dict[str, Array], targets: dict[str, AdapterState]):
@@ -84,13 +115,18 @@ class PullFederation:
     def summarise(self, num: Count) -> list[LocalClusters]:
         return [cluster.summarise(x, num, seed=0) for x in self.vectors.values()]
 
-    def regroup(self, space: RoutingSpace) -> list[LocalClusters]:
+    def regroup(self, space: RoutingSpace, membership: Membership | None = None) -> list[LocalClusters]:
+        assert membership is None
         return [cluster.regroup(x, space) for x in self.vectors.values()]
 
-    def assign(self, space: RoutingSpace) -> list[Assignment]:
+    def assign(self, space: RoutingSpace, membership: Membership | None = None) -> list[Assignment]:
+        assert membership is None
         return [Assignment(c, cluster.assign(x, space, [None] * len(x))[1]) for c, x in self.vectors.items()]
 
-    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
+        return self.pulled(requests)
+
+    def pulled(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
         self.requests += requests
         for r in reversed(requests):  # replies may arrive in any order
             share = 1 - 0.5**r.steps

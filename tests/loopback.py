@@ -44,7 +44,7 @@ class Loopback:
 
 def site(directory: Path, name: str, data: Path, **policy: object) -> tuple[Site, PublicKey]:
     """A site's directory with a key pair."""
-    made = Site(directory / name, SiteSettings(name=name, data=str(data), policy=Policy(**policy)))  # type: ignore[arg-type]
+    made = Site(directory / name, SiteSettings(name=name, data=str(data), policy=Policy(**policy)))
     return made, new_key(made.key).public_key()
 
 

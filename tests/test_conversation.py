@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrouter.conversation import MAX_TURNS, MIN_LETTERS, candidates, route_by_turns
-from fedrouter.serve.routing import NO_TEXT
+from fedrouter.decide import NO_TEXT
 from fedrouter.types import Decision
 
 

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -15,20 +17,20 @@ RECORDS = [Record((Turn("user", f"question {n}"),), f"answer {n}", "quiz") for n
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write(path, *rows):
+def write(path: Path, *rows: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def load_one(tmp_path, row):
+def load_one(tmp_path: Path, row: dict[str, Any]) -> Record:
     return load_records(write(tmp_path / "one.jsonl", row))[0]
 
 
-def refused(tmp_path, content):
+def refused(tmp_path: Path, content: str | bytes) -> str:
     """Write the content, load it, and return the error's line without the folder."""
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -39,25 +41,25 @@ def refused(tmp_path, content):
     return message.replace(f"{tmp_path}/", "")
 
 
-def test_prompt_and_completion(tmp_path):
+def test_prompt_and_completion(tmp_path: Path) -> None:
     assert load_records(write(tmp_path / "pairs.jsonl", *PAIRS)) == RECORDS
 
 
-def test_instruction_with_and_without_input(tmp_path):
+def test_instruction_with_and_without_input(tmp_path: Path) -> None:
     row = {"instruction": "Translate.", "input": "Guten Tag", "response": "Good day"}
     assert load_one(tmp_path, row) == Record((Turn("user", "Translate.\n\nGuten Tag"),), "Good day")
     for nothing in ("", None):
         assert load_one(tmp_path, {**row, "input": nothing}).turns == (Turn("user", "Translate."),)
 
 
-def test_alpaca_calls_the_answer_output(tmp_path):
+def test_alpaca_calls_the_answer_output(tmp_path: Path) -> None:
     record = load_one(
         tmp_path, {"instruction": "Say hi.", "input": "", "output": "hi", "text": "whole prompt"}
     )
     assert record == Record((Turn("user", "Say hi."),), "hi")
 
 
-def test_chat_keeps_the_earlier_turns(tmp_path):
+def test_chat_keeps_the_earlier_turns(tmp_path: Path) -> None:
     turns = [
         ("system", "Be brief."),
         ("user", "Hi"),
@@ -69,14 +71,14 @@ def test_chat_keeps_the_earlier_turns(tmp_path):
     assert load_one(tmp_path, row) == Record(tuple(Turn(*turn) for turn in turns[:-1]), "See you")
 
 
-def test_limit_reads_no_further(tmp_path):
+def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     write(path, *PAIRS)
     path.write_text(path.read_text() + "not JSON\n")
     assert load_records(str(path), limit=3) == RECORDS
 
 
-def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path):
+def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     text = (
         "\ufeff"
@@ -88,7 +90,7 @@ def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path):
 
 
 @given(st.text().filter(str.strip), st.text().filter(str.strip))
-def test_any_text_survives(tmp_path_factory, prompt, completion):
+def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, prompt: str, completion: str) -> None:
     path = tmp_path_factory.mktemp("any") / "any.jsonl"
     for ensure_ascii in (True, False):
         row = json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=ensure_ascii)
@@ -97,7 +99,7 @@ def test_any_text_survives(tmp_path_factory, prompt, completion):
 
 
 @given(st.binary())
-def test_any_garbage_is_a_data_error(tmp_path_factory, garbage):
+def test_any_garbage_is_a_data_error(tmp_path_factory: pytest.TempPathFactory, garbage: bytes) -> None:
     path = tmp_path_factory.mktemp("garbage") / "garbage.jsonl"
     path.write_bytes(garbage)
     with pytest.raises(DataError):
@@ -105,7 +107,7 @@ def test_any_garbage_is_a_data_error(tmp_path_factory, garbage):
 
 
 @pytest.mark.parametrize("number", ["1", "true", "null", '"text"', "[]"])
-def test_a_line_that_is_no_object(tmp_path, number):
+def test_a_line_that_is_no_object(tmp_path: Path, number: str) -> None:
     assert "bad.jsonl:1: expected an object with fields, found" in refused(tmp_path, number)
 
 
@@ -154,17 +156,17 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ),
     ],
 )
-def test_bad_lines_are_named(tmp_path, content, message):
+def test_bad_lines_are_named(tmp_path: Path, content: str | bytes, message: str) -> None:
     assert message in refused(tmp_path, content)
 
 
-def test_missing_files(tmp_path):
+def test_missing_files(tmp_path: Path) -> None:
     for name in ("gone.jsonl", "gone.csv", "gone"):
         with pytest.raises(DataError, match=f"{name}: no such file"):
             load_records(str(tmp_path / name))
 
 
-def test_a_file_of_unknown_kind(tmp_path):
+def test_a_file_of_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "rows.xml").write_text("<row/>")
     with pytest.raises(
         DataError,
@@ -173,7 +175,7 @@ def test_a_file_of_unknown_kind(tmp_path):
         load_records(str(tmp_path / "rows.xml"))
 
 
-def test_an_unknown_hub_id(monkeypatch):
+def test_an_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         DataError, match=r"^nobody/nothing: neither a file or directory nor a usable data set on the hub"
@@ -181,7 +183,7 @@ def test_an_unknown_hub_id(monkeypatch):
         load_records("nobody/nothing")
 
 
-def test_files_that_datasets_reads(tmp_path):
+def test_files_that_datasets_reads(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(PAIRS)
     data.to_csv(tmp_path / "rows.csv")
     data.to_parquet(tmp_path / "rows.parquet")
@@ -191,7 +193,7 @@ def test_files_that_datasets_reads(tmp_path):
         assert load_records(str(tmp_path / f"rows.{kind}"), limit=1) == RECORDS[:1]
 
 
-def test_saved_data_sets_and_their_splits(tmp_path):
+def test_saved_data_sets_and_their_splits(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(PAIRS)
     data.save_to_disk(tmp_path / "single")
     datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "both")
@@ -202,7 +204,7 @@ def test_saved_data_sets_and_their_splits(tmp_path):
         load_records(str(tmp_path / "both"), split="dev")
 
 
-def test_a_directory_of_files_has_splits(tmp_path):
+def test_a_directory_of_files_has_splits(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     write(folder / "train.jsonl", *PAIRS)
@@ -213,7 +215,7 @@ def test_a_directory_of_files_has_splits(tmp_path):
         load_records(str(folder), split="dev")
 
 
-def test_chat_and_missing_values_through_datasets(tmp_path):
+def test_chat_and_missing_values_through_datasets(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [{"messages": chat, "task": None}, {"messages": chat, "task": "greet"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
@@ -224,7 +226,7 @@ def test_chat_and_missing_values_through_datasets(tmp_path):
     ]
 
 
-def test_bad_rows_of_data_sets_are_named(tmp_path):
+def test_bad_rows_of_data_sets_are_named(tmp_path: Path) -> None:
     datasets.Dataset.from_list([PAIRS[0], {"prompt": "q"}]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows.parquet row 2: missing fields: found prompt; accepted"):
         load_records(str(tmp_path / "rows.parquet"))
@@ -239,14 +241,14 @@ def test_bad_rows_of_data_sets_are_named(tmp_path):
         load_records(str(tmp_path / "empty.csv"))
 
 
-def test_builtin_records():
+def test_builtin_records() -> None:
     records = builtin_records("builtin:four-tasks", "train", 5, seed=1)
     assert [record.task for record in records] == [task for task in TASKS for _ in range(5)]
     assert records == builtin_records("builtin:four-tasks", "train", 5, seed=1)
     assert records != builtin_records("builtin:four-tasks", "test", 5, seed=1)
 
 
-def test_unknown_builtin_names():
+def test_unknown_builtin_names() -> None:
     with pytest.raises(
         ConfigError, match=r"unknown built-in data set 'builtin:five'.*choose one of builtin:four-tasks"
     ):

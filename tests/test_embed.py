@@ -1,8 +1,10 @@
 import copy
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_a_vector_is_the_mean_of_the_middle_layers_hidden_state(embedder: Embedd
         np.testing.assert_allclose(vector, want, rtol=1e-4, atol=1e-4)
 
 
-FAMILIES: list[type[PreTrainedConfig]] = [
+FAMILIES: list[Callable[..., PreTrainedConfig]] = [
     LlamaConfig, Qwen3Config, Gemma3TextConfig, MistralConfig, Phi3Config, GPT2Config, BertConfig,
 ]  # fmt: skip
 
@@ -73,10 +75,15 @@ FAMILIES: list[type[PreTrainedConfig]] = [
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.model_type)
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_stopping_after_the_layer_changes_nothing(
-    family: type[PreTrainedConfig], layer: int, embedder: Embedder
+    family: Callable[..., PreTrainedConfig], layer: int, embedder: Embedder
 ) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     config = family(**shape, num_key_value_heads=1, head_dim=16, vocab_size=2048, pad_token_id=0)
     model = AutoModel.from_config(config).eval()
     kind = "encoder" if family is BertConfig else "base"
@@ -91,7 +98,12 @@ def test_stopping_after_the_layer_changes_nothing(
 
 def test_a_window_of_attention_shows_in_long_texts_as_in_training(embedder: Embedder) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=2048, sliding_window=24, pad_token_id=0)
     model = AutoModel.from_config(config).eval()
     spec, tokenizer = replace(embedder.spec, layer=3, dim=32), AutoTokenizer.from_pretrained(PATH)
@@ -197,7 +209,7 @@ def test_a_token_that_takes_all_attention_does_not_hide_the_others(embedder: Emb
     tokenizer = AutoTokenizer.from_pretrained(PATH)
     plain = HiddenStateEmbedder(model, tokenizer, embedder.spec).embed(TEXTS)
 
-    def sink(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def sink(_module: object, _inputs: object, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
         states[:, 0] *= 300
         return output

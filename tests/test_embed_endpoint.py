@@ -13,8 +13,9 @@ from fakes import space, write
 
 from fedrouter import embed_endpoint
 from fedrouter.bundle import check_embedder, find_embedder
+from fedrouter.config import EMBEDDER_KEY
 from fedrouter.embed import embedder_spec, load_embedder, probe
-from fedrouter.embed_endpoint import EMBEDDER_KEY, EndpointEmbedder
+from fedrouter.embed_endpoint import EndpointEmbedder
 from fedrouter.errors import BundleError, ConfigError, EndpointError
 from fedrouter.types import BaseSpec, EmbedderSpec
 
@@ -48,7 +49,8 @@ def test_one_vector_a_text_in_their_order_however_many(server: EmbeddingsServer)
     server.inputs.clear()
     together = embedder.embed(texts)
     assert [len(batch) for batch in server.inputs] == [64, 64, 21]
-    assert (together.shape, together.dtype) == ((150, DIM), np.float32)
+    assert together.shape == (150, DIM)
+    assert together.dtype == np.float32
     alone = np.concatenate([embedder.embed([texts[row]]) for row in some])
     np.testing.assert_array_equal(together[some], alone)
     assert not together[70].any()

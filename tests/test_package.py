@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ HOMES = {
 }
 
 
-def imported(source, module, is_package=False):
+def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:
     """Yield the full names of all imports in the source, also of those in functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -67,11 +68,11 @@ def imported(source, module, is_package=False):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def _inside(module, room):
+def _inside(module: str, room: str) -> bool:
     return module == room or module.startswith(f"{room}.")
 
 
-def violations(source, module, is_package=False):
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     """Return one module's violations of the rule; ``module`` is its dotted name under fedrouter."""
     part = module.split(".")[0]
     found = []
@@ -94,18 +95,18 @@ def violations(source, module, is_package=False):
     return sorted(set(found))
 
 
-def module_name(path):
+def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_every_part_has_a_layer():
+def test_every_part_has_a_layer() -> None:
     parts = {module_name(path).split(".")[0] for path in FILES} - {""}
     assert parts <= set(LAYER_OF), "name the layer of the new part in LAYERS"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_dependency_rule(path):
+def test_the_dependency_rule(path: Path) -> None:
     module = module_name(path)
     source = path.read_text(encoding="utf-8")
     if not module:  # fedrouter/__init__.py, which everything imports, must not import anything
@@ -166,11 +167,11 @@ def test_the_dependency_rule(path):
         ),
     ],
 )
-def test_the_rule_is_seen_to_break(module, source, found):
+def test_the_rule_is_seen_to_break(module: str, source: str, found: list[str]) -> None:
     assert violations(source, module) == found
 
 
-def test_help_imports_no_heavy_library():
+def test_help_imports_no_heavy_library() -> None:
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "fedrouter", "--help"],
         capture_output=True,

@@ -1,4 +1,6 @@
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from fedrouter.types import Record, Turn
 TASKS = ("paraphrase", "data_to_text", "dialogue_summary", "headline")
 
 
-def make_records(sizes, tasks=TASKS):
+def make_records(sizes: list[int], tasks: Sequence[str] = TASKS) -> list[Record]:
     return [
         Record((Turn("user", f"{task} {row}"),), "answer", task)
         for task, size in zip(tasks, sizes, strict=False)
@@ -19,7 +21,7 @@ def make_records(sizes, tasks=TASKS):
     ]
 
 
-def task_counts(records):
+def task_counts(records: Sequence[Record]) -> Counter[str | None]:
     return Counter(record.task for record in records)
 
 
@@ -28,7 +30,9 @@ schemes = st.sampled_from(["single", "dual", "all", "iid", "dirichlet"])
 
 
 @given(sizes, schemes, st.integers(4, 12), st.integers(0, 2**32))
-def test_every_row_goes_to_exactly_one_client(sizes, scheme, num_clients, seed):
+def test_every_row_goes_to_exactly_one_client(
+    sizes: list[int], scheme: str, num_clients: int, seed: int
+) -> None:
     records = make_records(sizes)
     clients = partition(records, scheme, num_clients, seed, alpha=1.0)
     dealt = [record for rows in clients.values() for record in rows]
@@ -39,7 +43,7 @@ def test_every_row_goes_to_exactly_one_client(sizes, scheme, num_clients, seed):
 
 
 @given(sizes, schemes, st.integers(0, 2**32))
-def test_the_same_seed_gives_the_same_partition(sizes, scheme, seed):
+def test_the_same_seed_gives_the_same_partition(sizes: list[int], scheme: str, seed: int) -> None:
     records = make_records(sizes)
     first, second, other = (partition(records, scheme, 8, s, alpha=1.0) for s in (seed, seed, seed + 1))
     assert first == second
@@ -48,7 +52,9 @@ def test_the_same_seed_gives_the_same_partition(sizes, scheme, seed):
 
 
 @given(sizes, st.sampled_from(["single", "dual", "all"]), st.integers(4, 12), st.integers(0, 9))
-def test_clients_hold_the_tasks_of_the_scenario_evenly(sizes, scheme, num_clients, seed):
+def test_clients_hold_the_tasks_of_the_scenario_evenly(
+    sizes: list[int], scheme: str, num_clients: int, seed: int
+) -> None:
     tasks = TASKS[: len(sizes)]
     clients = partition(make_records(sizes), scheme, num_clients, seed)
     num_held = {"single": 1, "dual": 2, "all": len(tasks)}[scheme]
@@ -62,7 +68,7 @@ def test_clients_hold_the_tasks_of_the_scenario_evenly(sizes, scheme, num_client
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(["iid", "all"]), st.integers(0, 9)
 )
-def test_few_rows_of_each_task_still_make_even_clients(sizes, scheme, seed):
+def test_few_rows_of_each_task_still_make_even_clients(sizes: list[int], scheme: str, seed: int) -> None:
     records = make_records(sizes)
     num_clients = max(1, len(records) // 3)
     if len(records) < 2:
@@ -71,34 +77,34 @@ def test_few_rows_of_each_task_still_make_even_clients(sizes, scheme, seed):
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_the_papers_dual_scenario():
+def test_the_papers_dual_scenario() -> None:
     clients = partition(make_records([600] * 4), "dual", 8, seed=0)
     assert task_counts(clients["client-1"]) == {"data_to_text": 150, "dialogue_summary": 150}
     assert task_counts(clients["client-7"]) == {"headline": 150, "paraphrase": 150}
 
 
-def test_a_client_keeps_its_rows_in_their_first_order():
+def test_a_client_keeps_its_rows_in_their_first_order() -> None:
     records = make_records([20] * 4)
     for rows in partition(records, "dual", 4, seed=3).values():
         positions = [records.index(record) for record in rows]
         assert positions == sorted(positions)
 
 
-def test_dirichlet_is_more_uneven_with_a_smaller_alpha():
-    def unevenness(alpha):
+def test_dirichlet_is_more_uneven_with_a_smaller_alpha() -> None:
+    def unevenness(alpha: float) -> float:
         clients = partition(make_records([400] * 4), "dirichlet", 4, seed=1, alpha=alpha)
         return sum(max(task_counts(rows).values()) / len(rows) for rows in clients.values()) / 4
 
     assert unevenness(0.05) > 0.6 > 0.3 > unevenness(1000)
 
 
-def test_dirichlet_draws_again_until_every_client_has_rows():
+def test_dirichlet_draws_again_until_every_client_has_rows() -> None:
     for seed in range(20):
         clients = partition(make_records([60] * 4), "dirichlet", 4, seed, alpha=0.1)
         assert min(map(len, clients.values())) >= 2
 
 
-def test_the_cap_keeps_a_random_part():
+def test_the_cap_keeps_a_random_part() -> None:
     records = make_records([100] * 4)
     clients = partition(records, "dual", 4, seed=0, max_per_client=30)
     assert {len(rows) for rows in clients.values()} == {30}
@@ -107,7 +113,7 @@ def test_the_cap_keeps_a_random_part():
     assert min(counts["paraphrase"], counts["data_to_text"]) > 5
 
 
-def test_client_names_sort_like_their_numbers():
+def test_client_names_sort_like_their_numbers() -> None:
     assert list(partition(make_records([40] * 4), "iid", 3, 0)) == ["client-0", "client-1", "client-2"]
     names = list(partition(make_records([40] * 4), "iid", 11, 0))
     assert names[0] == "client-00"
@@ -115,7 +121,7 @@ def test_client_names_sort_like_their_numbers():
     assert names == sorted(names)
 
 
-def test_task_of_gives_the_labels():
+def test_task_of_gives_the_labels() -> None:
     records = [Record((Turn("user", f"{row}"),), "x") for row in range(20)]
     clients = partition(
         records, "single", 2, 0, task_of=lambda record: "odd" if int(record.turns[0].content) % 2 else "even"
@@ -123,7 +129,7 @@ def test_task_of_gives_the_labels():
     assert {int(record.turns[0].content) % 2 for record in clients["client-0"]} == {0}
 
 
-def test_iid_needs_no_labels_and_the_others_do():
+def test_iid_needs_no_labels_and_the_others_do() -> None:
     records = [Record((Turn("user", f"{row}"),), "x", "a" if row else None) for row in range(20)]
     assert sum(map(len, partition(records, "iid", 2, 0).values())) == 20
     for scheme in ("single", "dual", "all", "dirichlet"):
@@ -143,7 +149,7 @@ def test_iid_needs_no_labels_and_the_others_do():
         ([], "single", 2, "needs at least 1 tasks"),
     ],
 )
-def test_too_few_rows_tasks_or_clients(sizes, scheme, num_clients, message):
+def test_too_few_rows_tasks_or_clients(sizes: list[int], scheme: str, num_clients: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         partition(make_records(sizes), scheme, num_clients, 0)
 
@@ -158,6 +164,6 @@ def test_too_few_rows_tasks_or_clients(sizes, scheme, num_clients, message):
         ({"max_per_client": 1}, "max_per_client >= 2"),
     ],
 )
-def test_settings_out_of_range(wrong, message):
+def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         partition(make_records([9] * 4), **{"scheme": "all", "num_clients": 2, "seed": 0, **wrong})

@@ -36,7 +36,8 @@ def test_the_nearest_centroid_decides(bundle: Bundle) -> None:
 
 def test_a_task_cluster_may_have_several_centroids(bundle: Bundle) -> None:
     decision = Router(bundle).route(rows((0, 5.5)))[0]
-    assert (decision.cluster, decision.distance) == ("task-2", pytest.approx(0.5))
+    assert decision.cluster == "task-2"
+    assert decision.distance == pytest.approx(0.5)
     assert decision.margin == pytest.approx(5.0), (
         "the margin is to the next task cluster, not to the next centroid"
     )

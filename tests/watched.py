@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fedrouter.train.federation import FEW
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.server.loop import run_rounds
 from fedrouter.train.server.methods import group
-from fedrouter.types import AdapterState, Array, EmbedderSpec, Record, RoutingSpace, Turn
+from fedrouter.types import AdapterState, Array, EmbedderSpec, Float64s, Record, RoutingSpace, Turn
 
 DOC = Path(__file__).parents[1] / "docs" / "privacy.md"
 DIM, NUM_ROWS, TASKS = 62, 60, ("colours", "numbers")
@@ -28,13 +28,13 @@ class TaskEmbedder:
 
     spec = EmbedderSpec("base", "words", 1, 512, "float32", DIM, "words")
 
-    def embed(self, texts: list[str]) -> Array:
+    def embed(self, texts: Sequence[str]) -> Array:
         return np.array([self._near(t.split()[0]) + self._noise(t) for t in texts], dtype=np.float32)
 
-    def _near(self, word: str) -> Array:
+    def _near(self, word: str) -> Float64s:
         return 6 * self._noise(word)
 
-    def _noise(self, text: str) -> Array:
+    def _noise(self, text: str) -> Float64s:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
         return np.random.default_rng(seed).normal(size=DIM)
 
@@ -174,8 +174,8 @@ def holds_row(value: np.ndarray, hidden: list[np.ndarray]) -> bool:
 
 
 def whole_run(federation: Watched, config: Config = CONFIG) -> None:
-    found = group(federation, config, adapter(0), DIM)  # type: ignore[arg-type]
-    list(run_rounds(federation, found.assignments, found.state, config))  # type: ignore[arg-type]
+    found = group(federation, config, adapter(0), DIM)
+    list(run_rounds(federation, found.assignments, found.state, config))
 
 
 def same(one: Watched, other: Watched) -> bool:

@@ -66,7 +66,8 @@ def test_nine_typed_prompts_of_ten_are_routed_right_and_inside_the_radius(seed: 
     landed = {}
     for task, prompts in TYPED.items():
         for prompt, k, distance in zip(prompts, *nearest(embedder.embed(prompts), space), strict=True):
-            named = max(clusters[k].task_counts, key=lambda t, k=k: clusters[k].task_counts[t])
+            counts = clusters[k].task_counts
+            named = max(counts, key=counts.__getitem__)
             landed[prompt] = named == task and distance <= clusters[k].radius
     assert landed[SUGGESTED]
     strange = ["def f(x): return x ** 2", "Write a poem about the sea", "1+1=?", "Ignore all instructions"]

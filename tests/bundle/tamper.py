@@ -33,7 +33,8 @@ def edit(root: Path, *where: str | int, to: Any) -> None:
 
 
 def first_adapter(root: Path) -> Path:
-    return root / "adapters" / read(root)["clusters"][0]["adapter"]
+    name: str = read(root)["clusters"][0]["adapter"]
+    return root / "adapters" / name
 
 
 def reseal(root: Path) -> None:

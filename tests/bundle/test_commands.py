@@ -1,7 +1,9 @@
 """Every command refuses an invalid bundle with the same line and exit code 1."""
 
 import os
+import signal
 import sys
+from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,8 @@ def test_every_command_refuses_in_the_same_line(
     with pytest.raises(BundleError) as wanted:
         load_bundle(run / "bundle")
     if command.startswith("serve"):  # pretend that vLLM is installed
-        monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(util, "find_spec", lambda name: object())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     argv = command.replace("RUN", str(run)).replace("PORT", str(checks.free_port())).split()
     monkeypatch.setattr(sys, "argv", ["fedrouter", *argv])
     with pytest.raises(SystemExit) as left:

@@ -174,7 +174,8 @@ def change_bytes(draw: Callable[[Any], Any], content: bytes) -> bytes:
     at = draw(st.integers(0, min(len(content), draw(st.sampled_from([16, 400, 1 << 20])))))
     how = draw(st.sampled_from(["flip", "cut", "insert", "double", "deep"]))
     if how == "flip":
-        return content[:at] + draw(st.binary(min_size=1, max_size=4)) + content[at + 1 :]
+        new: bytes = draw(st.binary(min_size=1, max_size=4))
+        return content[:at] + new + content[at + 1 :]
     if how == "cut":
         return content[:at]
     if how == "deep":
@@ -229,7 +230,7 @@ def change_path(draw: Callable[[Any], Any], root: Path) -> None:
 def mutate(draw: Callable[[Any], Any], root: Path) -> bool:
     """Change something in a bundle; return whether hashes, names and checksum were recomputed."""
     what = draw(st.sampled_from(["manifest", "config", "router", "weights", "path", "bytes"]))
-    sealed = draw(st.booleans())
+    sealed: bool = draw(st.booleans())
     adapters = sorted((root / "adapters").iterdir())
     if what == "manifest":
         manifest = change_json(draw, tamper.read(root))

@@ -1,6 +1,8 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def test_a_bundle_is_never_overwritten(bundle: Bundle) -> None:
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     bad = adapter(0)
-    bad[f"{MODULE}.lora_B.weight"][0, 0] = np.nan  # type: ignore[index]
+    bad[f"{MODULE}.lora_B.weight"][0, 0] = np.nan
     with pytest.raises(BundleError, match="not finite"):
         write(tmp_path / "b", space(np.eye(8)[:1]), [1.0], adapters=[bad])
     assert not (tmp_path / "b").exists()
@@ -63,7 +65,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "not a bundle"),
     "manifest is not JSON": (lambda p: truncate(p / "manifest.json"), "not readable as JSON"),
     "unknown schema": (lambda p: edit_manifest(p, schema_version=99), "schema version 99 is unknown"),

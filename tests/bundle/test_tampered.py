@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ HUGE = 3 << 30
 
 # Invalid values by the path of the field in the manifest.
 FIRST = ("clusters", 0)
-TEXTS = (None, 7, True, "", "a\nb", "\x1b[31m", "a\u202eb", ["a"], {})
-NUMBERS = (None, "12", True, -1, float("nan"), float("inf"), [1], {})
+TEXTS: tuple[Any, ...] = (None, 7, True, "", "a\nb", "\x1b[31m", "a\u202eb", ["a"], {})
+NUMBERS: tuple[Any, ...] = (None, "12", True, -1, float("nan"), float("inf"), [1], {})
 COUNTS = (*NUMBERS, 1.5, 1 << 60)
 BAD: dict[tuple[str | int, ...], tuple[Any, ...]] = {
     ("schema_version",): (True, "2", 2.0, None, 3, 0),
@@ -101,14 +101,14 @@ def test_values_of_the_manifest_that_must_not_be(bundle: Bundle, where: tuple[st
 def test_no_value_of_the_manifest_goes_unchecked(bundle: Bundle) -> None:
     """Every key, also of nested objects, is in the table above."""
     manifest = tamper.read(bundle.path)
-    keys = {(key,) for key in manifest} - {("checksum",)}
+    keys: set[tuple[str | int, ...]] = {(key,) for key in manifest if key != "checksum"}
     for section in ("base", "embedder"):
         keys |= {(section, key) for key in manifest[section]}
     keys |= {(*FIRST, key) for key in manifest["clusters"][0]}
     assert keys <= BAD.keys()
 
 
-RAW = {
+RAW: dict[str, tuple[str | bytes, str]] = {
     "deep": (DEEP, "recursion limit"),
     "deep and closed": (DEEP + "]" * len(DEEP), "recursion limit"),
     "deep inside": ('{"a":' * 100_000 + "1" + "}" * 100_000, "recursion limit"),
@@ -152,10 +152,13 @@ def without(key: str) -> Callable[[Path], None]:
 
 
 def raw(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda root: (first_adapter(root) / name).write_bytes(content) and None
+    def apply(root: Path) -> None:
+        (first_adapter(root) / name).write_bytes(content)
+
+    return apply
 
 
-def weights(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Callable[[Path], None]:
+def weights(change: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]) -> Callable[[Path], None]:
     def apply(root: Path) -> None:
         file = first_adapter(root) / WEIGHTS
         save_file({name: np.ascontiguousarray(a) for name, a in change(load_file(file)).items()}, file)
@@ -363,12 +366,20 @@ def large(file: Path, root: Path) -> None:
         opened.truncate(HUGE if file.name != WEIGHTS else 1 << 40)  # sparse, so it needs no disk space
 
 
+def instead(make: Callable[[Path], None]) -> Callable[[Path, Path], None]:
+    def apply(file: Path, root: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return apply
+
+
 PLACES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a link out": (moved_out, "leads out of"),
-    "a link to a device": (lambda f, root: (f.unlink(), f.symlink_to("/dev/zero")), "leads out of"),
-    "a link to itself": (lambda f, root: (f.unlink(), f.symlink_to(f)), "link"),
-    "a FIFO": (lambda f, root: (f.unlink(), os.mkfifo(f)), "not a regular file"),
-    "a directory": (lambda f, root: (f.unlink(), f.mkdir()), "not a regular file"),
+    "a link to a device": (instead(lambda file: file.symlink_to("/dev/zero")), "leads out of"),
+    "a link to itself": (instead(lambda file: file.symlink_to(file)), "link"),
+    "a FIFO": (instead(os.mkfifo), "not a regular file"),
+    "a directory": (instead(Path.mkdir), "not a regular file"),
     "too large": (large, "more than the"),
 }
 

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -20,7 +22,7 @@ said = text.filter(str.strip)
 KINDS = ("jsonl", "ndjson", "json", "jsonl.gz", "json.gz", "parquet")
 
 
-def write(path, rows):
+def write(path: Path, rows: list[Any]) -> Path:
     """Write rows into a file of the type in its name."""
     kind = path.name.partition(".")[2]
     if kind == "parquet":
@@ -41,7 +43,7 @@ def write(path, rows):
 
 
 @st.composite
-def pairs(draw):
+def pairs(draw: st.DrawFn) -> tuple[dict[str, str], Record]:
     """A row of texts, and its record."""
     question, answer = draw(st.sampled_from([("prompt", "completion"), ("instruction", "output")]))
     prompt, system, more, completion = draw(said), draw(text), draw(text), draw(text)
@@ -52,13 +54,15 @@ def pairs(draw):
 
 
 @st.composite
-def chats(draw):
+def chats(draw: st.DrawFn) -> tuple[dict[str, Any], Record]:
     """A conversation in one of the supported forms, and its record."""
     exchanges = draw(st.lists(st.tuples(said, text), min_size=1, max_size=3))
     turns = [t for user, answer in exchanges for t in (("user", user), ("assistant", answer))]
     match draw(st.integers(0, 3)):
         case 0:
-            row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+            row: dict[str, Any] = {
+                "messages": [{"role": role, "content": content} for role, content in turns]
+            }
         case 1:
             names = {"user": "human", "assistant": "gpt"}
             row = {"conversations": [{"from": names[role], "value": content} for role, content in turns]}
@@ -74,14 +78,18 @@ def chats(draw):
 
 
 @given(st.lists(pairs(), min_size=1, max_size=4), st.sampled_from([*KINDS, "csv", "tsv", "csv.gz"]))
-def test_rows_of_text_are_loaded_exactly_from_every_kind_of_file(tmp_path_factory, cases, kind):
+def test_rows_of_text_are_loaded_exactly_from_every_kind_of_file(
+    tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[dict[str, Any], Record]], kind: str
+) -> None:
     cases = [case for case in cases if set(case[0]) == set(cases[0][0])]  # a table has a single header
     path = write(tmp_path_factory.mktemp("any") / f"rows.{kind}", [row for row, _ in cases])
     assert load_records(str(path), say=pytest.fail) == [record for _, record in cases]
 
 
 @given(st.lists(chats(), min_size=1, max_size=4), st.sampled_from(KINDS))
-def test_conversations_are_loaded_exactly_whatever_their_form(tmp_path_factory, cases, kind):
+def test_conversations_are_loaded_exactly_whatever_their_form(
+    tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[dict[str, Any], Record]], kind: str
+) -> None:
     if kind == "parquet":  # rows must have the same fields
         cases = cases[:1]
     path = write(tmp_path_factory.mktemp("any") / f"rows.{kind}", [row for row, _ in cases])
@@ -112,7 +120,9 @@ odd_rows = (
 
 
 @given(st.lists(odd_rows, max_size=4), st.sampled_from(["jsonl", "json"]))
-def test_odd_rows_are_loaded_one_by_one_or_refused_by_row(tmp_path_factory, rows, kind):
+def test_odd_rows_are_loaded_one_by_one_or_refused_by_row(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], kind: str
+) -> None:
     path = write(tmp_path_factory.mktemp("odd") / f"rows.{kind}", rows)
     notes: list[str] = []
     try:
@@ -129,7 +139,7 @@ def test_odd_rows_are_loaded_one_by_one_or_refused_by_row(tmp_path_factory, rows
             assert "other" not in row or not any(map(str.strip, texts(row["other"]))) or "other (" in notes[0]
 
 
-def texts(value):
+def texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -147,7 +157,9 @@ GOOD = {
 
 @given(st.sampled_from(sorted(GOOD)), st.integers(0, 80), st.integers(0, 4), st.binary(max_size=4))
 @example("csv", 18, 0, b"\x00")
-def test_a_damaged_file_is_read_or_refused_in_one_line_with_its_name(tmp_path_factory, kind, at, cut, put):
+def test_a_damaged_file_is_read_or_refused_in_one_line_with_its_name(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, at: int, cut: int, put: bytes
+) -> None:
     path = tmp_path_factory.mktemp("damaged") / f"rows.{kind}"
     good = GOOD[kind]
     path.write_bytes(good[:at] + put + good[at + cut :])

@@ -1,6 +1,7 @@
 """Directories: every data file is read, or refused by name."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ from fedrouter.data import load_records
 from fedrouter.errors import DataError
 
 
-def write(path, *prompts):
+def write(path: Path, *prompts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": prompt, "completion": "c"} for prompt in prompts]
     path.write_text(
@@ -17,19 +18,19 @@ def write(path, *prompts):
     )
 
 
-def load(path, split=None):
-    said = []
+def load(path: Path, split: str | None = None) -> tuple[list[str], list[str]]:
+    said: list[str] = []
     return [r.turns[0].content for r in load_records(str(path), split, say=said.append)], said
 
 
-def test_a_name_that_holds_train_does_not_hide_the_others(tmp_path):
+def test_a_name_that_holds_train_does_not_hide_the_others(tmp_path: Path) -> None:
     write(tmp_path / "adapter-train-1.jsonl", "a")
     write(tmp_path / "other.jsonl", "b")
     assert load(tmp_path) == (["a", "b"], [])
     assert load(tmp_path, "test") == (["a", "b"], []), "there are no splits, as in a single file"
 
 
-def test_two_kinds_of_files_and_folders_are_read_together(tmp_path):
+def test_two_kinds_of_files_and_folders_are_read_together(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a")
     write(tmp_path / "b.json", "b")
     (tmp_path / "c.csv").write_text("prompt,completion\nc,1\n")
@@ -43,14 +44,14 @@ def test_two_kinds_of_files_and_folders_are_read_together(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.bz2", "rows.xlsx", "loose.arrow", "rows"])
-def test_a_file_of_no_known_kind_is_refused_by_name(tmp_path, name):
+def test_a_file_of_no_known_kind_is_refused_by_name(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a.jsonl", "a")
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=f"{name}: unknown file type in a data directory; move it elsewhere"):
         load(tmp_path)
 
 
-def test_splits_are_read_where_all_files_are_of_one(tmp_path):
+def test_splits_are_read_where_all_files_are_of_one(tmp_path: Path) -> None:
     write(tmp_path / "train-00000-of-00002.jsonl", "a")
     write(tmp_path / "train-00001-of-00002.jsonl", "b")
     write(tmp_path / "test" / "rows.jsonl", "c")
@@ -63,7 +64,7 @@ def test_splits_are_read_where_all_files_are_of_one(tmp_path):
         load(tmp_path)
 
 
-def test_what_cannot_be_looked_into_is_refused(tmp_path):
+def test_what_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     with pytest.raises(DataError, match=r"rows: contains no data files; accepted: .jsonl"):
         load(tmp_path / "rows")
@@ -74,7 +75,7 @@ def test_what_cannot_be_looked_into_is_refused(tmp_path):
         load(tmp_path / "rows")
 
 
-def test_an_empty_file_among_others_is_refused_by_name(tmp_path):
+def test_an_empty_file_among_others_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a")
     write(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match=r"b\.jsonl: has no rows"):

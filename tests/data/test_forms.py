@@ -1,6 +1,8 @@
 """Forms of data: the record that each field ends up in, and the warnings about other fields."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -14,32 +16,33 @@ READ = {"id": "1", "type": "function", "function": {"name": "stock", "arguments"
 TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type": "object", "properties": {}}}}
 
 
-def load(tmp_path, *rows, **options):
+def load(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> tuple[list[Record], list[str]]:
     """Return the records, and the warnings about their file."""
-    path, said = tmp_path / "rows.jsonl", []
+    path = tmp_path / "rows.jsonl"
+    said: list[str] = []
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = load_records(str(path), say=said.append, **options)
     return records, [line.replace(f"{tmp_path}/", "") for line in said]
 
 
-def one(tmp_path, row, **options):
+def one(tmp_path: Path, row: dict[str, Any], **options: Any) -> Record:
     (record,), said = load(tmp_path, row, **options)
     assert said == []
     return record
 
 
-def refused(tmp_path, row, **options):
+def refused(tmp_path: Path, row: dict[str, Any], **options: Any) -> str:
     with pytest.raises(DataError) as error:
         load(tmp_path, row, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def turns(*pairs):
+def turns(*pairs: tuple[str, str]) -> tuple[Turn, ...]:
     return tuple(Turn(role, content) for role, content in pairs)
 
 
-def test_alpaca_with_system_and_history(tmp_path):
+def test_alpaca_with_system_and_history(tmp_path: Path) -> None:
     row = {
         "system": "Be short.",
         "instruction": "Sum",
@@ -56,12 +59,12 @@ def test_alpaca_with_system_and_history(tmp_path):
     assert "history must be a list" in refused(tmp_path, {**row, "history": "Hi"})
 
 
-def test_dollys_context_is_input(tmp_path):
+def test_dollys_context_is_input(tmp_path: Path) -> None:
     row = {"instruction": "When?", "context": "In May 1999.", "response": "1999"}
     assert one(tmp_path, row) == Record(turns(("user", "When?\n\nIn May 1999.")), "1999")
 
 
-def test_sharegpt(tmp_path):
+def test_sharegpt(tmp_path: Path) -> None:
     said = [("system", "Be."), ("human", "Hi"), ("gpt", "Yes?"), ("human", "Bye"), ("gpt", "Bye.")]
     row = {"conversations": [{"from": role, "value": text} for role, text in said]}
     want = turns(("system", "Be."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"))
@@ -84,7 +87,7 @@ def test_sharegpt(tmp_path):
     assert record.tools == (TOOL,)
 
 
-def test_conversational_prompt_completion_learns_the_completion_alone(tmp_path):
+def test_conversational_prompt_completion_learns_the_completion_alone(tmp_path: Path) -> None:
     prompt = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
@@ -102,8 +105,8 @@ def test_conversational_prompt_completion_learns_the_completion_alone(tmp_path):
     assert "field prompt must be text, found list" in refused(tmp_path, {**row, "completion": "Bye."})
 
 
-def test_openai_tools_calls_results_parts_and_weights(tmp_path):
-    row = {
+def test_openai_tools_calls_results_parts_and_weights(tmp_path: Path) -> None:
+    row: dict[str, Any] = {
         "messages": [
             {"role": "developer", "content": "Be."},
             {
@@ -135,6 +138,7 @@ def test_openai_tools_calls_results_parts_and_weights(tmp_path):
     assert '"stock"' in calling.completion, "what is embedded of an answer that only calls"
     legacy = {"role": "assistant", "content": None, "function_call": CALL["function"]}
     old = one(tmp_path, {"messages": [row["messages"][1], legacy], "functions": [TOOL["function"]]})
+    assert old.answer is not None
     assert old.tools == (TOOL,) and old.answer.more["tool_calls"][0]["function"] == READ["function"]
 
 
@@ -171,18 +175,18 @@ def test_openai_tools_calls_results_parts_and_weights(tmp_path):
         ({"content": "x"}, "message 1 has role None"),
     ],
 )
-def test_messages_that_cannot_be_used_are_named(tmp_path, message, said):
+def test_messages_that_cannot_be_used_are_named(tmp_path: Path, message: dict[str, Any], said: str) -> None:
     rest = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
     found = refused(tmp_path, {"messages": [message, *rest]})
     assert said in found and "rows.jsonl:1: message 1" in found
 
 
-def test_a_conversation_without_weight_has_nothing_to_learn(tmp_path):
+def test_a_conversation_without_weight_has_nothing_to_learn(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]
     assert "every assistant turn has weight 0" in refused(tmp_path, {"messages": messages})
 
 
-def test_any_names_by_mapping(tmp_path):
+def test_any_names_by_mapping(tmp_path: Path) -> None:
     row = {"question": "Q", "answer": "A", "category": "quiz", "passage": "P"}
     fields = {"prompt": "question", "completion": "answer", "task": "category", "context": "passage"}
     assert one(tmp_path, row, fields=fields) == Record(turns(("user", "Q\n\nP")), "A", "quiz")
@@ -195,7 +199,7 @@ def test_any_names_by_mapping(tmp_path):
         load(tmp_path, row, fields={"promt": "question"})
 
 
-def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_path):
+def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "c", "source": "web", "score": 3, "note": ""} for _ in range(4)]
     rows[2]["note"] = ["deep", {"er": "text"}]
     rows[1]["messages"] = None
@@ -214,7 +218,7 @@ def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_pat
     assert one(tmp_path, one_way, ignore=["system"]) == Record(turns(("user", "p")), "c")
 
 
-def test_empty_answers_are_kept_and_blank_prompts_refused(tmp_path):
+def test_empty_answers_are_kept_and_blank_prompts_refused(tmp_path: Path) -> None:
     assert one(tmp_path, {"prompt": "p", "completion": ""}).completion == ""
     assert "rows.jsonl:1: field instruction is empty" in refused(
         tmp_path, {"instruction": " ", "output": "o"}
@@ -222,12 +226,12 @@ def test_empty_answers_are_kept_and_blank_prompts_refused(tmp_path):
     assert one(tmp_path, {"instruction": "", "input": "i", "output": "o"}).turns[0].content == "i"
 
 
-def test_a_record_knows_its_place(tmp_path):
+def test_a_record_knows_its_place(tmp_path: Path) -> None:
     row = {"prompt": "p", "completion": "c"}
     assert [r.where for r in load(tmp_path, row, row)[0]] == [f"{tmp_path}/rows.jsonl:{n}" for n in (1, 2)]
 
 
-def test_conversations_in_parquet(tmp_path):
+def test_conversations_in_parquet(tmp_path: Path) -> None:
     messages = [
         {"role": "user", "content": "Lamps?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},

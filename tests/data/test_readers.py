@@ -3,6 +3,9 @@
 import gzip
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -19,20 +22,20 @@ ROWS = [
 RECORDS = [Record((Turn("user", row["prompt"]),), row["completion"]) for row in ROWS]
 
 
-def refused(path):
+def refused(path: Path) -> str:
     with pytest.raises(DataError) as error:
         load_records(str(path))
     assert "\n" not in str(error.value)
     return str(error.value).replace(f"{path.parent}/", "")
 
 
-def load_csv(tmp_path, text, name="rows.csv"):
+def load_csv(tmp_path: Path, text: str, name: str = "rows.csv") -> list[tuple[str, str]]:
     path = tmp_path / name
     path.write_bytes(text.encode())
     return [(r.turns[-1].content, r.completion) for r in load_records(str(path))]
 
 
-def test_the_same_rows_in_every_kind_of_file(tmp_path):
+def test_the_same_rows_in_every_kind_of_file(tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     texts = {
         "a.jsonl": lines,
@@ -51,7 +54,7 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path):
             assert load_records(str(path)) == RECORDS, path
 
 
-def test_places_are_lines_and_rows(tmp_path):
+def test_places_are_lines_and_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,completion\n"p\nq",c\n\nr,d\n')
     assert [where for where, _ in read_rows(tmp_path / "a.csv")] == [
         f"{tmp_path}/a.csv:2 (row 1)",
@@ -64,7 +67,7 @@ def test_places_are_lines_and_rows(tmp_path):
     ]
 
 
-def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path):
+def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:
     answers = ["0", "1", "True", "None", "N/A", "null", "NaN", "", "007", "1.10", "2024-05-01", "1e5"]
     text = "prompt,completion\n" + "".join(f"p,{answer}\n" for answer in answers)
     assert load_csv(tmp_path, text) == [("p", answer) for answer in answers]
@@ -73,7 +76,7 @@ def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path):
     assert prompts == ["i\n\nNone", "i\n\nN/A", "i\n\nnull", "i"]
 
 
-def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
+def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path: Path) -> None:
     (tmp_path / "shift.csv").write_text("prompt,completion\nAdd 2 and 2,It is 4, as asked\n")
     assert refused(tmp_path / "shift.csv").startswith(
         "shift.csv:2 (row 1): 3 fields, but the header has 2 (prompt, completion); put fields that contain"
@@ -123,21 +126,24 @@ def test_an_unquoted_comma_is_refused_with_row_and_fields(tmp_path):
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "p", "completion": "c"}\n')[:-9], "damaged gzip file"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert message in refused(tmp_path / name)
 
 
-def test_a_long_cell_is_read(tmp_path):
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
     assert load_csv(tmp_path, f"prompt,completion\n{'p' * 200_000},c\n") == [("p" * 200_000, "c")]
 
 
-def test_a_file_written_again_with_the_same_time_gives_its_new_rows(tmp_path, monkeypatch):
+def test_a_file_written_again_with_the_same_time_gives_its_new_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for name, write in (
-        ("a.json", lambda path, rows: path.write_text(json.dumps(rows))),
-        ("a.parquet", lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path)),
-    ):
+    ways: dict[str, Callable[[Path, Any], Any]] = {
+        "a.json": lambda path, rows: path.write_text(json.dumps(rows)),
+        "a.parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
+    }
+    for name, write in ways.items():
         path = tmp_path / name
         write(path, ROWS[:1] * 2)
         os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -148,7 +154,7 @@ def test_a_file_written_again_with_the_same_time_gives_its_new_rows(tmp_path, mo
     assert not (tmp_path / "cache").exists(), "no copy of rows in a cache"
 
 
-def test_typed_cells_become_text_only_where_nothing_is_lost(tmp_path):
+def test_typed_cells_become_text_only_where_nothing_is_lost(tmp_path: Path) -> None:
     labels = datasets.Features(
         {"prompt": datasets.Value("string"), "completion": datasets.ClassLabel(names=["no", "yes"])}
     )

@@ -19,7 +19,7 @@ from fedrouter.config_file import load_config
 from fedrouter.embed import load_embedder, routing_text
 from fedrouter.models import resolve_base
 from fedrouter.route import Router
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 from fedrouter.train.run import train
 from fedrouter.types import Decision, Turn
 

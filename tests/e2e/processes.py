@@ -5,17 +5,23 @@ import queue
 import signal
 import subprocess
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 START_S = 450.0  # half a minute on two idle cores
+
+
+def put_all(output: Iterable[str], lines: queue.Queue[str]) -> None:
+    for line in output:
+        lines.put(line)
 
 
 def first_lines(process: subprocess.Popen[str], num_lines: int) -> list[str]:
     """Read lines of a process's output until it ends or START_S have passed."""
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
-    found = []
+    threading.Thread(target=put_all, args=(process.stdout, lines), daemon=True).start()
+    found: list[str] = []
     while len(found) < num_lines and (process.poll() is None or not lines.empty()):
         try:
             found.append(lines.get(timeout=START_S if process.poll() is None else 1))

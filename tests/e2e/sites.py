@@ -14,7 +14,7 @@ import psutil
 from processes import running
 
 from fedrouter.builtin.tasks import TASKS, generate
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 
 PLAN = """\
 [train]

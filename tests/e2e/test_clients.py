@@ -72,7 +72,7 @@ def test_langchain(server: Any, offline: Offline) -> None:
         max_tokens=8,
         include_response_headers=True,
     )
-    answers = model.batch(PROMPTS)
+    answers = model.batch([*PROMPTS])
     assert [answer.response_metadata["model_name"] for answer in answers] == [
         offline(prompt).model for prompt in PROMPTS
     ]

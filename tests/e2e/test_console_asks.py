@@ -15,7 +15,7 @@ from processes import end, first_lines, group_of_children
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 
 pytestmark = needs_chromium
 PROMPTS = [generate(task, "test", 1, seed=5)[0].turns[-1].content.replace("\n", " ") for task in TASKS]

@@ -50,7 +50,7 @@ def share_at_home(bundle: Bundle, url: str | None = None) -> float:
     records = [record for task in TASKS for record in generate(task, "test", 20, seed=7)]
     embedder = load_embedder(bundle.embedder, bundle.base, url=url)
     decisions = Router(bundle).route(embedder.embed([record.turns[-1].content for record in records]))
-    mostly = {c.name: max(c.task_counts, key=lambda t, c=c: c.task_counts[t]) for c in bundle.clusters}
+    mostly = {c.name: max(c.task_counts, key=c.task_counts.__getitem__) for c in bundle.clusters}
     return float(np.mean([mostly[d.cluster] == r.task for d, r in zip(decisions, records, strict=True)]))
 
 
@@ -189,7 +189,7 @@ def with_endpoint(small: Bundle, path: Path, url: str) -> Bundle:
     """Write a bundle with the adapters of ``small``, routed by an endpoint to the nearest mean prompt."""
     spec = embedder_spec("endpoint", MODEL, 64, "float32", url=url)
     embedder = load_embedder(spec, small.base, url=url)
-    own = [max(c.task_counts, key=lambda t, c=c: c.task_counts[t]) for c in small.clusters]
+    own = [max(c.task_counts, key=c.task_counts.__getitem__) for c in small.clusters]
     rows = [[r.turns[-1].content for r in generate(task, "train", 30, seed=1)] for task in own]
     centroids = np.stack([embedder.embed(texts).mean(axis=0) for texts in rows])
     states = [load_file(where / "adapter_model.safetensors") for where in small.adapter_paths.values()]

@@ -11,7 +11,7 @@ import httpx
 from processes import end, first_lines, group_of_children, running
 
 from fedrouter.bundle import Bundle
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 
 
 def test_the_engine_killed_in_the_middle_of_a_stream(small_bundle: Bundle, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.config_file import load_config
 from fedrouter.train.run import train
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -84,7 +85,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_a_family_goes_from_training_to_plain_peft(family: str, trained: Trained) -> None:
     base, bundle = trained(family)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == 2048
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    assert model.config.vocab_size == weight.shape[0] == 2048
     ids = torch.arange(10, 30)[None]
     with torch.no_grad():
         plain = model(ids).logits

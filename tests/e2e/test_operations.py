@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -60,7 +61,9 @@ def test_a_request_is_counted_where_it_went(server: Any) -> None:
 def second(server: Any, small_bundle: Bundle) -> Iterator[Bundle]:
     """Another bundle beside the served one, with one adapter of it; the first is served again afterwards."""
     states = [load_file(path / "adapter_model.safetensors") for path in small_bundle.adapter_paths.values()]
-    *louder, generalist = [{name: 1.2 * tensor for name, tensor in state.items()} for state in states[1:]]
+    *louder, generalist = [
+        {name: np.float32(1.2) * tensor for name, tensor in state.items()} for state in states[1:]
+    ]
     config = small_bundle.adapter_path(small_bundle.clusters[0]) / "adapter_config.json"
     template = small_bundle.chat_template
     path = small_bundle.path.parent / "second"

@@ -16,7 +16,8 @@ import pytest
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ServingError
 from fedrouter.serve import launch, process
-from fedrouter.serve.launch import free_port, running_server, serve
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import running_server, serve
 from fedrouter.serve.process import Command, running
 
 SERVER = """

@@ -16,7 +16,7 @@ import pytest
 import test_apis
 import test_serve
 
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 
 # These start a vLLM of their own.
 NOT_HERE = {

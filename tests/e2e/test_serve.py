@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from fedrouter.builtin import base_path
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.errors import ServingError
-from fedrouter.serve.launch import Options, free_port, running_server
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, running_server
 from fedrouter.types import Decision
 
 PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 3, seed=5)]
@@ -99,7 +100,14 @@ def test_streams_as_it_answers(server: Any, offline: Offline) -> None:
 
 def test_routing_changes_the_name_and_nothing_else(server: Any, offline: Offline) -> None:
     prompt = PROMPTS[0]
-    options = {"n": 2, "temperature": 0.7, "logprobs": True, "top_logprobs": 2, "stop": ["zzz"], "seed": 3}
+    options: dict[str, Any] = {
+        "n": 2,
+        "temperature": 0.7,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "stop": ["zzz"],
+        "seed": 3,
+    }
     routed = server.client.chat.completions.create(**chat(prompt, **options))
     named = server.client.chat.completions.with_raw_response.create(
         **chat(prompt, offline(prompt).model, **options)

@@ -12,7 +12,8 @@ import pytest
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import Bundle
-from fedrouter.serve.launch import Options, free_port, running_server
+from fedrouter.serve.checks import free_port
+from fedrouter.serve.launch import Options, running_server
 from fedrouter.types import Decision
 
 PROMPTS = [record.turns[-1].content for task in TASKS for record in generate(task, "test", 4, seed=7)]

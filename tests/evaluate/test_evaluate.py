@@ -1,17 +1,21 @@
 import io
 import json
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_server import FakeServer
 from rich.console import Console
 
 import fedrouter.evaluate.endpoint
 from fedrouter.errors import ConfigError, DataError, ServingError
 from fedrouter.evaluate import TaggedRecord, evaluate, load, render, write_json, write_records
+from fedrouter.evaluate.report import Report
 from fedrouter.types import Record, Turn
 
 
-def tagged(prompt, expected, task, client="north"):
+def tagged(prompt: str, expected: str, task: str | None, client: str = "north") -> TaggedRecord:
     return TaggedRecord(Record((Turn("user", prompt),), expected, task), client)
 
 
@@ -25,11 +29,11 @@ RECORDS = [
 ]
 
 
-def many(count):
+def many(count: int) -> list[TaggedRecord]:
     return [tagged(f"word {number}", f"WORD {number}", "shout") for number in range(count)]
 
 
-def test_models_side_by_side(server):
+def test_models_side_by_side(server: FakeServer) -> None:
     report = evaluate(server.url, RECORDS, ["fedrouter", "base", "oracle", "shout-2222"])
     fedrouter, base, oracle, shout = report.models
     assert [model.model for model in report.models] == ["fedrouter", "base", "oracle", "shout-2222"]
@@ -53,8 +57,9 @@ def test_models_side_by_side(server):
     assert report.num_failed == 0
 
 
-def test_routing_is_compared_with_the_oracle(server):
+def test_routing_is_compared_with_the_oracle(server: FakeServer) -> None:
     routing = evaluate(server.url, RECORDS).models[0].routing
+    assert routing is not None
     assert routing.confusion == {
         "shout": {"base": 1, "shout-2222": 2, "yes-no-1111": 1},
         "yes-no": {"yes-no-1111": 2},
@@ -63,12 +68,12 @@ def test_routing_is_compared_with_the_oracle(server):
     assert routing.fallback_rate == pytest.approx(1 / 6)
 
 
-def test_named_models_have_no_routing(server):
+def test_named_models_have_no_routing(server: FakeServer) -> None:
     assert evaluate(server.url, RECORDS, ["base"]).models[0].routing is None
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_concurrency_is_bounded_and_used(server, concurrency):
+def test_concurrency_is_bounded_and_used(server: FakeServer, concurrency: int) -> None:
     server.delay_s = 0.02
     server.meeting = threading.Barrier(concurrency, timeout=5)
     assert evaluate(server.url, many(12), concurrency=concurrency, retries=0).num_failed == 0
@@ -77,15 +82,16 @@ def test_concurrency_is_bounded_and_used(server, concurrency):
     assert set(server.asked().values()) == {1}
 
 
-def test_latency_and_tokens_per_second(server):
+def test_latency_and_tokens_per_second(server: FakeServer) -> None:
     server.delay_s = 0.05
     model = evaluate(server.url, many(8), concurrency=4).models[0]
+    assert model.latency_p50_s is not None and model.latency_p95_s is not None
     assert 0.05 <= model.latency_p50_s <= model.latency_p95_s <= model.seconds
     assert model.tokens_per_s == pytest.approx(8 * 5 / model.seconds)
     assert model.seconds >= 0.1  # two rounds of four
 
 
-def test_failed_records_count_as_zero_and_are_listed(server):
+def test_failed_records_count_as_zero_and_are_listed(server: FakeServer) -> None:
     server.failing = {"word 2": [500] * 9, "word 3": [400]}
     report = evaluate(server.url, many(4), retries=1)
     model = report.models[0]
@@ -95,7 +101,7 @@ def test_failed_records_count_as_zero_and_are_listed(server):
     assert "record 3: " in text_of(report)
 
 
-def test_a_server_that_goes_away_ends_the_run(server, monkeypatch):
+def test_a_server_that_goes_away_ends_the_run(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedrouter.evaluate.run, "GIVE_UP_AFTER", 6)
     server.dead_after = 10
     with pytest.raises(ServingError, match=r"lost the connection to .* after \d+ of 500 records"):
@@ -103,7 +109,7 @@ def test_a_server_that_goes_away_ends_the_run(server, monkeypatch):
     assert len(server.chats) < 30
 
 
-def test_oracle_needs_an_adapter_for_every_task(server):
+def test_oracle_needs_an_adapter_for_every_task(server: FakeServer) -> None:
     with pytest.raises(DataError, match=r"record 2 \(client north\) has task 'poem'.*trained: shout, yes-no"):
         evaluate(server.url, [RECORDS[0], tagged("a", "b", "poem")], ["oracle"])
     with pytest.raises(DataError, match="has task None"):
@@ -111,21 +117,22 @@ def test_oracle_needs_an_adapter_for_every_task(server):
     assert not server.asked()
 
 
-def test_oracle_needs_fedrouter_serve(server):
+def test_oracle_needs_fedrouter_serve(server: FakeServer) -> None:
     server.clusters = None
     with pytest.raises(ServingError, match="does not list its task clusters"):
         evaluate(server.url, RECORDS, ["oracle"])
-    assert evaluate(server.url, RECORDS).models[0].routing.accuracy is None
+    routing = evaluate(server.url, RECORDS).models[0].routing
+    assert routing is not None and routing.accuracy is None
 
 
-def test_oracle_refuses_an_adapter_that_is_not_served(server):
+def test_oracle_refuses_an_adapter_that_is_not_served(server: FakeServer) -> None:
     server.clusters = {"clusters": [{"adapter": "gone", "task_counts": {"yes-no": 1, "shout": 1}}]}
     with pytest.raises(ServingError, match="serves no model 'gone'"):
         evaluate(server.url, RECORDS, ["oracle"])
 
 
-def test_limit_per_task_draws_the_same_records_for_a_seed(server):
-    def asked(seed):
+def test_limit_per_task_draws_the_same_records_for_a_seed(server: FakeServer) -> None:
+    def asked(seed: int) -> list[str]:
         server.chats.clear()
         report = evaluate(server.url, [*many(30), *RECORDS], limit_per_task=2, seed=seed)
         assert {task: scores.num_examples for task, scores in report.models[0].by_task.items()} == {
@@ -142,17 +149,17 @@ def test_limit_per_task_draws_the_same_records_for_a_seed(server):
     "options",
     [{"models": []}, {"concurrency": 0}, {"max_tokens": 0}, {"limit_per_task": 0}, {"timeout_s": 0}],
 )
-def test_settings_out_of_range(server, options):
+def test_settings_out_of_range(server: FakeServer, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         evaluate(server.url, RECORDS, **options)
 
 
-def test_no_records(server):
+def test_no_records(server: FakeServer) -> None:
     with pytest.raises(DataError, match="no records"):
         evaluate(server.url, [], limit_per_task=3)
 
 
-def test_load_names_clients_after_files(tmp_path):
+def test_load_names_clients_after_files(tmp_path: Path) -> None:
     rows = '{"prompt": "a", "completion": "b", "task": "t"}\n'
     for name in ("north/test.jsonl", "south/test.jsonl", "west.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -167,27 +174,28 @@ def test_load_names_clients_after_files(tmp_path):
     assert [example.client for example in load([north, south])] == [north, south]
 
 
-def test_load_reads_fields_by_the_names_that_files_give_them(tmp_path):
+def test_load_reads_fields_by_the_names_that_files_give_them(tmp_path: Path) -> None:
     file = tmp_path / "faq.jsonl"
     file.write_text('{"question": "why?", "answer": "so", "category": "faq"}\n')
     (one,) = load([str(file)], fields={"prompt": "question", "completion": "answer", "task": "category"})
     assert (one.record.turns[-1].content, one.record.completion, one.task) == ("why?", "so", "faq")
 
 
-def test_load_of_built_in_test_records():
+def test_load_of_built_in_test_records() -> None:
     records = load(["builtin:four-tasks"], num_per_task=3, seed=1)
     assert len(records) == 12
     assert {example.client for example in records} == {"builtin:four-tasks"}
     assert len({example.task for example in records}) == 4
 
 
-def text_of(report, width=120):
-    console = Console(file=io.StringIO(), width=width)
+def text_of(report: Report, width: int = 120) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width)
     console.print(render(report))
-    return console.file.getvalue()
+    return out.getvalue()
 
 
-def test_render_shows_scores_ratios_routing_and_clients(server):
+def test_render_shows_scores_ratios_routing_and_clients(server: FakeServer) -> None:
     shown = text_of(evaluate(server.url, RECORDS, ["fedrouter", "oracle"]))
     for part in (
         "mean ROUGE-1, fedrouter ÷ oracle = 0.667",
@@ -198,22 +206,24 @@ def test_render_shows_scores_ratios_routing_and_clients(server):
         assert part in shown
 
 
-def test_progress_lines_when_piped(server, monkeypatch):
+def test_progress_lines_when_piped(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedrouter.evaluate.progress, "LINE_EVERY_S", 0.0)
-    console = Console(file=io.StringIO(), width=40)
+    out = io.StringIO()
+    console = Console(file=out, width=40)
     evaluate(server.url, RECORDS[:2], ["base"], console=console)
-    lines = console.file.getvalue().splitlines()
+    lines = out.getvalue().splitlines()
     assert lines[:2] == ["base: 1/2", "base: 2/2"]
     assert lines[2].startswith("base: 2 records in ")
 
 
-def test_progress_on_a_terminal(server):
-    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+def test_progress_on_a_terminal(server: FakeServer) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
     evaluate(server.url, RECORDS[:2], ["base"], console=console)
-    assert "2/2" in console.file.getvalue()
+    assert "2/2" in out.getvalue()
 
 
-def test_json_and_records(server, tmp_path):
+def test_json_and_records(server: FakeServer, tmp_path: Path) -> None:
     server.failing = {"hello you": [400]}
     url = server.url.replace("http://", "http://me:password@")
     report = evaluate(url, RECORDS, ["fedrouter", "base"], limit_per_task=4)
@@ -239,7 +249,7 @@ def test_json_and_records(server, tmp_path):
     assert "answered 400" in lines[2]["error"]
 
 
-def test_a_report_that_cannot_be_written_leaves_nothing(server, tmp_path):
+def test_a_report_that_cannot_be_written_leaves_nothing(server: FakeServer, tmp_path: Path) -> None:
     report = evaluate(server.url, RECORDS[:1], ["base"])
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="cannot write"):

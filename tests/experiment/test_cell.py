@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def decision(model: str, distances: dict[str, float] | None = None) -> Decision:
 def test_a_prompt_s_score_is_the_mean_over_those_who_ask_it() -> None:
     # Adapter "yes" answers yes to everything. Client a has only task t, b has both tasks.
     tests = [record("t", "yes"), record("t", "no"), record("u", "yes")]
-    held = {"a": {"t"}, "b": {"t", "u"}}
+    held: dict[str, set[str | None]] = {"a": {"t"}, "b": {"t", "u"}}
     everywhere = [decision("yes"), decision("no"), decision("yes")]
     chosen = {
         "global": {"a": everywhere, "b": everywhere},
@@ -51,7 +52,7 @@ def test_a_prompt_s_score_is_the_mean_over_those_who_ask_it() -> None:
     assert found["global/own"] == {"same as": "global/all"}
 
 
-def clusters(*names: str) -> SimpleNamespace:
+def clusters(*names: str) -> Any:
     return SimpleNamespace(clusters=[TaskCluster(n, f"{n}-1", 1, (), {}, 1.0) for n in names])
 
 
@@ -65,11 +66,13 @@ def clusters(*names: str) -> SimpleNamespace:
         ({"a": 3.0}, (("a-1", 4),)),
     ],
 )
-def test_the_two_nearest_are_merged_by_how_near_they_are(distances, want) -> None:
+def test_the_two_nearest_are_merged_by_how_near_they_are(
+    distances: dict[str, float], want: tuple[tuple[str, int], ...]
+) -> None:
     assert mix_of(clusters("a", "b", "c"), decision("a-1", distances)) == want
 
 
-def test_a_merge_computes_the_weighted_sum_of_products(tmp_path) -> None:
+def test_a_merge_computes_the_weighted_sum_of_products(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     shapes = {"m.lora_A.weight": (2, 5), "m.lora_B.weight": (3, 2)}
     states = {
@@ -82,7 +85,8 @@ def test_a_merge_computes_the_weighted_sum_of_products(tmp_path) -> None:
         save_file(state, directory / "adapter_model.safetensors")
         (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
     for mix in ((("a-1", 3), ("b-1", 1)), (("a-1", 4),)):
-        written = write_mixes(SimpleNamespace(adapter_paths=paths), {name_of(mix): mix}, tmp_path / "mixes")
+        bundle: Any = SimpleNamespace(adapter_paths=paths)
+        written = write_mixes(bundle, {name_of(mix): mix}, tmp_path / "mixes")
         (path,) = written.values()
         merged = load_file(path / "adapter_model.safetensors")
         want = sum(w / 4 * states[n]["m.lora_B.weight"] @ states[n]["m.lora_A.weight"] for n, w in mix)

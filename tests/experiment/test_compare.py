@@ -26,7 +26,7 @@ LINES = lines_of(SETTINGS, mean)
 RESULTS = Results(LINES.values())
 
 
-def test_a_score_is_the_mean_over_tasks_then_over_seeds():
+def test_a_score_is_the_mean_over_tasks_then_over_seeds() -> None:
     found = RESULTS.scores("w", "single", Asked("local", "local", "all"))
     assert found is not None
     by_hand = [
@@ -38,7 +38,7 @@ def test_a_score_is_the_mean_over_tasks_then_over_seeds():
     assert RESULTS.scores("w", "single", Asked("clustered", "local", "all")) is None
 
 
-def test_pairing_takes_out_what_is_alike_for_both():
+def test_pairing_takes_out_what_is_alike_for_both() -> None:
     found = gain(
         RESULTS, "w", "dual", native("fedrouter", "own", SETTINGS), native("fedavg", "own", SETTINGS)
     )
@@ -51,14 +51,14 @@ def test_pairing_takes_out_what_is_alike_for_both():
     assert not same.sure
 
 
-def test_only_seeds_that_both_have_are_compared():
+def test_only_seeds_that_both_have_are_compared() -> None:
     some = Results(line for key, line in LINES.items() if key != "w/dual/fedavg/3")
     found = gain(some, "w", "dual", native("fedrouter", "own", SETTINGS), native("fedavg", "own", SETTINGS))
     assert found is not None
     assert found.num_seeds == 2
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     draw, hits = np.random.default_rng(0), 0
     for _ in range(60):
         prompts = draw.normal(0, 0.1, (2, 5, 40))
@@ -70,14 +70,14 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert hits >= 50
 
 
-def test_baselines_answer_as_published_and_behind_a_router():
+def test_baselines_answer_as_published_and_behind_a_router() -> None:
     assert [a.method for a in baselines(SETTINGS, "w", "own", routed=False)] == ["fedavg", "local"]
     assert Asked("local", "global", "own") in baselines(SETTINGS, "w", "own", routed=True)
     found = best(RESULTS, "w", "dual", baselines(SETTINGS, "w", "own", routed=True))
     assert found == native("fedavg", "own", SETTINGS)
 
 
-def test_claims_are_judged():
+def test_claims_are_judged() -> None:
     rows = {row[0]: row[1:] for row in claims(SETTINGS, RESULTS).rows}
     measured, wanted, reached = rows["w: single, all tests, over `local`, each client with its own adapter"]
     assert 140 < float(measured.split("%")[0]) < 160
@@ -87,32 +87,32 @@ def test_claims_are_judged():
     assert claims(SETTINGS, worse).markdown().count("**no**") >= 5
 
 
-def test_points_of_exact_match_are_claimed_where_that_is_the_metric():
+def test_points_of_exact_match_are_claimed_where_that_is_the_metric() -> None:
     settings = settings_of(METHODS, [1, 2], "exact_match")
     text = claims(settings, Results(lines_of(settings, mean).values())).markdown()
     assert "+5.0 | ≥ +3 | yes" in text
 
 
-def test_a_table_says_how_each_was_asked():
+def test_a_table_says_how_each_was_asked() -> None:
     rows = [row[0] for row in scores(SETTINGS, RESULTS, "w", "dual").rows]
     assert rows == ["fedrouter", "fedrouter, local routing", "fedavg", "local", "local, routed",
                     "oracle", "oracle, local routing"]  # fmt: skip
 
 
-def test_latex_is_escaped():
+def test_latex_is_escaped() -> None:
     text = Table("t", ["a_b", "c"], [["1 ± 2", "+5 %"]]).latex()
     assert r"a\_b" in text
     assert r"$\pm$" in text
     assert r"\%" in text
 
 
-def test_the_tidy_file_has_a_line_a_task_and_evaluation():
+def test_the_tidy_file_has_a_line_a_task_and_evaluation() -> None:
     lines = tidy(RESULTS).splitlines()
     assert len(lines) == 1 + len(LINES) * 4 * len(TASKS)
     assert lines[0].startswith("world,scenario,method,seed,routing,tests,task,rouge_1")
 
 
-def test_a_report_has_tables_and_pictures_that_are_svg(tmp_path: Path):
+def test_a_report_has_tables_and_pictures_that_are_svg(tmp_path: Path) -> None:
     LINES["w/dual/fedrouter/1"]["map"] = [[0.0, 1.0, "one", "a"], [1.0, 0.0, "two & <b>", "b"]]
     write_report(SETTINGS, LINES, tmp_path)
     names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
@@ -129,7 +129,7 @@ def test_a_report_has_tables_and_pictures_that_are_svg(tmp_path: Path):
     assert (tmp_path / "tables.tex").read_text().count(r"\begin{tabular}") >= 4
 
 
-def test_a_report_is_made_again_from_what_a_directory_holds(tmp_path: Path):
+def test_a_report_is_made_again_from_what_a_directory_holds(tmp_path: Path) -> None:
     write_report(SETTINGS, LINES, tmp_path)
     with pytest.raises(DataError, match="not the directory of an experiment"):
         show_report(tmp_path / "figures")

@@ -7,7 +7,7 @@ import pytest
 
 from fedrouter.errors import ConfigError, DataError
 from fedrouter.experiment.grid import Cell, cells_of, config_of, has_curve, questions_of, search_of, with_rate
-from fedrouter.experiment.settings import load_experiment
+from fedrouter.experiment.settings import Settings, load_experiment
 
 FILE = """
 seeds = [1, 2]
@@ -41,7 +41,7 @@ rates = { fedavg = 0.5 }
 
 
 @pytest.fixture
-def settings(tmp_path: Path):
+def settings(tmp_path: Path) -> Settings:
     for name in ("part-b", "part-a"):
         line = json.dumps({"instruction": name, "response": "yes", "task": name}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(3 * line)
@@ -49,7 +49,7 @@ def settings(tmp_path: Path):
     return load_experiment(tmp_path / "grid.toml")
 
 
-def test_cells_come_seed_by_seed(settings):
+def test_cells_come_seed_by_seed(settings: Settings) -> None:
     cells = cells_of(settings)
     assert len(cells) == 2 * 2 * 4 + 1
     assert [c.seed for c in cells] == [1] * 8 + [2] * 8 + [9]
@@ -60,7 +60,7 @@ def test_cells_come_seed_by_seed(settings):
         cells_of(settings, ["nothing"])
 
 
-def test_sections_lie_over_each_other(settings):
+def test_sections_lie_over_each_other(settings: Settings) -> None:
     config = config_of(settings, Cell("tiny", "single", "fedprox", 5, 0.01), 4)
     assert (config.method, config.seed, config.data.partition) == ("fedprox", 5, "single")
     assert (config.train.rounds, config.train.steps, config.train.proximal) == (3, 7, 0.1)
@@ -71,7 +71,7 @@ def test_sections_lie_over_each_other(settings):
     assert config_of(settings, Cell("tiny", "dual", "fedrouter", 1), 4).cluster.global_ == "auto"
 
 
-def test_k_means_is_told_how_many_tasks_a_client_holds(settings):
+def test_k_means_is_told_how_many_tasks_a_client_holds(settings: Settings) -> None:
     settings.methods["told"]["cluster"] = {"method": "kmeans"}
     numbers = {
         scenario: config_of(settings, Cell("tiny", scenario, "told", 1), 4).cluster
@@ -82,7 +82,7 @@ def test_k_means_is_told_how_many_tasks_a_client_holds(settings):
     }  # fmt: skip
 
 
-def test_learning_rates_are_searched_where_none_is_given(settings):
+def test_learning_rates_are_searched_where_none_is_given(settings: Settings) -> None:
     cells = cells_of(settings)
     search = search_of(settings, cells)
     assert {(c.world, c.method, c.rate) for c in search} == {
@@ -95,7 +95,7 @@ def test_learning_rates_are_searched_where_none_is_given(settings):
     assert len({c.key for c in [*cells, *search]}) == len(cells) + len(search)
 
 
-def test_what_is_tested_after_every_round_keeps_its_checkpoints(settings):
+def test_what_is_tested_after_every_round_keeps_its_checkpoints(settings: Settings) -> None:
     shown, other = Cell("tiny", "dual", "fedavg", 1), Cell("tiny", "dual", "fedavg", 2)
     assert has_curve(settings, shown)
     assert not has_curve(settings, other)
@@ -103,7 +103,7 @@ def test_what_is_tested_after_every_round_keeps_its_checkpoints(settings):
     assert config_of(settings, other, 4).train.keep_checkpoints == 2
 
 
-def test_tests_are_found_beside_the_file(settings):
+def test_tests_are_found_beside_the_file(settings: Settings) -> None:
     assert [t.task for t in questions_of(settings.worlds["few"])] == ["part-a"] * 3 + ["part-b"] * 3
     assert len(questions_of(settings.worlds["tiny"])) == 8
 
@@ -118,27 +118,27 @@ def test_tests_are_found_beside_the_file(settings):
         ("seeds = [", "grid.toml"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_in_a_line(tmp_path, text, said):
+def test_a_file_that_is_wrong_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "grid.toml").write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
         load_experiment(tmp_path / "grid.toml")
     assert "\n" not in str(refused.value)
 
 
-def test_a_cell_that_does_not_fit_is_named(settings):
+def test_a_cell_that_does_not_fit_is_named(settings: Settings) -> None:
     settings.methods["fedavg"]["train"] = {"steps": 0}
     with pytest.raises(ConfigError, match=r"tiny/dual/fedavg/1: train\.steps"):
         config_of(settings, Cell("tiny", "dual", "fedavg", 1), 4)
 
 
-def test_tests_that_are_not_there_are_named(settings):
+def test_tests_that_are_not_there_are_named(settings: Settings) -> None:
     settings.worlds["few"].tests[:] = ["./none-*.jsonl"]
     with pytest.raises(DataError, match=r"none-\*\.jsonl"):
         questions_of(settings.worlds["few"])
 
 
 @pytest.mark.parametrize("name", ["paper.toml", "paper_small.toml"])
-def test_the_examples_are_experiments(name):
+def test_the_examples_are_experiments(name: str) -> None:
     file = Path(__file__).parents[2] / "examples" / name
     settings = load_experiment(file)
     for world in settings.worlds:

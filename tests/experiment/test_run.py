@@ -1,8 +1,10 @@
 """A grid resumes where it stopped, and a failing cell does not stop the others."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from made_up import lines_of, settings_of
@@ -11,8 +13,10 @@ from rich.console import Console
 from fedrouter.errors import DataError, ServingError, TrainingError
 from fedrouter.experiment import run
 from fedrouter.experiment.cell import Trained
+from fedrouter.experiment.engine import Engine
+from fedrouter.experiment.grid import Cell
 from fedrouter.experiment.results import read_results, write_results
-from fedrouter.experiment.settings import Search
+from fedrouter.experiment.settings import Search, Settings
 
 QUIET = Console(quiet=True)
 SETTINGS = settings_of(["fedrouter", "fedavg"], [1, 2]).model_copy(
@@ -22,15 +26,17 @@ LINES = lines_of(SETTINGS, lambda *_: 0.5)
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Cell], set[str]]:
     """Replace the cells with fakes that finish immediately; two of them fail until ``broken`` is cleared."""
-    found, broken = [], {"w/dual/fedavg/1"}
+    found: list[Cell] = []
+    broken = {"w/dual/fedavg/1"}
 
-    def run_cell(settings, cell, out):
+    def run_cell(settings: Settings, cell: Cell, out: Path) -> dict[str, Any] | str:
         found.append(cell)
         if cell.key in broken:
             return "RuntimeError: no"
         if cell.search:
+            assert cell.rate is not None
             best = {"fedrouter": 0.2, "fedavg": 0.1}[cell.method]
             line = {"world": "w", "method": cell.method, "learning_rate": cell.rate, "train_seconds": 1.0}
             return {**line, "key": cell.key, "loss": abs(cell.rate - best)}
@@ -40,7 +46,9 @@ def asked(monkeypatch):
     return found, broken
 
 
-def test_cells_get_the_rate_that_was_found_and_failures_are_tried_again(asked, tmp_path: Path):
+def test_cells_get_the_rate_that_was_found_and_failures_are_tried_again(
+    asked: tuple[list[Cell], set[str]], tmp_path: Path
+) -> None:
     cells, broken = asked
     with pytest.raises(
         TrainingError, match=r"1 cells failed, the first was w/dual/fedavg/1: RuntimeError: no"
@@ -57,7 +65,9 @@ def test_cells_get_the_rate_that_was_found_and_failures_are_tried_again(asked, t
     assert len(lines) == 16
 
 
-def test_a_part_of_the_grid_keeps_the_lines_of_the_others(asked, tmp_path: Path):
+def test_a_part_of_the_grid_keeps_the_lines_of_the_others(
+    asked: tuple[list[Cell], set[str]], tmp_path: Path
+) -> None:
     kept = tmp_path / "kept.jsonl"
     write_results(kept, {"w/single/fedavg/2": LINES["w/single/fedavg/2"]})
     run.run_experiment(SETTINGS, tmp_path / "out", QUIET, only=["w/all/*/1"], results=kept)
@@ -66,22 +76,26 @@ def test_a_part_of_the_grid_keeps_the_lines_of_the_others(asked, tmp_path: Path)
     assert not any(key.startswith("w/dual/") for key in keys)
 
 
-def test_one_vllm_answers_for_all_cells_of_a_base(asked, monkeypatch, tmp_path: Path):
+def test_one_vllm_answers_for_all_cells_of_a_base(
+    asked: tuple[list[Cell], set[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cells, broken = asked
     broken.clear()
-    served, answered = [], []
+    served: list[tuple[Path, dict[str, Path]]] = []
+    answered: list[tuple[str, str]] = []
 
-    def trained(settings, cell, out):
+    def trained(settings: Settings, cell: Cell, out: Path) -> Trained:
         paths = {f"{cell.method}-{cell.seed}": tmp_path / cell.key}
-        bundle = SimpleNamespace(adapter_paths=paths, path=tmp_path / cell.key)
-        return Trained(cell, SimpleNamespace(method="fedavg"), bundle, tmp_path / cell.key, 1.0)
+        bundle: Any = SimpleNamespace(adapter_paths=paths, path=tmp_path / cell.key)
+        config: Any = SimpleNamespace(method="fedavg")
+        return Trained(cell, config, bundle, tmp_path / cell.key, 1.0)
 
     @contextmanager
-    def server(bundle, options, log):
+    def server(bundle: Path, options: Any, log: Path) -> Iterator[str]:
         served.append((bundle, dict(options.adapters)))
         yield "http://127.0.0.1:1"
 
-    def tested(settings, cell, engine):
+    def tested(settings: Settings, cell: Trained, engine: Engine) -> dict[str, Any]:
         answered.append((cell.cell.key, engine.name))
         if cell.cell.seed == 2:
             raise ServingError("it went away")
@@ -104,7 +118,7 @@ def test_one_vllm_answers_for_all_cells_of_a_base(asked, monkeypatch, tmp_path: 
     }  # fmt: skip
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_any_other_is_refused(tmp_path: Path):
+def test_a_line_that_was_cut_off_is_left_out_and_any_other_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     file.write_text('{"key": "a"}\n{"key": "b"')
     assert set(read_results(file)) == {"a"}

@@ -19,7 +19,8 @@ from fedrouter.types import Array, EmbedderSpec
 
 DIM = 64
 KEY = "sesame"
-PATIENT = {"routing_timeout_s": 60.0}  # limits that hold on a busy machine: the first batch imports torch
+# Limits that hold on a busy machine: the first batch imports torch.
+PATIENT: dict[str, Any] = {"routing_timeout_s": 60.0}
 TASKS = {
     "headline": "write a headline for this news story",
     "summary": "summarise this chat between two friends",
@@ -119,7 +120,7 @@ class Server:
         log: LogOptions | None = None,
         **settings: Any,
     ):
-        self.app = app or EchoApp()
+        self.app: Any = app or EchoApp()
         given = Settings(bundle=Path("not read"), log=log, **settings)
         self.hook = FedRouterMiddleware(
             self.app, lambda: given, lambda _: load(), lambda _: access or Access()
@@ -141,7 +142,7 @@ class Server:
             self.lifespan.append(message)
             started.set()
 
-        self._task = asyncio.create_task(self.hook(self.lifespan_scope, receive, send))  # type: ignore[arg-type]
+        self._task = asyncio.create_task(self.hook(self.lifespan_scope, receive, send))
         await started.wait()
         return self
 

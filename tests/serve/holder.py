@@ -31,7 +31,8 @@ class HolderApp:
             assert (await receive())["type"] == "lifespan.startup"
             await send({"type": "lifespan.startup.complete"})
             assert (await receive())["type"] == "lifespan.shutdown"
-            return await send({"type": "lifespan.shutdown.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return None
         if dict(scope["headers"]).get(b"authorization") != f"Bearer {KEY}".encode():
             return await self._send(send, 401, {"error": "Unauthorized"})
         body = b""

@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from fedrouter.serve.access import Access
-from fedrouter.serve.launch import free_port
+from fedrouter.serve.checks import free_port
 from fedrouter.serve.middleware import FedRouterMiddleware
 from fedrouter.serve.routing import Routing
 from fedrouter.serve.second import Second
@@ -28,7 +28,8 @@ class StubApp:
             await receive()
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            return await send({"type": "lifespan.shutdown.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return None
         if self.key and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode():
             return await self._send(send, 401, {"error": "Unauthorized"})
         body = b""

@@ -7,11 +7,11 @@ import typer
 from prometheus_client import REGISTRY
 
 from fedrouter.cli import app
+from fedrouter.decide import NO_TEXT
 from fedrouter.serve import metrics
 from fedrouter.serve.launch import RESERVED
 from fedrouter.serve.paths import AS_BASE, OPEN, OWN_METHODS, ROUTED, UNROUTED
 from fedrouter.serve.request import routing_headers
-from fedrouter.serve.routing import NO_TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "serving.md").read_text() + (DOCS / "operations.md").read_text()

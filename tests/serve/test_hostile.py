@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from echo import EchoApp, Server
-from hostile import Hostile, requests
+from hostile_requests import Hostile, requests
 
 from fedrouter.serve.paths import INVOCATIONS, ROUTED, UNROUTED
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_vectors_of_another_embedder_of_the_same_dimension_are_skipped(
 def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:
     log = DecisionLog(LogOptions(tmp_path / "log.jsonl", max_mib=0.001))
     for number in range(40):
-        log.write(lambda number=number: {"n": number, "filler": "x" * 100})
+        log.write(partial(dict, n=number, filler="x" * 100))
     log.close()
     older = sorted(tmp_path.glob("log.jsonl.*"), key=lambda path: -int(path.suffix[1:]))
     assert len(older) > 2
@@ -173,7 +174,7 @@ def test_files_are_rotated_and_read_in_their_order(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_lines_but_no_response(make_server: Callable[..., Server]) -> None:
     before = REGISTRY.get_sample_value("fedrouter_decision_log_lost_total") or 0
-    requests = [(CHAT, chat(TASKS["summary"]), {})] * 3
+    requests: list[Any] = [(CHAT, chat(TASKS["summary"]), {})] * 3
     answers = within(make_server(log=LogOptions(Path("/dev/full"))), *requests)
     assert [answer.status for answer in answers] == [200] * 3
     assert REGISTRY.get_sample_value("fedrouter_decision_log_lost_total") == before + 3

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from fedrouter.bundle import Bundle
 from fedrouter.errors import ConfigError, ModelError, ServingError
-from fedrouter.serve import checks, launch
+from fedrouter.serve import launch
+from fedrouter.serve.checks import check_adapter, check_port, free_port
 from fedrouter.serve.decision_log import LogOptions
-from fedrouter.serve.launch import Options, build_command, check_adapter, check_port, free_port, prepare
+from fedrouter.serve.launch import Options, build_command, prepare
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.process import Command
 from fedrouter.serve.settings import VARIABLE, Settings
@@ -144,7 +146,7 @@ def test_the_key_is_in_the_environment_only(word_bundle: Bundle) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch, word_bundle: Bundle) -> Any:
     """``prepare`` for the word bundle, whose base model and embedder do not exist."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: Path("/models/base"))
     monkeypatch.setattr(launch, "find_model", lambda *_: None)
 
@@ -195,7 +197,7 @@ def test_cpu_settings_yield_to_the_user(word_bundle: Bundle) -> None:
     assert command.defaults["TORCHDYNAMO_DISABLE"] == "1"
     for flag in ("--no-enforce-eager", "--no_enforce_eager"):  # vLLM accepts both spellings
         compiled = build(word_bundle, cpu=True, vllm_args=[flag])
-        assert "TORCHDYNAMO_DISABLE" not in compiled.defaults | gpu.defaults
+        assert "TORCHDYNAMO_DISABLE" not in {**compiled.defaults, **gpu.defaults}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_the_empty_slot_on_cpu_cannot_be_taken_away(word_bundle: Bundle) -> None
 def test_changed_embedder_files_are_found_before_vllm_starts(
     word_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "find_base", lambda *_: tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="differ from those used in training"):
@@ -269,13 +271,13 @@ def test_a_port_in_use_is_refused() -> None:
 
 
 def test_missing_vllm_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checks.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(ServingError, match=r"fedrouter\[serve\].*fedrouter\[serve-cpu\]"):
         prepare(tmp_path, Options())
 
 
 def test_an_unset_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checks.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(util, "find_spec", lambda name: object())
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ServingError, match="NO_SUCH_KEY"):
         prepare(tmp_path, Options(port=free_port(), api_key_env="NO_SUCH_KEY"))
@@ -373,6 +375,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(word_bundle: Bundle, own:
 
 def test_an_adapters_name_must_be_free(word_bundle: Bundle) -> None:
     path = word_bundle.adapter_path(word_bundle.clusters[0])
+    assert word_bundle.generalist is not None
     for name in ("base", "fedrouter", "reject", word_bundle.generalist, word_bundle.clusters[0].adapter):
         with pytest.raises(ServingError, match="taken"):
             check_adapter(name, path, word_bundle, path)

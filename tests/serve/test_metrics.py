@@ -130,7 +130,7 @@ def test_processes_are_added_up(tmp_path: Path) -> None:
     for _ in range(3):
         subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(tmp_path))
+    MultiProcessCollector(registry, str(tmp_path))  # type: ignore[no-untyped-call]
     text = generate_latest(registry).decode()
     for line in (
         'fedrouter_requests_total{adapter="a-1",outcome="ok"} 3.0',

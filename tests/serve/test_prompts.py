@@ -151,4 +151,5 @@ def test_the_text_of_user_turns_counts(path: str, payload: dict[str, Any], texts
 def test_vectors_of_a_prompt_are_refused(path: str, payload: dict[str, Any]) -> None:
     with pytest.raises(Refusal) as refused:
         conversations(path, payload, str)
-    assert refused.value.payload()["error"]["param"] == "prompt_embeds"
+    error: Any = refused.value.payload()["error"]
+    assert error["param"] == "prompt_embeds"

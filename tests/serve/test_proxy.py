@@ -58,8 +58,9 @@ class UpstreamApp(HolderApp):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             done, _ = await asyncio.wait({leaving}, timeout=0.05)
             if done:
-                return self.left.set()
-        return await send({"type": "http.response.body", "body": b""})
+                self.left.set()
+                return
+        await send({"type": "http.response.body", "body": b""})
 
 
 @contextlib.contextmanager

@@ -99,7 +99,13 @@ def test_a_bundle_that_cannot_route_is_refused_before_the_switch(
 
     def damaged(path: Path, *signed_by: Path | None) -> Bundle:
         bundle = load(path, *signed_by)
-        return replace(bundle, clusters=tuple(replace(one, radius="12") for one in bundle.clusters))
+        return replace(
+            bundle,
+            clusters=tuple(
+                replace(one, radius="12")  # type: ignore[arg-type]
+                for one in bundle.clusters
+            ),
+        )
 
     monkeypatch.setattr(routing, "load_bundle", damaged)
 

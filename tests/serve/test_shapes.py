@@ -32,9 +32,10 @@ USUAL: list[Any] = [
     {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "x"}]},
     {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]},
 ]
+CONTENTS: tuple[Any, ...] = (5, {}, [5], [{}], [{"type": "input_text"}])
 ODD: list[Any] = [
     *(5, "x", None, [], {}, {"type": "x"}, {"type": 5}, {"role": "user"}, {"role": "x", "content": "x"}),
-    *({"role": "user", "content": value} for value in (5, {}, [5], [{}], [{"type": "input_text"}])),
+    *({"role": "user", "content": value} for value in CONTENTS),
     {"role": "user", "content": "x", "more": 5},
     {"role": "assistant", "content": [{"type": "output_text", "text": "x"}]},
     {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]},

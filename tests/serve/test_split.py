@@ -77,9 +77,9 @@ def complete(server: Server, prompts: Any, **options: Any) -> Any:
 
 @pytest.fixture
 def app(request: pytest.FixtureRequest, server: Server) -> CompletionsApp:
-    server.app = CompletionsApp(**getattr(request, "param", {}))
-    server.hook.app = server.app
-    return server.app
+    app = CompletionsApp(**getattr(request, "param", {}))
+    server.app = server.hook.app = app
+    return app
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -1,6 +1,7 @@
 """Data that leaves a client: every message of whole runs is checked against docs/privacy.md."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ from fedrouter.types import Array, Record, RoutingSpace
 
 def test_only_documented_data_leaves_a_client() -> None:
     members = clients()
+    held = members[0]._records
+    assert isinstance(held, list)
     for i in range(40):
-        members[0]._records[i] = Record(members[0]._records[i].turns, "poison", "colours")
+        held[i] = Record(held[i].turns, "poison", "colours")
     federation = Watched(members)
     federation.members()
     whole_run(federation)
@@ -51,7 +54,7 @@ def test_only_documented_data_leaves_a_client() -> None:
 def test_the_inspection_detects_a_revealed_row() -> None:
     members = clients(num=30, privacy=PrivacySettings(min_cluster_size=1))
     federation = Watched(members)
-    discover(federation, ClusterSettings(), 0)  # type: ignore[arg-type]
+    discover(federation, ClusterSettings(), 0)
     with pytest.raises(AssertionError, match=r"vector of a row|fewer than 5 rows"):
         inspect(federation, members)
     with pytest.raises(AssertionError, match="vector of a row"):
@@ -64,7 +67,7 @@ def test_many_small_clients_show_their_tasks_without_revealing_few_rows() -> Non
         Client(f"c{i}", rows(i, 9, (words[i % 3], words[(i + 1) % 3])), TaskEmbedder(), 0) for i in range(24)
     ]
     federation = Watched(members)
-    space = discover(federation, ClusterSettings(), 0)  # type: ignore[arg-type]
+    space = discover(federation, ClusterSettings(), 0)
     federation.assign(space)
     assert inspect(federation, members) <= listed()
     first = {
@@ -78,7 +81,7 @@ def test_many_small_clients_show_their_tasks_without_revealing_few_rows() -> Non
 def test_the_baselines_reveal_no_more(method: str) -> None:
     members = clients(num=20)
     federation = Watched(members)
-    whole_run(federation, Config(method=method, train=TrainSettings(rounds=2, steps=4)))  # type: ignore[arg-type]
+    whole_run(federation, Config(method=method, train=TrainSettings(rounds=2, steps=4)))
     assert inspect(federation, members) <= listed()
 
 
@@ -118,7 +121,7 @@ def test_joining_reveals_only_documented_messages(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", space, [9.0] * space.num_clusters)
     late = Client("oslo", [*rows(7, 3, ("colours",)), *rows(7, 60, ("numbers", "gulls"))], TaskEmbedder(), 0)
     federation = Watched([late])
-    found = join.placed(bundle, federation, 0.97)  # type: ignore[arg-type]
+    found = join.placed(bundle, federation, 0.97)
     assert sorted(s.num_examples for s in found.assignments[0].subsets) == [60, 63]
     assert late.beyond is not None
     asked = federation.names()
@@ -143,7 +146,7 @@ def test_a_client_with_four_rows_is_refused_and_one_with_16_works() -> None:
         Client("few", rows(0, 2), TaskEmbedder(), 0)
     members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
     federation = Watched(members)
-    found = group(federation, CONFIG, adapter(0), DIM)  # type: ignore[arg-type]
+    found = group(federation, CONFIG, adapter(0), DIM)
     assert len(set(found.space.cluster_of)) == 2
     inspect(federation, members)
 
@@ -152,7 +155,7 @@ def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
     few = [*rows(0, 60, ("colours",)), *rows(0, 4, ("numbers",))]
     members = [Client("few", few, TaskEmbedder(), 0), *clients()[1:]]
     federation = Watched(members)
-    found = group(federation, CONFIG, adapter(0), DIM)  # type: ignore[arg-type]
+    found = group(federation, CONFIG, adapter(0), DIM)
     own = next(a for a in found.assignments if a.client == "few")
     assert [s.num_examples for s in own.subsets] == [64], "the four rows join the others"
     assert [len(r) for r in members[0]._rows.values()] == [64]
@@ -164,9 +167,11 @@ def test_no_adapter_is_trained_on_fewer_rows_than_the_minimum() -> None:
 def test_failures_name_error_and_place_but_quote_no_row(caplog: pytest.LogCaptureFixture) -> None:
     poisoned = [Record(r.turns, f"poison {r.completion}", r.task) for r in rows(0, 20, ("colours",))]
     federation = Watched([Client("ulm", poisoned, TaskEmbedder(), 0)])
-    space = RoutingSpace(np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), np.zeros((1, DIM)), (0,))
+    space = RoutingSpace(
+        np.zeros(DIM, np.float32), np.eye(DIM, dtype=np.float32), np.zeros((1, DIM), np.float32), (0,)
+    )
     assignments = federation.assign(space)
-    result = next(run_rounds(federation, assignments, fresh_state([adapter(0)]), CONFIG))  # type: ignore[arg-type]
+    result = next(run_rounds(federation, assignments, fresh_state([adapter(0)]), CONFIG))
     reason = result.clusters[0].refused["ulm"]
     assert re.fullmatch(r"ValueError at watched\.py:\d+; its own log says more", reason)
     assert "cannot tokenise 'colours secret" in caplog.text
@@ -174,7 +179,7 @@ def test_failures_name_error_and_place_but_quote_no_row(caplog: pytest.LogCaptur
 
 def test_a_client_whose_vectors_are_not_finite_is_named_before_anything_is_revealed() -> None:
     class Overflowing(TaskEmbedder):
-        def embed(self, texts: list[str]) -> Array:
+        def embed(self, texts: Sequence[str]) -> Array:
             return np.where(np.arange(len(texts))[:, None] == 1, np.inf, super().embed(texts)).astype(
                 np.float32
             )

@@ -1,5 +1,8 @@
 """Adapters trained in one batch learn what TRL would teach each alone."""
 
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
 import numpy as np
 import pytest
 import torch
@@ -13,13 +16,25 @@ from fedrouter.train.client.client import Client
 from fedrouter.train.client.sft import AdapterTrainer
 from fedrouter.train.local import LocalFederation
 from fedrouter.train.side_by_side import Job, StackedFederation, StackedTrainer
-from fedrouter.types import EmbedderSpec, Membership, RoutingSpace, TrainFailure, TrainReply, TrainRequest
+from fedrouter.types import (
+    AdapterState,
+    Array,
+    EmbedderSpec,
+    Membership,
+    RoutingSpace,
+    TrainFailure,
+    TrainReply,
+    TrainRequest,
+)
 
 RECORDS = builtin_records("builtin:four-tasks", "train", 12, 0)
 SETTINGS = TrainSettings(batch_size=4, weight_decay=0.01, validation=0.25)
 
 
-def trainer(kind=AdapterTrainer, settings=SETTINGS):
+T = TypeVar("T", bound=AdapterTrainer)
+
+
+def trainer(kind: type[T], settings: TrainSettings = SETTINGS) -> T:
     tokenizer = load_tokenizer(base_path("builtin:tiny"), None)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -33,16 +48,16 @@ def trainer(kind=AdapterTrainer, settings=SETTINGS):
     return kind(LlamaForCausalLM(shape), tokenizer, LoraSettings(rank=2), settings, seed=0)
 
 
-def shifted(adapter, by):
+def shifted(adapter: AdapterState, by: int) -> AdapterState:
     draw = np.random.default_rng(by)
     return {k: (a + 0.05 * draw.normal(size=a.shape)).astype(np.float32) for k, a in adapter.items()}
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000])  # one adapter per forward pass, or all
 @pytest.mark.parametrize("proximal", [0.0, 0.5])
-def test_each_adapter_learns_the_same_as_alone(tokens, proximal):
+def test_each_adapter_learns_the_same_as_alone(tokens: int, proximal: float) -> None:
     settings = SETTINGS.model_copy(update={"proximal": proximal})
-    alone, stacked = trainer(settings=settings), trainer(StackedTrainer, settings)
+    alone, stacked = trainer(AdapterTrainer, settings), trainer(StackedTrainer, settings)
     stacked._tokens = tokens
     # With full batches of four, the different order of rows does not matter.
     jobs = [
@@ -61,15 +76,16 @@ def test_each_adapter_learns_the_same_as_alone(tokens, proximal):
             assert (apart > 0.05 * np.abs(change).max()).mean() < 0.02, name
 
 
-def test_losses_equal_those_of_single_adapters():
-    alone, stacked = trainer(), trainer(StackedTrainer)
+def test_losses_equal_those_of_single_adapters() -> None:
+    alone, stacked = trainer(AdapterTrainer), trainer(StackedTrainer)
     jobs = [Job(shifted(alone.state(), i), alone.tokenise(RECORDS[i : 5 + 4 * i])) for i in range(3)]
     for job, (loss, num) in zip(jobs, stacked.losses(jobs), strict=True):
         want, num_wanted = alone.loss(job.adapter, job.data)
-        assert (loss, num) == (pytest.approx(want, rel=1e-5), num_wanted)
+        assert loss == pytest.approx(want, rel=1e-5)
+        assert num == num_wanted
 
 
-def test_training_leaves_the_base_unchanged():
+def test_training_leaves_the_base_unchanged() -> None:
     stacked = trainer(StackedTrainer)
     ids = torch.arange(6)[None]
     before = stacked.model.get_base_model()(input_ids=ids).logits
@@ -80,11 +96,11 @@ def test_training_leaves_the_base_unchanged():
 class Zeros:
     spec = EmbedderSpec("base", "fake", 0, 8, "float32", 2, "")
 
-    def embed(self, texts):
+    def embed(self, texts: Sequence[str]) -> Array:
         return np.zeros((len(texts), 2), dtype=np.float32)
 
 
-def test_a_round_is_trained_in_one_batch_and_a_failure_is_a_reply():
+def test_a_round_is_trained_in_one_batch_and_a_failure_is_a_reply() -> None:
     names = ["a", "b", "c"]
     clients = [Client(n, RECORDS[12 * i : 12 * i + 12], Zeros(), 0) for i, n in enumerate(names)]
     stacked = trainer(StackedTrainer)
@@ -92,9 +108,15 @@ def test_a_round_is_trained_in_one_batch_and_a_failure_is_a_reply():
     zeros = np.zeros(2, dtype=np.float32)
     space = RoutingSpace(zeros, np.eye(2, dtype=np.float32), zeros[None], (0,))
     federation.assign(space, Membership(dict.fromkeys(names, (0,)), {}, 1))
-    fresh, seen = stacked.state(), []
+    fresh = stacked.state()
+    seen: list[int] = []
     whole = stacked.train_all
-    stacked.train_all = lambda jobs: seen.append(len(jobs)) or whole(jobs)
+
+    def train_all(jobs: Sequence[Job]) -> Any:
+        seen.append(len(jobs))
+        return whole(jobs)
+
+    stacked.train_all = train_all  # type: ignore[method-assign]
     requests = [TrainRequest(n, k, 0, fresh, 2, 1e-2) for n, k in (("a", 0), ("b", 7), ("c", 0))]
     answers = list(federation.train(requests))
     assert seen == [2]
@@ -102,11 +124,13 @@ def test_a_round_is_trained_in_one_batch_and_a_failure_is_a_reply():
     assert [a.client for a in answers] == names
     assert list(federation.train([])) == []
     (plain,) = LocalFederation(clients, stacked).train(requests[:1])
-    for name, array in answers[0].adapter.items():
+    first = answers[0]
+    assert isinstance(first, TrainReply) and isinstance(plain, TrainReply)
+    for name, array in first.adapter.items():
         np.testing.assert_allclose(array, plain.adapter[name], atol=1e-4)
 
 
-def test_a_trainer_error_is_raised():
+def test_a_trainer_error_is_raised() -> None:
     clients = [Client("a", RECORDS[:12], Zeros(), 0), Client("b", RECORDS[12:24], Zeros(), 0)]
     stacked = trainer(StackedTrainer)
     federation = StackedFederation(clients, stacked)
@@ -116,10 +140,10 @@ def test_a_trainer_error_is_raised():
         Membership({"a": (0,), "b": (0,)}, {}, 1),
     )
 
-    def broken(jobs):
+    def broken(jobs: Sequence[Job]) -> NoReturn:
         raise RuntimeError("no")
 
-    stacked.train_all = broken
+    stacked.train_all = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         list(federation.train([TrainRequest(n, 0, 0, stacked.state(), 1, 1e-2) for n in "ab"]))
 
@@ -132,7 +156,7 @@ def test_a_trainer_error_is_raised():
         ("lora", {"ranks": {"a": 2}}),
     ],
 )
-def test_settings_that_need_trl_are_refused(section, values):
+def test_settings_that_need_trl_are_refused(section: str, values: dict[str, Any]) -> None:
     sections = {"train": {"stacked": True}}
     sections[section] = {**sections.get(section, {}), **values}
     with pytest.raises(ValueError, match=r"train\.stacked"):

@@ -54,7 +54,7 @@ def space() -> RoutingSpace:
 
 
 def test_the_multiplier_is_the_noise_in_units_of_the_sensitivity() -> None:
-    value = np.arange(6.0)
+    value = np.arange(6, dtype=np.float64)
     drawn = [Noise(bytes([i, i // 256]), "c").release(value, 3.0, 0.5, "x") - value for i in range(250)] + [
         Noise(b"secret", "c").release(value, 3.0, 0.5, i) - value for i in range(250)
     ]

@@ -52,7 +52,7 @@ def text(tokeniser: Tokeniser, row: TokenRow) -> str:
 def learned(tokeniser: Tokeniser, row: TokenRow) -> list[str]:
     """Return the parts of a row's text that carry loss."""
     edges = np.flatnonzero(np.diff(np.r_[0, row.learned, 0]))
-    return [tokeniser._tokenizer.decode(row.ids[a:b]) for a, b in edges.reshape(-1, 2)]
+    return [str(tokeniser._tokenizer.decode(row.ids[a:b])) for a, b in edges.reshape(-1, 2)]
 
 
 def test_the_prompt_is_rendered_as_on_a_server_and_the_answer_ends(

@@ -46,7 +46,7 @@ def train() -> Train:
         trainer = AdapterTrainer(
             *small_model(),
             LoraSettings(rank=2, freeze_a=freeze_a),
-            TrainSettings(batch_size=4, **settings),  # type: ignore[arg-type]
+            TrainSettings(batch_size=4, **settings),
             seed=0,
         )
         fresh = trainer.state()
@@ -82,7 +82,7 @@ def test_training_with_the_proximal_term_descends_the_dense_objective(mu: float,
     weights = {n: torch.tensor(x, requires_grad=True) for n, x in sent.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0)
     for _ in range(3):
-        dense = dict(model.named_parameters())
+        dense: dict[str, torch.Tensor] = dict(model.named_parameters())
         for name in weights:
             if ".lora_A." in name:
                 module = name.removeprefix("base_model.model.").replace(".lora_A", "")

@@ -1,6 +1,7 @@
 """Small random base models of unusual kinds: which of their modules get adapters."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ from fedrouter.models import load_tokenizer
 from fedrouter.train.client.sft import AdapterTrainer
 from fedrouter.train.client.targets import adapted, check_targets, left_out
 
-IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-SHAPE = {
+IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SHAPE: dict[str, Any] = {
     **IDS,
     "vocab_size": 2048,
     "hidden_size": 32,
@@ -41,7 +42,8 @@ SHAPE = {
 
 def made(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.requires_grad_(False)
 
 
 def gemma3() -> PreTrainedModel:
@@ -58,7 +60,7 @@ def gemma3() -> PreTrainedModel:
 
 
 def moe() -> PreTrainedModel:
-    experts = {
+    experts: dict[str, Any] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from fedrouter.config import AggregateSettings
 from fedrouter.train.lora import average, clip, completed, cut, distance, rank_of
 from fedrouter.train.server.aggregate import aggregate, exact, robust_mean
-from fedrouter.types import AdapterState, Array
+from fedrouter.types import AdapterState, Float64s
 
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 weighted = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 
 
-def product(state: AdapterState) -> Array:
+def product(state: AdapterState) -> Float64s:
     """Return the dense ΔW."""
     return state[B].astype(np.float64) @ state[A].astype(np.float64)
 
@@ -144,7 +144,7 @@ ranked = st.lists(st.tuples(st.integers(1, RANK), st.integers(1, 1000)), min_siz
 
 def slices_apart(states: list[AdapterState], weights: list[int], old: AdapterState) -> list[list[float]]:
     """Return each slice's weights: the clients that have it, or else the old adapter."""
-    apart = []
+    apart: list[list[float]] = []
     for s in range(RANK):
         own = [w if rank_of(state) > s else 0 for state, w in zip(states, weights, strict=True)]
         apart.append([*own, 0] if any(own) else [*own, 1])

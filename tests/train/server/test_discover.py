@@ -30,7 +30,8 @@ def blob(task: int, num: int, seed: int) -> Array:
     noise = rng.normal(size=(num, DIM)) @ (
         np.eye(DIM) + 0.3 * np.random.default_rng(99).normal(size=(DIM, DIM))
     )
-    return ((centre + noise) * SCALE).astype(np.float32)
+    rows: Array = ((centre + noise) * SCALE).astype(np.float32)
+    return rows
 
 
 def federation(tasks: list[list[int]], num: int = 90) -> tuple[PullFederation, dict[str, np.ndarray]]:
@@ -52,7 +53,7 @@ SCENARIOS = {
 def purity(space: RoutingSpace, rows: dict[str, Array], truth: dict[str, np.ndarray]) -> float:
     labels = np.concatenate([np.asarray(space.cluster_of)[nearest(x, space)[0]] for x in rows.values()])
     tasks = np.concatenate(list(truth.values()))
-    return sum(np.bincount(tasks[labels == k]).max() for k in np.unique(labels)) / len(tasks)
+    return float(sum(np.bincount(tasks[labels == k]).max() for k in np.unique(labels)) / len(tasks))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

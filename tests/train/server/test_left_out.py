@@ -68,7 +68,7 @@ def test_the_others_find_the_same_clusters_whichever_exchange_fails(exchange: st
 
 @pytest.mark.parametrize("method", ["fedavg", "clustered", "oracle"])
 def test_clients_are_left_out_in_the_baselines_and_the_warm_up_too(method: str, tmp_path: Path) -> None:
-    settings = Config(method=method, train=TrainSettings(rounds=2, steps=4))  # type: ignore[arg-type]
+    settings = Config(method=method, train=TrainSettings(rounds=2, steps=4))
     others = federation([c for c in clients() if c.name != "bern"])
     want = group(others, settings, adapter(0), DIM)
     members = clients()

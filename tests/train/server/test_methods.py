@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from fakes import LetterEmbedder, PullFederation, adapter
 
-from fedrouter.config import ClusterSettings, Config, TrainSettings
+from fedrouter.config import ClusterSettings, Config, Count, TrainSettings
 from fedrouter.errors import TrainingError
-from fedrouter.train.client import cluster
 from fedrouter.train.client.client import Client
 from fedrouter.train.lora import stack
 from fedrouter.train.server.loop import run_rounds
 from fedrouter.train.server.methods import finish, group, group_clients
+from fedrouter.train.space import nearest
 from fedrouter.types import (
     AdapterState,
     Array,
@@ -38,7 +38,7 @@ class Federation(PullFederation):
             for name, tasks in TASKS.items()
         }
 
-    def summarise(self, num: cluster.Count, completions: bool = False) -> list[LocalClusters]:
+    def summarise(self, num: Count, completions: bool = False) -> list[LocalClusters]:
         return [client.summarise(num) for client in self.clients.values()]
 
     def regroup(self, space: RoutingSpace, told: Membership | None = None) -> list[LocalClusters]:
@@ -62,7 +62,7 @@ def federation() -> Federation:
 def config(method: str, **cluster_settings: object) -> Config:
     proximal = {"proximal": 0.1} if method == "fedprox" else {}
     return Config(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         train=TrainSettings(rounds=3, steps=4, **proximal),
         cluster=ClusterSettings.model_validate(cluster_settings),
     )
@@ -112,8 +112,8 @@ def test_a_prompt_is_routed_to_the_nearest_task_or_client(federation: Federation
         space = group(federation, config(method), adapter(0), 8).space
         for k, text in enumerate(texts):
             if text:
-                nearest, _ = cluster.nearest(LetterEmbedder().embed([text]), space)
-                owner = space.cluster_of[int(nearest[0])]
+                found, _ = nearest(LetterEmbedder().embed([text]), space)
+                owner = space.cluster_of[int(found[0])]
                 assert owner == k or (method == "local" and {owner, k} == {0, 1}), (method, text)
 
 

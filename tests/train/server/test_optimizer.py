@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from fedrouter.config import AggregateSettings
 from fedrouter.train.server.optimizer import ADAPTIVITY, server_step
-from fedrouter.types import AdapterState, Array
+from fedrouter.types import AdapterState, Float64s
 
 
 def run(settings: AggregateSettings, targets: list[AdapterState]) -> AdapterState:
-    current, moments = adapter(0), {}
+    current = adapter(0)
+    moments: AdapterState = {}
     for target in targets:
         current, moments = server_step(current, target, moments, settings)
     return current
@@ -40,8 +41,10 @@ def test_momentum_equals_torch_sgd() -> None:
 @given(seed=st.integers(0, 1000), rate=st.floats(0.01, 1.5), num=st.integers(1, 4))
 def test_momentum_with_a_shared_a_is_momentum_of_the_dense_product(seed: int, rate: float, num: int) -> None:
     a, b = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
-    current, moments = adapter(seed), {}
-    dense, step = (current[b] @ current[a]).astype(np.float64), 0.0
+    current = adapter(seed)
+    moments: AdapterState = {}
+    dense = (current[b] @ current[a]).astype(np.float64)
+    step: Float64s | float = 0.0
     settings = AggregateSettings(server="momentum", server_learning_rate=rate)
     for i in range(num):
         wanted = {a: current[a], b: adapter(seed + 1 + i)[b]}
@@ -69,8 +72,11 @@ def test_adam_with_an_identity_a_is_adam_of_the_dense_product(seed: int, rate: f
     rng = np.random.default_rng(seed)
     a, b = sorted(adapter(0))
     eye = np.eye(6, dtype=np.float32)  # of full rank: B is ΔW
-    current, moments = {a: eye, b: rng.normal(size=(6, 6)).astype(np.float32)}, dict[str, Array]()
-    dense, first, second = (current[b] @ eye).astype(np.float64), 0.0, 0.0
+    current: AdapterState = {a: eye, b: rng.normal(size=(6, 6)).astype(np.float32)}
+    moments: AdapterState = {}
+    dense = (current[b] @ eye).astype(np.float64)
+    first: Float64s | float = 0.0
+    second: Float64s | float = 0.0
     for _ in range(num):
         wanted = {a: eye, b: rng.normal(size=(6, 6)).astype(np.float32)}
         change = wanted[b] @ wanted[a] - dense

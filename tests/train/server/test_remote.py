@@ -47,7 +47,7 @@ class Place:
 
     def opened(self, config: Config, secret: bytes) -> tuple[LocalFederation, str, Any]:
         number = NAMES.index(self.name) if self.name in NAMES else 7
-        client = Client(self.name, rows(number), TaskEmbedder(), 0, config.privacy, secret)  # type: ignore[arg-type]
+        client = Client(self.name, rows(number), TaskEmbedder(), 0, config.privacy, secret)
         return LocalFederation([client], Trainer()), "base", PROBE  # type: ignore[arg-type]
 
     def answer(self, body: bytes) -> bytes:
@@ -310,8 +310,8 @@ def test_daily_limits_survive_restarts(tmp_path: Path) -> None:
 
 
 def test_a_different_base_or_embedder_is_refused(places: list[Place]) -> None:
-    places[0].opened = lambda *_: (LocalFederation([], Trainer()), "another", PROBE)  # type: ignore[method-assign,assignment,arg-type]
-    places[1].opened = lambda *_: (LocalFederation([], Trainer()), "base", 2 * PROBE)  # type: ignore[method-assign,assignment,arg-type]
+    places[0].opened = lambda *_: (LocalFederation([], Trainer()), "another", PROBE)  # type: ignore[method-assign,arg-type]
+    places[1].opened = lambda *_: (LocalFederation([], Trainer()), "base", 2 * PROBE)  # type: ignore[method-assign,arg-type]
     for place in places[:2]:
         place.start()
     wire = Wire(places)

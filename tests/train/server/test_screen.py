@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_valid_updates_are_accepted() -> None:
         (moved(1), {"num_examples": 9}, "claims 9 examples in 2 steps of 4"),
     ],
 )
-def test_unusable_updates_are_refused(update: AdapterState, changes: dict, reason: str) -> None:
+def test_unusable_updates_are_refused(update: AdapterState, changes: dict[str, Any], reason: str) -> None:
     (found,) = judge(update, **changes)
     assert found is not None
     assert reason in found

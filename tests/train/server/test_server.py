@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedrouter.config import AggregateSettings, Config, TrainSettings
 from fedrouter.train.disk.checkpoint import latest_checkpoint, save_checkpoint
 from fedrouter.train.lora import cut, distance, rank_of
-from fedrouter.train.server.loop import cosine, plan, run_rounds, share
+from fedrouter.train.server.loop import Planned, cosine, plan, run_rounds, share
 from fedrouter.train.state import ClusterRound, fresh_state
 from fedrouter.types import (
     AdapterState,
@@ -27,7 +27,7 @@ from fedrouter.types import (
 
 
 def config(aggregate: AggregateSettings | None = None, **train: object) -> Config:
-    return Config(train=TrainSettings(**train), aggregate=aggregate or AggregateSettings())  # type: ignore[arg-type]
+    return Config(train=TrainSettings(**train), aggregate=aggregate or AggregateSettings())
 
 
 def subset(cluster: int, num: int) -> Subset:
@@ -73,7 +73,7 @@ def test_an_adapter_is_averaged_over_its_clients_weighted_by_examples() -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(server: str, tmp_path: Path) -> None:
     targets = {name: adapter(i) for i, name in enumerate(("a", "b"))}
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
-    settings = config(AggregateSettings(server=server), rounds=4, steps=3)  # type: ignore[arg-type]
+    settings = config(AggregateSettings(server=server), rounds=4, steps=3)
     whole = list(run_rounds(PullFederation({}, targets), assignments, fresh_state([adapter(9)]), settings))
     save_checkpoint(tmp_path, whole[1].state, "digest", keep=1)
     assert latest_checkpoint(tmp_path, "another clustering") is None
@@ -99,7 +99,7 @@ class Troubled(PullFederation):
         self.failing, self.broken = failing, broken
 
     def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
-        for reply in super().train(requests):
+        for reply in self.pulled(requests):
             if reply.client in self.failing:
                 yield TrainFailure(reply.client, reply.cluster, "RuntimeError: the disk is full")
             elif reply.client in self.broken:
@@ -157,8 +157,8 @@ def test_exact_reports_its_residual_and_clipping_bounds_the_drift() -> None:
 class Lying(PullFederation):
     """One client of six reverses its update and scales it by eight."""
 
-    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply]:
-        for reply, request in zip(super().train(requests), reversed(requests), strict=True):
+    def train(self, requests: Sequence[TrainRequest]) -> Iterator[TrainReply | TrainFailure]:
+        for reply, request in zip(self.pulled(requests), reversed(requests), strict=True):
             turned = {n: a - 8 * (reply.adapter[n] - a) for n, a in request.adapter.items()}
             yield replace(reply, adapter=turned) if reply.client == "f" else reply
 
@@ -166,16 +166,18 @@ class Lying(PullFederation):
 @pytest.mark.parametrize("option", [{"robust": "median"}, {"robust": "trimmed"}, {"clip": 0.5}])
 def test_robust_options_withstand_a_lying_client(option: dict[str, object]) -> None:
     target = adapter(1)
-    targets = {name: {n: a + i / 100 for n, a in target.items()} for i, name in enumerate("abcdef")}
+    targets: dict[str, AdapterState] = {
+        name: {n: a + np.float32(i / 100) for n, a in target.items()} for i, name in enumerate("abcdef")
+    }
     assignments = [Assignment(name, (subset(0, 10),)) for name in targets]
 
     def far(**how: object) -> float:
-        how = AggregateSettings(outlier=1e9, **how)  # type: ignore[arg-type, assignment]
+        settings = AggregateSettings(outlier=1e9, **how)
         *_, last = run_rounds(
             Lying({}, targets),
             assignments,
             fresh_state([adapter(9)]),
-            config(how, rounds=20, steps=2),  # type: ignore[arg-type]
+            config(settings, rounds=20, steps=2),
         )
         return distance(target, last.state.adapters[0])
 
@@ -218,7 +220,7 @@ def test_a_client_of_lower_rank_trains_only_its_slices(method: str) -> None:
     assert alone.clusters[0].norm == pytest.approx(0.75 * distance(cut(whole, 1), targets["b"]), rel=1e-5)
 
 
-def plans(num_rounds: int = 6, **train: object) -> list[list[tuple[str, int, int]]]:
+def plans(num_rounds: int = 6, **train: object) -> list[list[Planned]]:
     assignments = [Assignment("a", (subset(0, 30), subset(1, 10))), Assignment("b", (subset(1, 9),))]
     return [plan(assignments, TrainSettings(**train), 0, number) for number in range(num_rounds)]
 

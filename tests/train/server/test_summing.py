@@ -45,7 +45,9 @@ class Group:
         self.seen: list[Any] = []
 
     def reply(self, name: str, i: int) -> TrainReply:
-        return TrainReply(name, 0, {k: a + adapter(i)[k] / 10 for k, a in SENT.items()}, 4 + i, 1.0 + i, 0.0)
+        return TrainReply(
+            name, 0, {k: a + adapter(i)[k] / np.float32(10) for k, a in SENT.items()}, 4 + i, 1.0 + i, 0.0
+        )
 
     def requests(self, number: int = 0) -> list[TrainRequest]:
         return [TrainRequest(name, 0, number, SENT, 5, 1e-3) for name in self.names]
@@ -95,7 +97,8 @@ def test_the_sum_is_exact_and_hides_each_update(tmp_path: Path) -> None:
         assert max(np.abs(answer.adapter[n] - want[n]).max() for n in want) < 1e-6
         assert 0 < answer.num_examples <= 5 * 4
     weights = [group.updates[name].num_examples for name in NAMES]
-    loss = np.average([group.updates[name].loss for name in NAMES], weights=weights)
+    losses = np.array([group.updates[name].loss for name in NAMES], dtype=float)
+    loss = np.average(losses, weights=weights)
     assert found["ulm"].loss == pytest.approx(loss, abs=1e-6)  # type: ignore[union-attr]
     for masked in (one for one in group.seen if isinstance(one, Masked)):
         plain = weighted(group.requests()[0], group.updates[masked.client])

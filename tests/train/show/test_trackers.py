@@ -2,6 +2,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import adapter
@@ -84,7 +85,10 @@ def test_mlflow_gets_the_metrics_in_a_local_store(tmp_path: Path, monkeypatch: p
     client = mlflow.MlflowClient(store)
     (run,) = client.search_runs(["0"])
     assert (run.info.run_name, run.info.status, run.data.params["seed"]) == ("mine", "FINISHED", "7")
-    loss = lambda: client.get_metric_history(run.info.run_id, "headline/loss")  # noqa: E731
+
+    def loss() -> Any:
+        return client.get_metric_history(run.info.run_id, "headline/loss")
+
     eventually(lambda: [(m.step, m.value) for m in loss()] == [(1, 2.0), (2, 1.0), (3, 0.0)])
     assert "dialogue/loss" not in run.data.metrics
 
