@@ -71,13 +71,6 @@ def test_chat_keeps_the_earlier_turns(tmp_path: Path) -> None:
     assert load_one(tmp_path, row) == Record(tuple(Turn(*turn) for turn in turns[:-1]), "See you")
 
 
-def test_limit_reads_no_further(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    write(path, *PAIRS)
-    path.write_text(path.read_text() + "not JSON\n")
-    assert load_records(str(path), limit=3) == RECORDS
-
-
 def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     text = (
@@ -190,7 +183,6 @@ def test_files_that_datasets_reads(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
     for kind in ("csv", "parquet", "json"):
         assert load_records(str(tmp_path / f"rows.{kind}")) == RECORDS
-        assert load_records(str(tmp_path / f"rows.{kind}"), limit=1) == RECORDS[:1]
 
 
 def test_saved_data_sets_and_their_splits(tmp_path: Path) -> None:

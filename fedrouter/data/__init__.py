@@ -10,7 +10,6 @@ messages.py  conversation → turns
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
@@ -50,7 +49,6 @@ class Read:
 def load_records(
     source: str,
     split: str | None = None,
-    limit: int | None = None,
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
@@ -64,8 +62,6 @@ def load_records(
         file; a directory of such files; or a hub id.
     split : str, optional
         Split of a source that has splits, by default ``train``; ignored for single files.
-    limit : int, optional
-        Number of rows to read; later rows are not checked.
     fields : mapping, optional
         Field of a form → the file's name for it.
     ignore : collection of str
@@ -78,13 +74,12 @@ def load_records(
     DataError
         If the source is missing, empty or unreadable, or a row cannot be used; names file and row.
     """
-    return [r for read in read_source(source, split, limit, fields, ignore, say) for r in read.records]
+    return [r for read in read_source(source, split, fields, ignore, say) for r in read.records]
 
 
 def read_source(
     source: str,
     split: str | None = None,
-    limit: int | None = None,
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
@@ -95,11 +90,10 @@ def read_source(
     reads: list[Read] = []
     for name, rows in _parts(source, split, say):
         reading = Reading(fields or {}, frozenset(ignore))
-        left = None if limit is None else limit - sum(len(read.records) for read in reads)
-        records = [reading.record(where, row) for where, row in islice(rows, left)]
+        records = [reading.record(where, row) for where, row in rows]
         if line := reading.done(name):
             say(line)
-        if not records and left != 0:
+        if not records:
             raise DataError(f"{name}: has no rows; give a data set with at least one row")
         reads.append(Read(name, records, reading))
     return reads
