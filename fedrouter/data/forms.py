@@ -65,7 +65,7 @@ class Reading:
         self.mapped |= {column for column in self.fields.values() if column in row}
         form, record = _formed(given, self.ignore)
         self.forms[form] += 1
-        self.unread.update(given.extra)
+        self.unread.update(sorted(given.extra - self.ignore))
         self.unread.update(n for n, value in row.items() if n not in given.read and has_text(value))
         return replace(record, where=where)
 
