@@ -49,7 +49,7 @@ class DataSettings(_Section):
     source: str | list[str] = "builtin:four-tasks"
     """One data set to partition: ``builtin:four-tasks``, files, directories, a hub id …"""
     split: str = "train"
-    """Split of a Hugging Face data set or of the built-in data set."""
+    """Split of a data set that has splits; other data has only ``train``."""
     clients: dict[str, str] = Field(default_factory=dict)
     """Data source of each client by the client's name; replaces ``source``."""
     partition: Literal["single", "dual", "all", "iid", "dirichlet"] = "dual"
