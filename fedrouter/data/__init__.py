@@ -94,7 +94,7 @@ def read_source(
     for name, rows in _parts(source, split, say, default):
         reading = Reading(fields or {}, frozenset(ignore))
         records = [reading.record(where, row) for where, row in rows]
-        if line := reading.done(name):
+        for line in reading.done(name):
             say(line)
         if not records:
             raise DataError(f"{name}: has no rows; give a data set with at least one row")

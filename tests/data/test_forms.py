@@ -197,7 +197,22 @@ def test_messages_that_cannot_be_used_are_named(tmp_path: Path, message: dict[st
 
 def test_a_conversation_without_weight_has_nothing_to_learn(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]
-    assert "every assistant turn has weight 0" in refused(tmp_path, {"messages": messages})
+    nothing = "every assistant turn after the first user turn has weight 0"
+    assert nothing in refused(tmp_path, {"messages": messages})
+    greeting = {"role": "assistant", "content": "Welcome", "weight": 1}
+    assert nothing in refused(tmp_path, {"messages": [greeting, *messages]})
+
+
+def test_what_the_assistant_says_before_the_user_carries_no_loss(tmp_path: Path) -> None:
+    said = [("system", "Be."), ("gpt", "Welcome."), ("human", "Hi"), ("gpt", "Yes?")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    records, notes = load(tmp_path, row, {"prompt": "p", "completion": "c"})
+    assert [turn.learned for turn in records[0].conversation] == [True, False, True, True]
+    assert records[0].completion == "Yes?"
+    assert notes == [
+        "rows.jsonl: 1 of 2 rows begin with the assistant: what it says before the first user turn carries "
+        "no loss, because no server generates it"
+    ]
 
 
 def test_any_names_by_mapping(tmp_path: Path) -> None:
@@ -207,6 +222,11 @@ def test_any_names_by_mapping(tmp_path: Path) -> None:
     records, said = load(tmp_path, {**row, "prompt": "another"}, fields=fields)
     assert records[0].turns[0].content == "Q\n\nP" and "prompt (100 % of rows)" in said[0]
     assert "missing fields: found question, answer, category, passage" in refused(tmp_path, row)
+    plain = {"prompt": "p", "completion": "c"}
+    found = "missing fields: found prompt, completion; data.fields.prompt names q, which this row does not"
+    assert found in refused(tmp_path, plain, fields={"prompt": "q"})
+    found = "missing fields: found completion; data.ignore leaves out prompt; accepted"
+    assert found in refused(tmp_path, plain, ignore=["prompt"])
     wrong = {**fields, "task": "topic"}
     assert "no row has the field topic, which data.fields.task names" in refused(tmp_path, row, fields=wrong)
     with pytest.raises(ConfigError, match=r"data.fields.promt: not a field of any form"):

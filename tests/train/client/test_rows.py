@@ -231,3 +231,11 @@ def test_rows_are_tokenised_once(
     first = tok.rows(records)
     monkeypatch.setattr(tok, "_tokenise", lambda _: pytest.fail("again"))
     assert tok.rows(records)[0] is first[0]
+
+
+def test_a_greeting_before_the_first_question_is_context(tokeniser: Callable[..., Tokeniser]) -> None:
+    tok = tokeniser()
+    greeting = Turn("assistant", "Welcome.", learned=False)
+    (row,) = tok.rows([Record((greeting, *QUESTION), "The red one.")])
+    assert text(tok, row).startswith("<assistant>Welcome.</s>")
+    assert learned(tok, row) == ["The red one.</s>"]
