@@ -25,6 +25,7 @@ __all__ = [
     "MAX_LABEL",
     "NAMES",
     "Read",
+    "Reading",
     "builtin_records",
     "is_label",
     "load_records",

@@ -132,8 +132,9 @@ def _delimited(delimiter: str) -> Callable[[Path, BinaryIO], Iterator[Row]]:
 def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
     other = next((d for d in ";\t,|" if len(cells) == 1 and d in cells[0] and d != delimiter), None)
     if other:
+        name = json.dumps(cells[0], ensure_ascii=False)
         raise DataError(
-            f"{where}: the header is one field, {json.dumps(cells[0], ensure_ascii=False)}: {_kind(delimiter)} "
+            f"{where}: the header is one field, {name}: {_kind(delimiter)} "
             f"separates fields by a {_name(delimiter)}, not by {json.dumps(other)}; save the file with one"
         )
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, start=1)]

@@ -1,5 +1,6 @@
 """Read the clients' records from the configured sources."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from fedrouter import data
@@ -29,16 +30,16 @@ def read_clients(
         return _read_sources(settings.clients, config, settings.max_per_client, say)
     reads: list[data.Read] = []
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
-    records: list[Record] = []
     for source in sources:
-        num = len(reads)
         if is_builtin(source):
-            records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+            rows = data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+            reading = data.Reading(num_rows=len(rows), forms=Counter({"built-in": len(rows)}))
+            reads.append(data.Read(source, rows, reading))
         else:
             reads += data.read_source(
                 source, settings.split, fields=settings.fields, ignore=settings.ignore, say=say
             )
-            records += [r for read in reads[num:] for r in read.records]
+    records = [r for read in reads for r in read.records]
     clients = partition(
         records,
         settings.partition,

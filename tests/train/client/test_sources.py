@@ -42,3 +42,15 @@ def test_a_limit_below_the_smallest_group_is_named_with_the_rows_of_the_file(tmp
     write(file, 4)
     with pytest.raises(DataError, match=r"client a: 4 rows in .*a.jsonl; with privacy.min_cluster_size = 5"):
         read_clients(config)
+
+
+def test_built_in_rows_are_listed_like_a_file(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "a.jsonl", 20))
+    source = [file, "builtin:four-tasks"]
+    config = Config(data=DataSettings(source=source, partition="iid", num_clients=4, num_per_task=5))
+    records, reads = read_clients(config, pytest.fail)
+    assert [(read.source, read.reading.num_rows) for read in reads] == [
+        (file, 20),
+        ("builtin:four-tasks", 20),
+    ]
+    assert sum(map(len, records.values())) == 40
