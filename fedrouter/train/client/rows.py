@@ -273,8 +273,8 @@ class Tokeniser:
             if self._render(record, [*turns[:i], changed, *turns[i + 1 :]]) != prompt:
                 continue
             if required:
-                hidden = "tool results" if turn.role == "tool" else "tool calls"
-                raise self._refusal(record, f"it does not show {hidden}")
+                part = "tool results" if turn.role == "tool" else "tool calls"
+                raise self._refusal(record, f"it does not show {part}")
             hidden.add(f"{turn.role} turns")
         for what in sorted(hidden):
             self.statistics.hidden[what] += 1
