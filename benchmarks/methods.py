@@ -117,7 +117,7 @@ def judge(bundle: Bundle, config: Config) -> dict[str, Any]:
 def test_rows() -> dict[str, list[Record]]:
     """Return test records by task."""
     files = sorted((SHARED / "data" / "four_tasks").glob("*.test.jsonl"))
-    return {f.name.split(".")[0]: load_records(str(f), limit=PER_TASK) for f in files}
+    return {f.name.split(".")[0]: load_records(str(f))[:PER_TASK] for f in files}
 
 
 def show(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:

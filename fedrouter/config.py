@@ -7,7 +7,7 @@ import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedrouter.errors import ConfigError
 
@@ -49,7 +49,7 @@ class DataSettings(_Section):
     source: str | list[str] = "builtin:four-tasks"
     """One data set to partition: ``builtin:four-tasks``, files, directories, a hub id …"""
     split: str = "train"
-    """Split of a Hugging Face data set or of the built-in data set."""
+    """Split of a data set that has splits; other data has only ``train``."""
     clients: dict[str, str] = Field(default_factory=dict)
     """Data source of each client by the client's name; replaces ``source``."""
     partition: Literal["single", "dual", "all", "iid", "dirichlet"] = "dual"
@@ -67,6 +67,21 @@ class DataSettings(_Section):
     """Names of fields in the data: ``prompt = "question"``, ``completion = "answer"``, ``task = "topic"``."""
     ignore: list[str] = Field(default_factory=list)
     """Fields to skip without a warning."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _names_data(cls, source: Any) -> Any:
+        names = source if isinstance(source, list) else [source]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"data.source: expected a data set, or a list of data sets, found {source!r}")
+        return source
+
+    @model_validator(mode="after")
+    def _clients_have_data(self) -> "DataSettings":
+        for name, source in self.clients.items():
+            if not source.strip():
+                raise ValueError(f"data.clients.{name} is empty; give the client a data set")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSettings":

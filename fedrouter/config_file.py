@@ -46,6 +46,11 @@ def load_config(
         if path is not None and values.get("data"):
             raise ConfigError(f"{path}: with --federation the sites configure their data; remove [data]")
         values["data"] = {"clients": dict.fromkeys(clients, ELSEWHERE)}
+    elif (data := values.get("data")) and isinstance(data, dict) and data.get("clients") == {}:
+        raise ConfigError(
+            f"{path or 'configuration'}: data.clients is empty; give clients and their data, or remove it "
+            "and give data.source"
+        )
     return fitted(values, Config, str(path) if path else "configuration")
 
 
@@ -63,7 +68,7 @@ def read_toml(path: Path, name: str | None = None, missing: str | None = None) -
         If the file is missing, or not readable as TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(missing or f"{name or path}: no such file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -138,20 +143,35 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def resolve_paths(values: dict[str, Any], directory: Path) -> None:
-    """Make relative paths absolute if they exist below ``directory``; other names are hub ids."""
+    """Make relative paths absolute if they exist below ``directory``; other names are hub ids.
+
+    A cache is always a path, and made there.
+    """
 
     def resolve(name: Any) -> Any:
         if isinstance(name, list):
             return [resolve(n) for n in name]
-        if isinstance(name, str) and (name.startswith((".", "/")) or (directory / name).exists()):
+        if (
+            isinstance(name, str)
+            and name.strip()
+            and (name.startswith((".", "/")) or (directory / name).exists())
+        ):
             return str((directory / name).resolve())
         return name
 
-    places = {"base": "model", "data": "source", "embedder": "model", "routing": "probes"}
-    for section, key in places.items():
+    places = {
+        "base": ("model", "chat_template"),
+        "data": ("source",),
+        "embedder": ("model", "cache"),
+        "routing": ("probes",),
+    }
+    for section, keys in places.items():
         table = values.get(section)
         if isinstance(table, dict) and table.get("kind") != "endpoint":  # its model is no path
-            table.update({key: resolve(table[key])} if key in table else {})
+            table.update({key: resolve(table[key]) for key in keys if table.get(key, "alpaca") != "alpaca"})
+    match values:
+        case {"embedder": {"cache": str(cache)}}:
+            values["embedder"]["cache"] = str((directory / cache).resolve())
     match values:
         case {"data": {"clients": dict(clients)}}:
             values["data"]["clients"] = {name: resolve(source) for name, source in clients.items()}

@@ -42,6 +42,39 @@ def test_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
     assert config.embedder.model == "a.jsonl", "an endpoint has names of its own"
 
 
+def test_other_paths_of_a_file_belong_to_it_too(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("x")
+    (tmp_path / "alpaca").mkdir()
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[base]\nchat_template = "t.jinja"\n[embedder]\ncache = "vectors"\n', encoding="utf-8-sig"
+    )
+    config = load_config(file)
+    assert config.base.chat_template == str(tmp_path / "t.jinja")
+    assert config.embedder.cache == str(tmp_path / "vectors"), "it is made there"
+    file.write_text('[base]\nchat_template = "alpaca"\n')
+    assert load_config(file).base.chat_template == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("source = []", "data.source: expected a data set, or a list of data sets, found []"),
+        ('source = ""', "data.source: expected a data set, or a list of data sets, found ''"),
+        ('source = ["a.jsonl", " "]', "data.source: expected a data set, or a list of data sets, found ["),
+        ("source = 3", "data.source: expected a data set, or a list of data sets, found 3"),
+        ("[data.clients]", "data.clients is empty; give clients and their data"),
+        ('clients = { a = "" }', "data.clients.a is empty; give the client a data set"),
+    ],
+)
+def test_data_without_a_name_is_refused(tmp_path: Path, data: str, reason: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(f"[data]\n{data}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{file}: {reason}")
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedrouter.builtin.tasks import TASKS
 from fedrouter.data import builtin_records, load_records
+from fedrouter.data.tables import hub_rows
 from fedrouter.errors import ConfigError, DataError
 from fedrouter.types import Record, Turn
 
@@ -69,13 +70,6 @@ def test_chat_keeps_the_earlier_turns(tmp_path: Path) -> None:
     ]
     row = {"prompt": "Hi", "messages": [{"role": role, "content": content} for role, content in turns]}
     assert load_one(tmp_path, row) == Record(tuple(Turn(*turn) for turn in turns[:-1]), "See you")
-
-
-def test_limit_reads_no_further(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    write(path, *PAIRS)
-    path.write_text(path.read_text() + "not JSON\n")
-    assert load_records(str(path), limit=3) == RECORDS
 
 
 def test_lines_are_split_at_newlines_only_and_blank_ones_skipped(tmp_path: Path) -> None:
@@ -190,7 +184,6 @@ def test_files_that_datasets_reads(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
     for kind in ("csv", "parquet", "json"):
         assert load_records(str(tmp_path / f"rows.{kind}")) == RECORDS
-        assert load_records(str(tmp_path / f"rows.{kind}"), limit=1) == RECORDS[:1]
 
 
 def test_saved_data_sets_and_their_splits(tmp_path: Path) -> None:
@@ -200,6 +193,13 @@ def test_saved_data_sets_and_their_splits(tmp_path: Path) -> None:
     assert load_records(str(tmp_path / "single")) == RECORDS
     assert load_records(str(tmp_path / "both")) == RECORDS
     assert load_records(str(tmp_path / "both"), split="test") == RECORDS[2:]
+    said: list[str] = []
+    (tmp_path / "both" / "extra.jsonl").write_text("x")
+    load_records(str(tmp_path / "both"), say=said.append)
+    assert said == [f"{tmp_path}/both: not read: split test (1 rows), extra.jsonl"]
+    load_records(str(tmp_path / "single"), say=pytest.fail)
+    with pytest.raises(DataError, match="single: no split 'nonsense': it has no splits"):
+        load_records(str(tmp_path / "single"), split="nonsense")
     with pytest.raises(DataError, match="both: no split 'dev'; it has train, test"):
         load_records(str(tmp_path / "both"), split="dev")
 
@@ -213,6 +213,16 @@ def test_a_directory_of_files_has_splits(tmp_path: Path) -> None:
     assert load_records(str(folder), split="test") == RECORDS[1:2]
     with pytest.raises(DataError, match=r"rows: no split 'dev'; it has test, train"):
         load_records(str(folder), split="dev")
+    write(folder / "val.jsonl", PAIRS[2])
+    assert load_records(str(folder), split="val") == RECORDS[2:]
+
+
+def test_other_splits_of_the_hub_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", *PAIRS)
+    write(tmp_path / "test.jsonl", PAIRS[1])
+    said: list[str] = []
+    assert len(list(hub_rows(str(tmp_path), None, said.append))) == 3
+    assert said[1:] == [f"{tmp_path}: not read: split test (1 rows)"]
 
 
 def test_chat_and_missing_values_through_datasets(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ messages.py  conversation → turns
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,7 +17,7 @@ from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.data.files import ACCEPTED, KINDS, PARQUET, data_files
 from fedrouter.data.forms import MAX_LABEL, NAMES, Reading, is_label
 from fedrouter.data.readers import Row, read_rows, suffix_of
-from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, saved_rows
+from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, refuse_split, saved_rows
 from fedrouter.errors import ConfigError, DataError
 from fedrouter.types import Record
 
@@ -26,6 +25,7 @@ __all__ = [
     "MAX_LABEL",
     "NAMES",
     "Read",
+    "Reading",
     "builtin_records",
     "is_label",
     "load_records",
@@ -50,10 +50,10 @@ class Read:
 def load_records(
     source: str,
     split: str | None = None,
-    limit: int | None = None,
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
+    default: str = "train",
 ) -> list[Record]:
     """Read records from a file, a directory, a saved data set or the Hugging Face hub.
 
@@ -63,9 +63,8 @@ def load_records(
         A ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file, also with ``.gz``; a ``.parquet``
         file; a directory of such files; or a hub id.
     split : str, optional
-        Split of a source that has splits, by default ``train``; ignored for single files.
-    limit : int, optional
-        Number of rows to read; later rows are not checked.
+        Split of a source that has splits; by default ``default``, the only one that a source without splits
+        has.
     fields : mapping, optional
         Field of a form → the file's name for it.
     ignore : collection of str
@@ -78,28 +77,27 @@ def load_records(
     DataError
         If the source is missing, empty or unreadable, or a row cannot be used; names file and row.
     """
-    return [r for read in read_source(source, split, limit, fields, ignore, say) for r in read.records]
+    return [r for read in read_source(source, split, fields, ignore, say, default) for r in read.records]
 
 
 def read_source(
     source: str,
     split: str | None = None,
-    limit: int | None = None,
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
+    default: str = "train",
 ) -> list[Read]:
     """Read a source as ``load_records`` does, file by file."""
     if unknown := [name for name in fields or {} if name not in NAMES]:
         raise ConfigError(f"data.fields.{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
     reads: list[Read] = []
-    for name, rows in _parts(source, split, say):
+    for name, rows in _parts(source, split, say, default):
         reading = Reading(fields or {}, frozenset(ignore))
-        left = None if limit is None else limit - sum(len(read.records) for read in reads)
-        records = [reading.record(where, row) for where, row in islice(rows, left)]
-        if line := reading.done(name):
+        records = [reading.record(where, row) for where, row in rows]
+        for line in reading.done(name):
             say(line)
-        if not records and left != 0:
+        if not records:
             raise DataError(f"{name}: has no rows; give a data set with at least one row")
         reads.append(Read(name, records, reading))
     return reads
@@ -121,14 +119,14 @@ def builtin_records(name: str, split: str, num_per_task: int, seed: int) -> list
     return [record for task in BUILTIN_RECORDS[name] for record in generate(task, known, num_per_task, seed)]
 
 
-def _parts(source: str, split: str | None, say: Say) -> Iterator[tuple[str, Iterator[Row]]]:
+def _parts(source: str, split: str | None, say: Say, default: str) -> Iterator[tuple[str, Iterator[Row]]]:
     """Yield name and rows of each file of a source."""
     path = Path(source).expanduser()
     if path.is_dir():
         if is_saved(path):
-            yield source, saved_rows(path, split)
+            yield source, saved_rows(path, split, say, default)
             return
-        for file in data_files(path, split, say):
+        for file in data_files(path, split, say, default):
             yield str(file), _file_rows(file)
         return
     if path.exists() or suffix_of(path) in KINDS or source.startswith(("/", "./", "../", "~")):
@@ -136,9 +134,10 @@ def _parts(source: str, split: str | None, say: Say) -> Iterator[tuple[str, Iter
             raise DataError(f"{source}: unknown file type; accepted: {ACCEPTED}")
         if not path.exists():
             raise DataError(f"{source}: no such file or directory")
+        refuse_split(source, split, default)
         yield str(path), _file_rows(path)
         return
-    yield source, hub_rows(source, split, say)
+    yield source, hub_rows(source, split, say, default)
 
 
 def _file_rows(path: Path) -> Iterator[Row]:

@@ -46,6 +46,7 @@ class Reading:
     num_rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # rows with text in a field that no form uses
+    num_early: int = 0  # rows with an answer before the first user turn
     mapped: set[str] = field(default_factory=set)  # columns of ``fields`` that occurred in a row
 
     def record(self, where: str, row: Any) -> Record:
@@ -59,18 +60,27 @@ class Reading:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with fields, found {shown(row)}; accepted: {FORMS}")
         self.num_rows += 1
+        ignored = [name for name, value in row.items() if name in self.ignore and value is not None]
         row = {name: value for name, value in row.items() if name not in self.ignore}
         columns = {**{name: name for name in NAMES if name not in self.fields}, **self.fields}
         given = _Given(where, row, {n: c for n, c in columns.items() if row.get(c) is not None})
         self.mapped |= {column for column in self.fields.values() if column in row}
+        given.missing = [
+            f"data.fields.{name} names {column}, which this row does not have"
+            for name, column in self.fields.items()
+            if row.get(column) is None and column not in ignored
+        ]
+        if ignored:
+            given.missing.append(f"data.ignore leaves out {', '.join(ignored)}")
         form, record = _formed(given, self.ignore)
         self.forms[form] += 1
-        self.unread.update(given.extra)
+        self.num_early += given.early
+        self.unread.update(sorted(given.extra - self.ignore))
         self.unread.update(n for n, value in row.items() if n not in given.read and has_text(value))
         return replace(record, where=where)
 
-    def done(self, source: str) -> str | None:
-        """Return one line on the unread fields, or None if there are none.
+    def done(self, source: str) -> list[str]:
+        """Return one line on the unread fields, and one on answers without loss, if there are any.
 
         Raises
         ------
@@ -80,13 +90,20 @@ class Reading:
         for name, column in self.fields.items():
             if self.num_rows and column not in self.mapped:
                 raise DataError(f"{source}: no row has the field {column}, which data.fields.{name} names")
+        lines = []
+        if self.num_early:
+            lines.append(
+                f"{source}: {self.num_early} of {self.num_rows} rows begin with the assistant: what it says "
+                "before the first user turn carries no loss, because no server generates it"
+            )
         if not self.unread:
-            return None
+            return lines
         named = ", ".join(f"{n} ({100 * k / self.num_rows:.3g} % of rows)" for n, k in self.unread.items())
-        return (
+        return [
+            *lines,
             f"{source}: unread fields: {named}; map them in [data.fields], or ignore them with "
-            f"data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}"
-        )
+            f"data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}",
+        ]
 
 
 class _Given:
@@ -96,6 +113,8 @@ class _Given:
         self.where, self._row, self._columns = where, row, columns
         self.read: set[str] = set()
         self.extra: set[str] = set()  # unread keys of messages
+        self.early = False  # whether an answer before the first user turn lost its loss
+        self.missing: list[str] = []  # settings that keep fields from being found
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns
@@ -127,7 +146,8 @@ def _formed(given: _Given, ignore: frozenset[str]) -> tuple[str, Record]:
             return form, _finished(given, turns(name), f"{where}: {name}")
     pair = next((pair for pair in PAIRS if pair[0] in given and pair[1] in given), None)
     if pair is None:
-        raise DataError(f"{where}: missing fields: found {given.found}; accepted: {FORMS}")
+        why = "; ".join([f"found {given.found}", *given.missing])
+        raise DataError(f"{where}: missing fields: {why}; accepted: {FORMS}")
     question, answer = pair
     if _is_chat(given[question]) and _is_chat(given[answer]):
         both = [*turns(question, learned=False), *turns(answer)]
@@ -164,9 +184,13 @@ def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
     has_question = any(turn.role == "user" for turn in turns[:-1])
     if not has_question or turns[-1].role != "assistant":
         raise DataError(f"{where} must end with a user turn and the assistant's answer")
+    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+    given.early = any(turn.role == "assistant" and turn.learned for turn in turns[:first])
+    turns = [replace(t, learned=t.learned and t.role != "assistant") for t in turns[:first]] + turns[first:]
     if not any(turn.learned for turn in turns if turn.role == "assistant"):
         raise DataError(
-            f"{where}: every assistant turn has weight 0, so there is nothing to learn; remove the row"
+            f"{where}: every assistant turn after the first user turn has weight 0, so there is nothing to "
+            "learn; remove the row"
         )
     tools = next(
         (tool_list(given.where, given[name]) for name in ("tools", "functions") if name in given), ()

@@ -19,9 +19,11 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-# Further keys of a message that servers pass to chat templates.
-PASSED_ON = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-KNOWN = ("role", "from", "content", "value", "weight", "tool_calls", "function_call", *PASSED_ON)
+# Further keys of a message that servers pass to chat templates, by role.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+PASSED_ON = {"assistant": ("name", *THOUGHTS), "tool": ("name", "tool_call_id")}
+KNOWN = ("role", "from", "content", "value", "weight", "tool_calls", "function_call")
+CALL, FUNCTION = ("id", "type", "function"), ("name", "arguments")  # keys of a tool call and its function
 
 
 def turns_of(
@@ -31,7 +33,7 @@ def turns_of(
 
     Parameters
     ----------
-    extra : gets ``field.key`` for every unread key with text.
+    extra : gets ``field.key`` for every unread key with text, at any depth of a message.
     learned : whether assistant turns without a weight carry loss.
 
     Raises
@@ -44,28 +46,40 @@ def turns_of(
     turns = []
     for number, message in enumerate(messages, start=1):
         given = {k: v for k, v in message.items() if v is not None and f"{field}.{k}" not in ignore}
-        turns.append(_turn(f"{where}: message {number}", given, learned))
-        extra.update(f"{field}.{key}" for key in given if key not in KNOWN and has_text(given[key]))
+        unread: set[str] = set()
+        turns.append(_turn(f"{where}: message {number}", given, unread, learned))
+        extra.update(f"{field}.{key}" for key in unread)
     return turns
 
 
-def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
+def _turn(where: str, given: Mapping[str, Any], unread: set[str], learned: bool) -> Turn:
     name = given.get("role", given.get("from"))
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"{where} has role {name!r}; accepted: {', '.join(ROLES)}")
-    more: dict[str, Any] = {key: text_of(where, key, given[key]) for key in PASSED_ON if key in given}
-    content, calls = given.get("content", given.get("value")), given.get("tool_calls")
-    if name == "function_call":
+    if "from" in given and given["from"] not in [other for other, its in ROLES.items() if its == role]:
+        raise DataError(f"{where}: role and from differ; keep one of them")
+    if "content" in given and "value" in given and given["content"] != given["value"]:
+        raise DataError(f"{where}: content and value differ; keep one of them")
+    passed_on = PASSED_ON.get(role, ("name",))
+    unread |= {key for key in given if key not in (*KNOWN, *passed_on) and has_text(given[key])}
+    more: dict[str, Any] = {key: text_of(where, key, given[key]) for key in passed_on if key in given}
+    content, calls, form = given.get("content", given.get("value")), given.get("tool_calls"), "tool_calls"
+    is_call = "function_call" in (name, given.get("from"))  # its text is the call
+    if bool(calls) + ("function_call" in given) + is_call > 1:
+        raise DataError(f"{where}: has calls in two forms, tool_calls and function_call; keep one of them")
+    if is_call:
+        form = "function_call"
         content, calls = "", [parse_json(where, text_of(where, "value", content), "a function call")]
     elif "function_call" in given:
-        calls = [given["function_call"]]
+        form, calls = "function_call", [given["function_call"]]
     if calls:
         if role != "assistant":
             raise DataError(f"{where}: only assistant messages may have tool_calls")
-        more["tool_calls"] = [_call(where, call) for call in listed(where, "tool_calls", calls)]
+        called = [_call(where, call, unread, form) for call in listed(where, "tool_calls", calls)]
+        more["tool_calls"] = called
         content = "" if content is None else content
-    text = _content(where, content)
+    text = _content(where, content, unread)
     if role == "user" and not text.strip():
         raise DataError(f"{where}: field content is empty")
     weight = given.get("weight", 1 if learned else 0)
@@ -74,7 +88,7 @@ def _turn(where: str, given: Mapping[str, Any], learned: bool) -> Turn:
     return Turn(role, text, more, role != "assistant" or int(weight) == 1)
 
 
-def _content(where: str, content: Any) -> str:
+def _content(where: str, content: Any, unread: set[str]) -> str:
     """Return a message's text; joins content parts as the server does."""
     if not isinstance(content, list):
         return text_of(where, "content", content)
@@ -87,12 +101,18 @@ def _content(where: str, content: Any) -> str:
                 f"{where}: field content must be text or parts of type text; "
                 f"part {number} is of type {found!r}"
             )
+        unread |= {f"content.{k}" for k in given if k not in ("type", "text") and has_text(given[k])}
         texts.append(text_of(where, f"content, part {number}", given.get("text")))
     return "\n".join(texts)
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
-    """Return a tool call as vLLM passes it to chat templates: its arguments are an object, not text."""
+def _call(where: str, call: Any, unread: set[str], form: str) -> dict[str, Any]:
+    """Return a tool call as vLLM passes it to chat templates: its arguments are an object, not text.
+
+    Parameters
+    ----------
+    unread : gets ``form.key`` for every unread key with text.
+    """
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call needs a function with a name")
@@ -101,7 +121,14 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         arguments = parse_json(f"{where}: arguments", arguments, "an object") if arguments.strip() else {}
     if not isinstance(arguments := {} if arguments is None else arguments, dict):
         raise DataError(f"{where}: arguments of a tool call must be an object, found {shown(arguments)}")
-    kept = {k: v for k, v in call.items() if k in ("id", "type")}
+    known = (*CALL, *FUNCTION) if function is call else CALL
+    unread |= {f"{form}.{k}" for k in call if k not in known and has_text(call[k])}
+    if function is not call:
+        inner = {k for k in function if k not in FUNCTION and has_text(function[k])}
+        unread |= {f"{form}.function.{k}" for k in inner}
+    if call.get("type", "function") not in ("function", None):
+        raise DataError(f"{where}: a tool call of type {call['type']!r}; accepted: function")
+    kept = {"id": call["id"]} if "id" in call else {}
     return _utf8(
         where, {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
     )

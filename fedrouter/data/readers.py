@@ -112,7 +112,7 @@ def _delimited(delimiter: str) -> Callable[[Path, BinaryIO], Iterator[Row]]:
                 if not cells:
                     continue
                 if not header:
-                    header = _header(path, cells)
+                    header = _header(f"{path}:{start}", cells, delimiter)
                     continue
                 number += 1
                 where = f"{path}:{start} (row {number})"
@@ -129,11 +129,18 @@ def _delimited(delimiter: str) -> Callable[[Path, BinaryIO], Iterator[Row]]:
     return read
 
 
-def _header(path: Path, cells: list[str]) -> list[str]:
+def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
+    other = next((d for d in ";\t,|" if len(cells) == 1 and d in cells[0] and d != delimiter), None)
+    if other:
+        name = json.dumps(cells[0], ensure_ascii=False)
+        raise DataError(
+            f"{where}: the header is one field, {name}: {_kind(delimiter)} "
+            f"separates fields by a {_name(delimiter)}, not by {json.dumps(other)}; save the file with one"
+        )
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, start=1)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise DataError(f"{path}:1: the header names a field twice: {twice}")
+        raise DataError(f"{where}: the header names a field twice: {twice}")
     return names
 
 

@@ -19,6 +19,12 @@ def is_saved(path: Path) -> bool:
     return any((path / name).exists() for name in SAVED)
 
 
+def refuse_split(source: str, split: str | None, default: str) -> None:
+    """Refuse any split but the default one of a source that has no splits."""
+    if split not in (None, default):
+        raise DataError(f"{source}: no split {split!r}: it has no splits; remove the setting split")
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
     """Yield (file row N, row), N from 1."""
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -35,8 +41,10 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     yield from _rows(str(path), data)
 
 
-def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
-    """Yield the rows of a data set written by ``save_to_disk``."""
+def saved_rows(
+    path: Path, split: str | None, say: Callable[[str], None], default: str = "train"
+) -> Iterator[Row]:
+    """Yield the rows of a data set written by ``save_to_disk``; report its other splits and other files."""
     import datasets
 
     try:
@@ -44,24 +52,47 @@ def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: {_reason(error)}") from error
     if isinstance(data, dict):
-        if (split or "train") not in data:
-            raise DataError(f"{path}: no split {split or 'train'!r}; it has {', '.join(data)}")
-        data = data[split or "train"]
+        parts = data
+        if (split or default) not in parts:
+            raise DataError(f"{path}: no split {split or default!r}; it has {', '.join(parts)}")
+    else:
+        parts = {default: data}
+        refuse_split(str(path), split, default)
+    data = parts[split or default]
+    own = {Path(file["filename"]).resolve() for part in parts.values() for file in part.cache_files}
+    unread = [_split(name, len(part)) for name, part in parts.items() if part is not data]
+    unread += [
+        str(file.relative_to(path))
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.resolve() not in own and file.name not in (*SAVED, "dataset_info.json")
+    ]
+    if unread:
+        say(f"{path}: not read: {', '.join(unread)}")
     yield from _rows(str(path), data)
 
 
-def hub_rows(source: str, split: str | None, say: Callable[[str], None]) -> Iterator[Row]:
-    """Yield the rows of a data set on the Hugging Face hub."""
+def hub_rows(
+    source: str, split: str | None, say: Callable[[str], None], default: str = "train"
+) -> Iterator[Row]:
+    """Yield the rows of a data set on the Hugging Face hub; report its other splits."""
     import datasets
 
     try:
-        data = datasets.load_dataset(source, split=split or "train")
+        data = datasets.load_dataset(source, split=split or default)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: neither a file or directory nor a usable data set on the hub: {_reason(error)}"
         ) from error
     say(f"{source}: its rows are cached in {datasets.config.HF_DATASETS_CACHE}, like all data from the hub")
+    others = {name: its for name, its in (data.info.splits or {}).items() if name != str(data.split)}
+    if others:
+        unread = ", ".join(_split(name, its.num_examples) for name, its in others.items())
+        say(f"{source}: not read: {unread}")
     yield from _rows(source, data)
+
+
+def _split(name: str, num_rows: int) -> str:
+    return f"split {name} ({num_rows} rows)"
 
 
 def _rows(source: str, data: Any) -> Iterator[Row]:

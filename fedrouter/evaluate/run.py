@@ -56,7 +56,7 @@ def load(
         if source.startswith("builtin:"):
             records = builtin_records(source, "test", num_per_task, seed)
         else:
-            records = load_records(source, split="test", fields=fields)
+            records = load_records(source, fields=fields, default="test")
         tagged += [TaggedRecord(record, client) for record in records]
     return tagged
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, TrainingError
@@ -52,6 +53,9 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
         return bundle
     session = Session(config, out, console, processes)
     found = loaded(config, session.say)
+    for read in found.reads:
+        if is_builtin(read.source):
+            console.print(f"{read.source}: {len(read.records)} rows", highlight=False)
     console.print(
         f"{len(found.records)} clients, {sum(map(len, found.records.values()))} rows", highlight=False
     )

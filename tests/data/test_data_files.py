@@ -27,7 +27,14 @@ def test_a_name_that_holds_train_does_not_hide_the_others(tmp_path: Path) -> Non
     write(tmp_path / "adapter-train-1.jsonl", "a")
     write(tmp_path / "other.jsonl", "b")
     assert load(tmp_path) == (["a", "b"], [])
-    assert load(tmp_path, "test") == (["a", "b"], []), "there are no splits, as in a single file"
+    (tmp_path / "adapter-train-1.jsonl").rename(tmp_path / "adapter-test-1.jsonl")
+    found, (said,) = load(tmp_path)
+    assert found == ["a", "b"] and "a split occurs in the name: adapter-test-1.jsonl; " in said
+    for source in (tmp_path, tmp_path / "other.jsonl"):
+        with pytest.raises(DataError, match="no split 'test': it has no splits; remove the setting"):
+            load(source, "test")
+    records = load_records(str(tmp_path / "other.jsonl"), say=pytest.fail, default="test")
+    assert [r.turns[0].content for r in records] == ["b"]
 
 
 def test_two_kinds_of_files_and_folders_are_read_together(tmp_path: Path) -> None:
@@ -59,8 +66,38 @@ def test_splits_are_read_where_all_files_are_of_one(tmp_path: Path) -> None:
     assert load(tmp_path, "test")[0] == ["c"]
     with pytest.raises(DataError, match="no split 'validation'; it has test, train"):
         load(tmp_path, "validation")
+    (tmp_path / "test" / "rows.jsonl").rename(tmp_path / "dev.jsonl")
+    (tmp_path / "test").rmdir()
+    for name in ("dev", "validation"):
+        assert load(tmp_path, name)[0] == ["c"]
     write(tmp_path / "more.jsonl", "d")
     with pytest.raises(DataError, match=r"contains a split, but that of more\.jsonl does not"):
+        load(tmp_path)
+
+
+def test_test_files_are_never_trained_on(tmp_path: Path) -> None:
+    for name in ("train_north", "test_north", "south.train", "south.test"):
+        write(tmp_path / f"{name}.jsonl", name)
+    assert load(tmp_path)[0] == ["south.train", "train_north"]
+    assert load(tmp_path, "test")[0] == ["south.test", "test_north"]
+    write(tmp_path / "train" / "test.jsonl", "both")
+    with pytest.raises(DataError, match=r"train/test\.jsonl: its name contains two splits, test and train"):
+        load(tmp_path)
+
+
+def test_a_data_file_is_no_card_whatever_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "citations.jsonl", "a")
+    write(tmp_path / "license_questions.jsonl", "b")
+    (tmp_path / "notices.csv").write_text("prompt,completion\nc,1\n")
+    for name in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "CITATION.cff", ".h.jsonl"):
+        (tmp_path / name).write_text("x")
+    write(tmp_path / ".hid" / "x.jsonl", "x")
+    found, (said,) = load(tmp_path)
+    assert found == list("abc")
+    assert said.endswith("not read: .h.jsonl, .hid, CITATION.cff, LICENSE, LICENSE.txt, NOTICE, README.md")
+    for name in ("citations.jsonl", "license_questions.jsonl", "notices.csv"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"contains no data files \(but \.h\.jsonl, \.hid, CITATION"):
         load(tmp_path)
 
 

@@ -173,6 +173,20 @@ def test_openai_tools_calls_results_parts_and_weights(tmp_path: Path) -> None:
             "contains half a character",
         ),
         ({"content": "x"}, "message 1 has role None"),
+        ({"role": "user", "content": "x", "value": "y"}, "message 1: content and value differ; keep one"),
+        ({"role": "user", "from": "gpt", "content": "x"}, "message 1: role and from differ; keep one"),
+        (
+            {"role": "assistant", "tool_calls": [CALL], "function_call": CALL["function"]},
+            "calls in two forms, tool_calls and function_call; keep one",
+        ),
+        (
+            {"from": "function_call", "value": json.dumps(CALL["function"]), "tool_calls": [CALL]},
+            "calls in two forms, tool_calls and function_call; keep one",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]},
+            "a tool call of type 'custom'; accepted: function",
+        ),
     ],
 )
 def test_messages_that_cannot_be_used_are_named(tmp_path: Path, message: dict[str, Any], said: str) -> None:
@@ -183,7 +197,22 @@ def test_messages_that_cannot_be_used_are_named(tmp_path: Path, message: dict[st
 
 def test_a_conversation_without_weight_has_nothing_to_learn(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]
-    assert "every assistant turn has weight 0" in refused(tmp_path, {"messages": messages})
+    nothing = "every assistant turn after the first user turn has weight 0"
+    assert nothing in refused(tmp_path, {"messages": messages})
+    greeting = {"role": "assistant", "content": "Welcome", "weight": 1}
+    assert nothing in refused(tmp_path, {"messages": [greeting, *messages]})
+
+
+def test_what_the_assistant_says_before_the_user_carries_no_loss(tmp_path: Path) -> None:
+    said = [("system", "Be."), ("gpt", "Welcome."), ("human", "Hi"), ("gpt", "Yes?")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    records, notes = load(tmp_path, row, {"prompt": "p", "completion": "c"})
+    assert [turn.learned for turn in records[0].conversation] == [True, False, True, True]
+    assert records[0].completion == "Yes?"
+    assert notes == [
+        "rows.jsonl: 1 of 2 rows begin with the assistant: what it says before the first user turn carries "
+        "no loss, because no server generates it"
+    ]
 
 
 def test_any_names_by_mapping(tmp_path: Path) -> None:
@@ -193,6 +222,11 @@ def test_any_names_by_mapping(tmp_path: Path) -> None:
     records, said = load(tmp_path, {**row, "prompt": "another"}, fields=fields)
     assert records[0].turns[0].content == "Q\n\nP" and "prompt (100 % of rows)" in said[0]
     assert "missing fields: found question, answer, category, passage" in refused(tmp_path, row)
+    plain = {"prompt": "p", "completion": "c"}
+    found = "missing fields: found prompt, completion; data.fields.prompt names q, which this row does not"
+    assert found in refused(tmp_path, plain, fields={"prompt": "q"})
+    found = "missing fields: found completion; data.ignore leaves out prompt; accepted"
+    assert found in refused(tmp_path, plain, ignore=["prompt"])
     wrong = {**fields, "task": "topic"}
     assert "no row has the field topic, which data.fields.task names" in refused(tmp_path, row, fields=wrong)
     with pytest.raises(ConfigError, match=r"data.fields.promt: not a field of any form"):
@@ -216,6 +250,31 @@ def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_pat
     assert load(tmp_path, chat, ignore=["messages.mood"])[1] == []
     one_way = {"prompt": "p", "completion": "c", "system": "Be."}
     assert one(tmp_path, one_way, ignore=["system"]) == Record(turns(("user", "p")), "c")
+
+
+def test_text_deep_in_messages_that_nobody_reads_is_named(tmp_path: Path) -> None:
+    function = {"name": "stock", "arguments": "{}", "result": "7"}
+    messages = [
+        {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "u", "annotation": "a"}]},
+        {"role": "assistant", "tool_calls": [{"function": function, "comment": "c"}], "reasoning": "r"},
+        {"role": "user", "content": "v", "reasoning": "s"},
+        {"role": "assistant", "function_call": {**function, "id": "1"}},
+    ]
+    fields = [
+        "messages.content.annotation",
+        "messages.function_call.result",
+        "messages.reasoning",
+        "messages.tool_calls.comment",
+        "messages.tool_calls.function.result",
+    ]
+    (record, _), (said,) = load(tmp_path, {"messages": messages}, {"prompt": "p", "completion": "c"})
+    assert all(f"{name} (50 % of rows)" in said for name in fields)
+    assert [dict(turn.more) for turn in record.turns[::2]] == [{"name": "Ann"}, {}]
+    assert record.turns[1].more["reasoning"] == "r"
+    calls = [name for name in fields if name != "messages.reasoning"]
+    assert (
+        "messages.reasoning (100 % of rows); " in load(tmp_path, {"messages": messages}, ignore=calls)[1][0]
+    )
 
 
 def test_empty_answers_are_kept_and_blank_prompts_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # records tokenised together: fast, with little memory
 LEAST_PROMPT = 4  # if an answer fills a row, 1 / LEAST_PROMPT of the row is kept for the prompt
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of turns
 THINK, THOUGHT = "<think>", "\n\n</think>\n\n"
 SHARES = (0.95, 0.99, 1.0)  # shares of the rows for which the needed length is reported
 
@@ -58,8 +59,8 @@ class RowStatistics:
     num_cut_answers: int = 0
     num_split: int = 0  # conversations with one row per answer
     num_thoughts: int = 0  # answers trained after an empty thought
-    hidden: Counter[str] = field(default_factory=Counter)  # role of turns that are not rendered → rows
-    first: dict[str, str] = field(default_factory=dict)  # role → place of the first such row
+    hidden: Counter[str] = field(default_factory=Counter)  # what is not rendered, "system turns" → number
+    first: dict[str, str] = field(default_factory=dict)  # what is not rendered → place of the first such row
 
     def needed(self) -> list[tuple[float, int]]:
         """Return for each of ``SHARES`` the limit in tokens at which this share of the rows is not cut."""
@@ -80,10 +81,10 @@ class RowStatistics:
                 f"{self.num_cut_prompts} lose the beginning of their prompt, {self.num_cut_answers} the end "
                 f"of their answer and its end token; {needed} of the rows"
             )
-        for role, number in self.hidden.items():
+        for what, number in self.hidden.items():
             yield (
-                f"the chat template does not show the {role} turns of {number} rows (first: "
-                f"{self.first[role]}), neither in training nor in serving"
+                f"the chat template does not show the {what} of {number} rows (first: "
+                f"{self.first[what]}), neither in training nor in serving"
             )
         if self.num_split:
             yield (
@@ -198,7 +199,7 @@ class Tokeniser:
         targets = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.learned]
         targets = targets[-1:] if self._last else targets
         whole = self._piece(record, turns, targets[-1])
-        self._check_shown(record, turns[: targets[-1]], whole.prompt)
+        self._check_shown(record, turns[: targets[-1]], whole.prompt, targets)
         spans = []
         for i in targets[:-1]:
             span = self._span(record, turns, i, whole.prompt)
@@ -239,17 +240,31 @@ class Tokeniser:
         if not prompt.startswith(before):
             return None
         if "tool_calls" in turn.more or _has_thought(turn):
-            written = self._render(record, turns[: i + 1], open_=False).rstrip()
-            return (len(before), len(written)) if prompt.startswith(written) else None
+            piece = self._piece(record, turns, i)  # refuses what the template hides
+            end = len(before) + len(piece.answer)
+            return (len(before), end) if prompt.startswith(before + piece.answer) else None
         rest = prompt[len(before) :]
         text = turn.content if rest.startswith(turn.content) else turn.content.strip()
         return (len(before), len(before) + len(text)) if rest.startswith(text) else None
 
-    def _check_shown(self, record: Record, turns: Sequence[Turn], prompt: str) -> None:
-        """Check what the chat template leaves out: refuse hidden tools, and count other hidden turns."""
+    def _check_shown(
+        self, record: Record, turns: Sequence[Turn], prompt: str, targets: Sequence[int]
+    ) -> None:
+        """Check what the chat template leaves out: refuse hidden tools, and count what else is hidden.
+
+        An id links a result to its call; thoughts of ``targets``, which carry loss, are checked where they
+        are learned.
+        """
+        hidden: set[str] = set()
         if record.tools and prompt == self._render(replace(record, tools=()), turns):
             raise self._refusal(record, "it does not show tools")
         for i, turn in enumerate(turns):
+            for key in turn.more.keys() - {"tool_calls", "tool_call_id"}:
+                if key in THOUGHTS and i in targets:
+                    continue
+                less = replace(turn, more={k: v for k, v in turn.more.items() if k != key})
+                if self._render(record, [*turns[:i], less, *turns[i + 1 :]]) == prompt:
+                    hidden.add(f"{key} of {turn.role} turns")
             required = turn.role == "tool" or "tool_calls" in turn.more
             if turn.content.strip() in prompt and not required:
                 continue
@@ -258,10 +273,12 @@ class Tokeniser:
             if self._render(record, [*turns[:i], changed, *turns[i + 1 :]]) != prompt:
                 continue
             if required:
-                hidden = "tool results" if turn.role == "tool" else "tool calls"
-                raise self._refusal(record, f"it does not show {hidden}")
-            self.statistics.hidden[turn.role] += 1
-            self.statistics.first.setdefault(turn.role, _place(record))
+                part = "tool results" if turn.role == "tool" else "tool calls"
+                raise self._refusal(record, f"it does not show {part}")
+            hidden.add(f"{turn.role} turns")
+        for what in sorted(hidden):
+            self.statistics.hidden[what] += 1
+            self.statistics.first.setdefault(what, _place(record))
 
     def _render(self, record: Record, turns: Sequence[Turn], open_: bool = True) -> str:
         try:
@@ -309,7 +326,7 @@ def load_rows(tokeniser: Tokeniser, clients: Mapping[str, Sequence[Record]]) -> 
 
 
 def _has_thought(turn: Turn) -> bool:
-    return any(turn.more.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
+    return any(turn.more.get(key) for key in THOUGHTS)
 
 
 def _place(record: Record) -> str:

@@ -62,7 +62,7 @@ def revealed(site: Site) -> list[str]:
     """
     own, policy = site.settings, site.settings.policy
     notes: list[str] = []
-    reads = data.read_source(site.place(own.data), own.split, None, own.fields, own.ignore, notes.append)
+    reads = data.read_source(site.place(own.data), own.split, own.fields, own.ignore, notes.append)
     records = [record for read in reads for record in read.records]
     public = load_public((site.directory / "site.pub").read_text(encoding="utf-8"))
     labels = sorted({record.task for record in records if record.task is not None})

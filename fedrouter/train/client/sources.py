@@ -1,5 +1,6 @@
 """Read the clients' records from the configured sources."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from fedrouter import data
@@ -29,16 +30,16 @@ def read_clients(
         return _read_sources(settings.clients, config, settings.max_per_client, say)
     reads: list[data.Read] = []
     sources = [settings.source] if isinstance(settings.source, str) else settings.source
-    records: list[Record] = []
     for source in sources:
-        num = len(reads)
         if is_builtin(source):
-            records += data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+            rows = data.builtin_records(source, settings.split, settings.num_per_task, config.seed)
+            reading = data.Reading(num_rows=len(rows), forms=Counter({"built-in": len(rows)}))
+            reads.append(data.Read(source, rows, reading))
         else:
             reads += data.read_source(
                 source, settings.split, fields=settings.fields, ignore=settings.ignore, say=say
             )
-            records += [r for read in reads[num:] for r in read.records]
+    records = [r for read in reads for r in read.records]
     clients = partition(
         records,
         settings.partition,
@@ -47,8 +48,7 @@ def read_clients(
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
-    if (unused := len(records) - sum(map(len, clients.values()))) > 0:
-        say(f"{unused} of {len(records)} rows are not used by any client: data.max_per_client limits them")
+    _say_unused("", len(records), sum(map(len, clients.values())), say)
     return clients, reads
 
 
@@ -75,14 +75,26 @@ def _read_sources(
 ) -> tuple[dict[str, list[Record]], list[data.Read]]:
     settings, least = config.data, config.privacy.min_cluster_size
     by_client = {
-        name: data.read_source(source, settings.split, limit, settings.fields, settings.ignore, say)
+        name: data.read_source(source, settings.split, settings.fields, settings.ignore, say)
         for name, source in sorted(sources.items())
     }
-    records = {name: [r for read in reads for r in read.records] for name, reads in by_client.items()}
-    for name, rows in records.items():
-        if len(rows) < max(2, least):
+    records = {}
+    for name, reads in by_client.items():
+        rows = [r for read in reads for r in read.records]
+        records[name] = rows[:limit]
+        if len(records[name]) < max(2, least):
+            found = f"{len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}"
+            if len(rows) > len(records[name]):
+                found = f"data.max_per_client = {limit} leaves it {limit} of {found}"
             raise DataError(
-                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
-                f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
+                f"client {name}: {found}; with privacy.min_cluster_size = {least} it needs at least "
+                f"{max(2, least)}"
             )
+        _say_unused(f"client {name}: ", len(rows), len(records[name]), say)
     return records, [read for reads in by_client.values() for read in reads]
+
+
+def _say_unused(whose: str, num_rows: int, num_used: int, say: data.Say) -> None:
+    if num_used < num_rows:
+        unused = f"{num_rows - num_used} of {num_rows} rows"
+        say(f"{whose}{unused} are used by nobody: data.max_per_client limits them")

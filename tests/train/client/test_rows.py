@@ -156,6 +156,26 @@ def test_turns_that_a_template_hides_are_reported(tokeniser: Callable[..., Token
     )
 
 
+def test_names_and_thoughts_that_a_template_hides_are_reported_or_refused(
+    tokeniser: Callable[..., Tokeniser],
+) -> None:
+    asked = (Turn("user", "One?", {"name": "Ann"}), Turn("assistant", "First", {"reasoning": "hm"}), CHAT[2])
+    record = Record(asked, "Second", where="rows.jsonl:4")
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:4: .* does not show the answer's tool calls or thoughts"
+    ):
+        tokeniser().rows([record])
+    tok = tokeniser(last=True)
+    tok.rows([record])
+    assert [line.partition(" (first: rows.jsonl:4)")[0] for line in tok.lines()] == [
+        "the chat template does not show the name of user turns of 1 rows",
+        "the chat template does not show the reasoning of assistant turns of 1 rows",
+    ]
+    tok = tokeniser("{% for m in messages %}{{ m.name }}{{ m.reasoning }}{{ m.content }}{% endfor %}")
+    (row,) = tok.rows([record])
+    assert tok.lines() == [] and learned(tok, row)[0].startswith("hmFirst")
+
+
 def test_long_rows_are_cut_to_the_limit_and_reported(tokeniser: Callable[..., Tokeniser]) -> None:
     tok = tokeniser(max_length=40)
     long = "lamp " * 100
@@ -211,3 +231,11 @@ def test_rows_are_tokenised_once(
     first = tok.rows(records)
     monkeypatch.setattr(tok, "_tokenise", lambda _: pytest.fail("again"))
     assert tok.rows(records)[0] is first[0]
+
+
+def test_a_greeting_before_the_first_question_is_context(tokeniser: Callable[..., Tokeniser]) -> None:
+    tok = tokeniser()
+    greeting = Turn("assistant", "Welcome.", learned=False)
+    (row,) = tok.rows([Record((greeting, *QUESTION), "The red one.")])
+    assert text(tok, row).startswith("<assistant>Welcome.</s>")
+    assert learned(tok, row) == ["The red one.</s>"]
