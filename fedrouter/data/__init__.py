@@ -16,11 +16,11 @@ from typing import Literal, cast
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.data.files import ACCEPTED, KINDS, PARQUET, data_files
-from fedrouter.data.forms import MAX_LABEL, NAMES, Reading, is_label
+from fedrouter.data.forms import NAMES, Reading
 from fedrouter.data.readers import Row, read_rows, suffix_of
 from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, saved_rows
 from fedrouter.errors import ConfigError, DataError
-from fedrouter.types import Record
+from fedrouter.types import MAX_LABEL, Record, is_label
 
 __all__ = [
     "MAX_LABEL",

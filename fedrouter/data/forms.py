@@ -12,7 +12,7 @@ from typing import Any
 
 from fedrouter.data.messages import has_text, listed, shown, text_of, tool_list, turns_of
 from fedrouter.errors import DataError
-from fedrouter.types import Record, Turn
+from fedrouter.types import MAX_LABEL, Record, Turn, is_label
 
 PAIRS = (
     ("prompt", "completion"),
@@ -22,7 +22,6 @@ PAIRS = (
     ("prompt", "output"),
     ("instruction", "completion"),
 )
-MAX_LABEL = 200  # characters
 NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "response", "output", "input",
          "context", "system", "history", "tools", "functions", "task")  # fmt: skip
 FORMS = (
@@ -184,11 +183,6 @@ def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
         None if last == Turn("assistant", last.content) else last,
         tools,
     )
-
-
-def is_label(text: str) -> bool:
-    """Return whether a text can name a task or a client: printable, one line, at most ``MAX_LABEL`` long."""
-    return text.isprintable() and 0 < len(text) <= MAX_LABEL
 
 
 def _is_chat(value: Any) -> bool:
