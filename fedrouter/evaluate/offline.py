@@ -22,6 +22,7 @@ from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
 from fedrouter.evaluate.scores import TaggedRecord
 from fedrouter.layout import Whole
+from fedrouter.partition import check_labels
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
@@ -83,10 +84,7 @@ def evaluate_routing(
     """
     if not records:
         raise DataError("no records to route; give at least one file with rows")
-    if any(tagged.record.task is None for tagged in records):
-        raise DataError(
-            "a record has no task; add a task field to every row, because routing is evaluated against it"
-        )
+    check_labels("an evaluation of routing", [tagged.record for tagged in records])
     task_of = {c.name: c.task for c in bundle.clusters}
     if not any(task_of.values()):
         raise DataError(f"{bundle.path}: trained without task labels, so its routing cannot be evaluated")

@@ -63,10 +63,10 @@ def test_without_unknown_tasks_there_is_nothing_to_tell_apart(tmp_path: Path) ->
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     labelled, bare = bundle(tmp_path / "b"), bundle(tmp_path / "c", labelled=False)
-    unlabelled = [TaggedRecord(Record((Turn("user", "a"),), "x"), "c")]
+    unlabelled = [TaggedRecord(Record((Turn("user", "a"),), "x", where="a.jsonl:3"), "c")]
     for which, what, reason in (
         (labelled, [], "no records"),
-        (labelled, unlabelled, "has no task"),
+        (labelled, unlabelled, r"missing in 1 of 1, first in a.jsonl:3"),
         (bare, records(), "without task labels"),
     ):
         with pytest.raises(DataError, match=reason):
