@@ -2,7 +2,37 @@
 
 import os
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from fedrouter.errors import ConfigError
+
+
+def check_directory(path: Path, name: str) -> None:
+    """Check that a directory can be written, or made; leave nothing behind.
+
+    Parameters
+    ----------
+    name : the setting or option that gave the directory, for the error message.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.stat()  # finds a name that is too long, a file among the parents …
+        existing = path.absolute()
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} {path}: cannot be written: {error.strerror}; choose another one"
+        ) from error
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:

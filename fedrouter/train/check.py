@@ -14,14 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from fedrouter.bundle import read_probes
 from fedrouter.config import Config
 from fedrouter.data import Read
 from fedrouter.embed import chosen_spec
-from fedrouter.errors import ConfigError
+from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.files import check_directory
 from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.partition import check_labels
+from fedrouter.train.client.cluster import MAX_LOCAL, num_local
 from fedrouter.train.client.rows import Rendered, Tokeniser, TokenRow, load_rows, positions_of
 from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
+from fedrouter.train.server.accountant import check_accountant
+from fedrouter.train.server.discover import MAX_JOINED
 from fedrouter.types import Record
 
 NUM_SHOWN = 3  # rows per client
@@ -99,11 +105,9 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
     FedRouterError
         If a setting, a file, a row or the base's tokenizer cannot be used.
     """
-    check_machine(config.base, config.train.report_to)
+    check_settings(config)
     records, reads = read_clients(config, say)
-    for name in config.lora.ranks:
-        if name not in records:
-            raise ConfigError(f"lora.ranks: no client is called {name}; the clients are {', '.join(records)}")
+    check_fit(config, records)
     path = resolve_base(config.base.model, config.base.revision)
     rendered = tokenised(config, path, records, say)
     counts = _counts(records)
@@ -111,6 +115,63 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
         if counts[kind]:
             say(f"{counts[kind]} rows {text}")
     return Loaded(records, reads, rendered, counts)
+
+
+def check_settings(config: Config) -> None:
+    """Check what needs neither rows nor a model: packages, devices, the probes, the cache's directory.
+
+    Raises
+    ------
+    FedRouterError
+        If a run of ``config`` could not use one of them.
+    """
+    check_machine(config.base, config.train.report_to)
+    check_accountant(config.privacy)
+    if config.routing.probes is not None:
+        read_probes(Path(config.routing.probes))
+    if config.embedder.cache is not None:
+        check_directory(Path(config.embedder.cache), "embedder.cache")
+
+
+def check_fit(config: Config, records: Mapping[str, Sequence[Record]]) -> None:
+    """Check the settings against the clients and the numbers and labels of their rows.
+
+    Task discovery may still find fewer groups than ``cluster.global``: here, only their maximum is known.
+
+    Raises
+    ------
+    ConfigError, DataError, TrainingError
+        If a setting does not fit.
+    """
+    for name in config.lora.ranks:
+        if name not in records:
+            raise ConfigError(f"lora.ranks: no client is called {name}; the clients are {', '.join(records)}")
+    if config.method == "oracle":
+        for name, rows in records.items():
+            check_labels(f"client {name}: method oracle", rows)
+    num = config.cluster.global_
+    if num == "auto" or config.method not in ("fedrouter", "clustered"):
+        num = 0
+    if config.method == "clustered" and num > len(records):
+        raise TrainingError(f"{num} groups but only {len(records)} clients; lower cluster.global")
+    if config.method == "fedrouter":
+        most = min(sum(_max_groups(config, name, len(rows)) for name, rows in records.items()), MAX_JOINED)
+        if num > most:
+            raise TrainingError(
+                f"{num} task clusters but at most {most} groups of rows; lower cluster.global"
+            )
+
+
+def _max_groups(config: Config, client: str, num_rows: int) -> int:
+    """Return the maximum number of groups of rows that a client reveals."""
+    if config.privacy.centroid_noise:
+        assert config.cluster.local != "auto", "the configuration refuses this"
+        return config.cluster.local
+    try:
+        num = num_local(num_rows, config.cluster.local)
+    except TrainingError as error:
+        raise TrainingError(f"client {client}: {error}") from error
+    return min(num, max(num_rows // config.privacy.min_cluster_size, 1))
 
 
 def tokenised(
@@ -281,7 +342,5 @@ def _flops() -> float:
 
 def _reveals(dim: int) -> dict[str, int]:
     """Return the maximum size in bytes of each message sent before the rounds (see docs/privacy.md)."""
-    from fedrouter.train.client.cluster import MAX_LOCAL
-
     groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # the scatter is symmetric: half is sent
     return {"LocalClusters": groups, "Assignment (a task cluster)": 4 * 103}

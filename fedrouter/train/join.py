@@ -33,13 +33,13 @@ from fedrouter.bundle import (
 from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.files import check_directory
 from fedrouter.models import resolve_base
-from fedrouter.train.check import tokenised
+from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.sources import load_sources
 from fedrouter.train.disk.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.federation import Beyond, Federation
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.rounds import train_rounds
 from fedrouter.train.run import with_loss
@@ -115,6 +115,7 @@ def join(
         raise ConfigError(f"client {min(both)}: given with both --client and --moved; choose one")
     joiners = Joiners(*({n: _absolute(s) for n, s in sorted(given.items())} for given in (sources, moved)))
     joins = [*_joins(run), joiners.entry(run)]
+    check_directory(out, "--out")
     in_use = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
     if in_use and (not (out / "joined.json").exists() or _joins(out) != joins):
         raise TrainingError(f"{out} is not empty and holds no such join; choose another --out")
@@ -128,7 +129,7 @@ def join(
     records = load_sources(joiners.sources, config)
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
-    check_machine(config.base, config.train.report_to)
+    check_settings(config)
     if bundle.chat_template:  # the adapters were trained with it; the base's may have changed since
         base_settings = config.base.model_copy(update={"chat_template": str(bundle.chat_template)})
         config = config.model_copy(update={"base": base_settings})

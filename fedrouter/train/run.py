@@ -12,6 +12,7 @@ from rich.console import Console
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, TrainingError
+from fedrouter.files import check_directory
 from fedrouter.train import picture
 from fedrouter.train.check import loaded
 from fedrouter.train.client.client import Client
@@ -20,7 +21,7 @@ from fedrouter.train.federation import Federation
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.rounds import train_rounds
-from fedrouter.train.server.accountant import check_accountant, guarantees
+from fedrouter.train.server.accountant import guarantees
 from fedrouter.train.server.describe import doubt
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.methods import finish
@@ -50,13 +51,13 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     refuse_another_run(config, out)
     if (bundle := finished(out, console)) is not None:
         return bundle
+    check_directory(out, "--out")
     session = Session(config, out, console, processes)
     found = loaded(config, session.say)
     console.print(
         f"{len(found.records)} clients, {sum(map(len, found.records.values()))} rows", highlight=False
     )
     session.load(found.rendered)
-    check_accountant(config.privacy)
     secret = noise_key(out, config.privacy)
     with session.unclaimed():
         left_out = LeftOut(out, list(found.records), console, once=bool(config.privacy.centroid_noise))

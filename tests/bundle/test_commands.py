@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import tamper
 from fakes import space, write
+from rich.console import Console
 
 from fedrouter import cli
 from fedrouter.bundle import load_bundle
 from fedrouter.config import Config
-from fedrouter.errors import BundleError
+from fedrouter.errors import BundleError, ConfigError
 from fedrouter.serve import checks
+from fedrouter.train.join import join
 
 
 @pytest.fixture
@@ -81,3 +83,9 @@ def test_every_command_refuses_in_the_same_line(
     assert left.value.code == 1
     assert said.err == f"error: {wanted.value}\n"
     assert not said.out or command.startswith("inspect RUN"), "a run is shown before its bundle"
+
+
+def test_a_join_needs_a_place_that_can_be_written(run: Path) -> None:
+    out = run / "config.json"
+    with pytest.raises(ConfigError, match=f"^--out {out}: cannot be written: Not a directory"):
+        join(run, {"late": "late.jsonl"}, {}, out, Console(quiet=True))

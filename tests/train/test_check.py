@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedrouter.cli import app
 from fedrouter.config import Config, DataSettings, TrainSettings
+from fedrouter.config_file import load_config
 from fedrouter.errors import FedRouterError
 from fedrouter.train.check import check
+from fedrouter.train.run import train
 from fedrouter.train.show.check_view import as_text
 
 
@@ -93,6 +96,49 @@ def test_it_fails_where_train_would_refuse(config: Path) -> None:
     assert code == 1 and json.loads(out)["ok"] is False and "embed_tokens" in json.loads(out)["error"]
     code, out = run(str(config / "ab.toml"), "--json", "--set", "lora.rank=600")
     assert code == 1 and "512" in json.loads(out)["error"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["privacy.min_cluster_size=100"],
+            "client client-0: 10 rows in data.source; with privacy.min_cluster",
+        ),
+        (["data.max_per_client=2"], "client client-0: 2 rows in data.source; .* it needs at least 5"),
+        (
+            ["method='oracle'"],
+            r"method oracle needs a task label in every row; missing in 10 of 10, first in .*",
+        ),
+        (["routing.probes='missing.jsonl'"], "missing.jsonl: No such file"),
+        (["routing.probes='rows.jsonl'"], "rows.jsonl, line 1: "),
+        (
+            ["embedder.cache='rows.jsonl/cache'"],
+            "embedder.cache rows.jsonl/cache: cannot be written: Not a dir",
+        ),
+        (
+            ["cluster={method='kmeans', local=50, global=2}"],
+            "client client-0: 50 local clusters but only 10 r",
+        ),
+        (["cluster.local=500"], "client client-0: 500 local clusters but only 10 rows"),
+        (["cluster.global=5"], "5 task clusters but at most 4 groups of rows; lower cluster.global"),
+        (["method='clustered'", "cluster.global=3"], "3 groups but only 2 clients; lower cluster.global"),
+    ],
+)
+def test_check_and_train_refuse_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Order {i}", "completion": "lamp"}) + "\n" for i in range(20))
+    )
+    Path("c.toml").write_text('[data]\nsource = "rows.jsonl"\npartition = "iid"\nnum_clients = 2\n')
+    config = load_config(Path("c.toml"), overrides)
+    with pytest.raises(FedRouterError, match=reason):
+        check(config)
+    with pytest.raises(FedRouterError, match=reason):
+        train(config, Path("run"), Console(quiet=True))
+    assert not Path("run").exists()
 
 
 def test_loss_is_coloured_on_a_terminal(config: Path) -> None:

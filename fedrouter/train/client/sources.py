@@ -47,6 +47,8 @@ def read_clients(
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
+    for name, rows in clients.items():
+        check_size(name, len(rows), config.privacy.min_cluster_size, "data.source")
     if (unused := len(records) - sum(map(len, clients.values()))) > 0:
         say(f"{unused} of {len(records)} rows are not used by any client: data.max_per_client limits them")
     return clients, reads
@@ -80,9 +82,14 @@ def _read_sources(
     }
     records = {name: [r for read in reads for r in read.records] for name, reads in by_client.items()}
     for name, rows in records.items():
-        if len(rows) < max(2, least):
-            raise DataError(
-                f"client {name}: {len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}; with "
-                f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
-            )
+        check_size(name, len(rows), least, sources[name])
     return records, [read for reads in by_client.values() for read in reads]
+
+
+def check_size(client: str, num_rows: int, least: int, source: str) -> None:
+    """Raise DataError if a client has too few rows for ``privacy.min_cluster_size``."""
+    if num_rows < max(2, least):
+        raise DataError(
+            f"client {client}: {num_rows} row{'s' * (num_rows != 1)} in {source}; with "
+            f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
+        )
