@@ -11,7 +11,10 @@ UNBOUNDED = 10_000  # columns
 
 
 class Whole:
-    """A table at its full width; on a terminal narrower than that, one block of lines per row."""
+    """A table at its full width; on a terminal narrower than that, one block of lines per row.
+
+    Markup in cells and heads is not interpreted: they contain names from data.
+    """
 
     def __init__(self, table: Table):
         self._table = table
@@ -19,7 +22,7 @@ class Whole:
             column.no_wrap = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = options.update(width=UNBOUNDED, max_width=UNBOUNDED)
+        wide = options.update(width=UNBOUNDED, max_width=UNBOUNDED, markup=False)
         width = Measurement.get(console, wide, self._table).maximum
         if width <= options.max_width or not console.is_terminal:
             self._table.width = width
@@ -56,4 +59,4 @@ def size_text(number: float) -> str:
 
 
 def _text(cell: RenderableType) -> Text:
-    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))
+    return cell if isinstance(cell, Text) else Text(str(cell))

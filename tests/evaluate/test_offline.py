@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
@@ -71,6 +72,13 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=reason):
             evaluate_routing(which, fakes.LetterEmbedder(), what)
+
+
+def test_brackets_in_a_task_are_no_markup(tmp_path: Path) -> None:
+    odd = [replace(r, record=replace(r.record, task=f"[/b] {r.task} [bold]x[/bold]")) for r in records()]
+    report = evaluate_routing(bundle(tmp_path / "b"), fakes.LetterEmbedder(), odd)
+    Console(file=(shown := io.StringIO()), width=120).print(render(report))
+    assert "[/b] code [bold]x[/bold]" in shown.getvalue()
 
 
 def test_the_report_is_shown_and_written(tmp_path: Path) -> None:
