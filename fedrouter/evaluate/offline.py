@@ -16,6 +16,7 @@ from rich.text import Text
 from sklearn.metrics import roc_auc_score
 
 from fedrouter.bundle import Bundle
+from fedrouter.config_file import read_resolved
 from fedrouter.decide import route_texts
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
@@ -132,12 +133,17 @@ def stated_quantile(directory: Path) -> float | None:
     """Return the quantile that a bundle's radii were computed for; None for a bundle without its run.
 
     Also None if ``routing.slack`` has changed the radii.
+
+    Raises
+    ------
+    ConfigError
+        If the run's configuration is damaged.
     """
     file = directory.parent / "config.json"
     if not file.is_file():
         return None
-    routing = json.loads(file.read_text(encoding="utf-8")).get("routing", {})
-    return routing.get("quantile") if routing.get("slack") == 1 else None
+    routing = read_resolved(file).routing
+    return routing.quantile if routing.slack == 1 else None
 
 
 def render(report: RoutingReport) -> RenderableType:

@@ -10,7 +10,7 @@ from rich.console import Console
 from fedrouter.bundle import Bundle
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError
-from fedrouter.files import check_directory, write_atomically
+from fedrouter.files import check_directory, read_json, write_atomically
 from fedrouter.models import resolve_base
 from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.site import Site
@@ -146,7 +146,7 @@ def _run_id(out: Path) -> str:
     """Return the run's id; create it for a new run."""
     file = out / RUN_ID
     if file.exists():
-        return str(json.loads(file.read_text(encoding="utf-8"))["run"])
+        return str(read_json(file)["run"])
     out.mkdir(parents=True, exist_ok=True)
     run_id = secrets.token_hex(8)
     write_atomically(file, json.dumps({"run": run_id}) + "\n")

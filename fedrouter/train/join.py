@@ -33,7 +33,7 @@ from fedrouter.bundle import (
 from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
-from fedrouter.files import check_directory
+from fedrouter.files import check_directory, read_json
 from fedrouter.models import resolve_base
 from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.sources import load_sources
@@ -293,7 +293,7 @@ def _names(config: Config, run: Path) -> set[str]:
 
 def _joins(run: Path) -> list[dict[str, Any]]:
     file = run / "joined.json"
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+    return list(read_json(file)) if file.exists() else []
 
 
 def _absolute(source: str) -> str:

@@ -1,6 +1,5 @@
 """Configuration → clients → task clusters → rounds → bundle; an interrupted run resumes where it stopped."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
+from fedrouter.config_file import read_resolved
 from fedrouter.errors import ClientError, TrainingError
 from fedrouter.files import check_directory
 from fedrouter.train import picture
@@ -159,9 +159,7 @@ def refuse_another_run(config: Config, out: Path) -> None:
     file = out / "config.json"
     if not file.exists():
         return
-    changed = _changed(
-        json.loads(file.read_text(encoding="utf-8")), config.model_dump(mode="json", by_alias=True)
-    )
+    changed = _changed(*(c.model_dump(mode="json", by_alias=True) for c in (read_resolved(file), config)))
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
