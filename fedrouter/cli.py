@@ -362,6 +362,7 @@ def evaluate(
     from fedrouter.evaluate import evaluate as run
     from fedrouter.evaluate import load
 
+    _check_files(out, records)
     report = run(
         url,
         load(data, num_per_task=limit or 100, fields=_fields(field)),
@@ -423,6 +424,7 @@ def evaluate_routing(
     """Measure how a bundle routes labelled prompts; needs no server."""
     from fedrouter.evaluate import load, offline
 
+    _check_files(out)
     records = load(data, num_per_task=limit, fields=_fields(field))
     loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
@@ -748,6 +750,14 @@ def _show(report: "Report", out: Path | None, records: Path | None, *, as_json: 
         write_records(report, records)
 
 
+def _check_files(*files: Path | None) -> None:
+    """Check that files can be written, before anything that takes long."""
+    from fedrouter.files import check_directory
+
+    for file in filter(None, files):
+        check_directory(file.parent, f"{file}: its directory")
+
+
 def _named(text: str, option: str, form: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
@@ -766,7 +776,10 @@ def _fields(given: Sequence[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in given or ()]
     if bad := next((field for field, _, name in pairs if not name), None):
         raise ConfigError(f"--field {bad}: expected FIELD=NAME, as in prompt=question")
-    return {field: name for field, _, name in pairs}
+    fields = {field: name for field, _, name in pairs}
+    if len(fields) < len(pairs):
+        raise ConfigError("--field: two entries are for the same field")
+    return fields
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -16,13 +16,16 @@ from typing import Literal, cast
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.data.files import ACCEPTED, KINDS, PARQUET, data_files
-from fedrouter.data.forms import NAMES, Reading
+from fedrouter.data.forms import IN_COMMAND, IN_CONFIG, IN_SITE, NAMES, Reading
 from fedrouter.data.readers import Row, read_rows, suffix_of
 from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, saved_rows
 from fedrouter.errors import ConfigError, DataError
 from fedrouter.types import MAX_LABEL, Record, is_label
 
 __all__ = [
+    "IN_COMMAND",
+    "IN_CONFIG",
+    "IN_SITE",
     "MAX_LABEL",
     "NAMES",
     "Read",
@@ -54,6 +57,7 @@ def load_records(
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
+    options: tuple[str, str | None] = IN_CONFIG,
 ) -> list[Record]:
     """Read records from a file, a directory, a saved data set or the Hugging Face hub.
 
@@ -72,13 +76,17 @@ def load_records(
         Fields to skip without a warning.
     say : callable
         Gets a line on each file's unread fields and on skipped files.
+    options : tuple
+        Names of ``fields`` and ``ignore`` for the user.
 
     Raises
     ------
     DataError
         If the source is missing, empty or unreadable, or a row cannot be used; names file and row.
     """
-    return [r for read in read_source(source, split, limit, fields, ignore, say) for r in read.records]
+    return [
+        r for read in read_source(source, split, limit, fields, ignore, say, options) for r in read.records
+    ]
 
 
 def read_source(
@@ -88,13 +96,14 @@ def read_source(
     fields: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
+    options: tuple[str, str | None] = IN_CONFIG,
 ) -> list[Read]:
     """Read a source as ``load_records`` does, file by file."""
     if unknown := [name for name in fields or {} if name not in NAMES]:
-        raise ConfigError(f"data.fields.{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
+        raise ConfigError(f"{options[0]}{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
     reads: list[Read] = []
     for name, rows in _parts(source, split, say):
-        reading = Reading(fields or {}, frozenset(ignore))
+        reading = Reading(fields or {}, frozenset(ignore), options)
         left = None if limit is None else limit - sum(len(read.records) for read in reads)
         records = [reading.record(where, row) for where, row in islice(rows, left)]
         if line := reading.done(name):

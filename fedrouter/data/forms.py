@@ -26,8 +26,13 @@ NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "re
          "context", "system", "history", "tools", "functions", "task")  # fmt: skip
 FORMS = (
     "messages, prompt + completion, or instruction + response (or output), optionally with input, context, "
-    "system, history; conversations; other names by [data.fields]"
+    "system, history; conversations; fields of other names must be mapped to these"
 )
+
+
+IN_CONFIG = ("data.fields.", "data.ignore")
+IN_SITE = ("fields.", "ignore")
+IN_COMMAND = ("--field ", None)
 
 
 @dataclass
@@ -38,10 +43,12 @@ class Reading:
     ----------
     fields : field of a form → the file's name for it.
     ignore : the file's fields to skip without a warning.
+    options : names of these two options for the user: ``IN_CONFIG``, ``IN_SITE`` or ``IN_COMMAND``.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
+    options: tuple[str, str | None] = IN_CONFIG
     num_rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # rows with text in a field that no form uses
@@ -76,16 +83,17 @@ class Reading:
         DataError
             If ``fields`` names a column that no row has.
         """
+        mapping, ignoring = self.options
         for name, column in self.fields.items():
             if self.num_rows and column not in self.mapped:
-                raise DataError(f"{source}: no row has the field {column}, which data.fields.{name} names")
+                raise DataError(f"{source}: no row has the field {column}, which {mapping}{name} names")
         if not self.unread:
             return None
         named = ", ".join(f"{n} ({100 * k / self.num_rows:.3g} % of rows)" for n, k in self.unread.items())
-        return (
-            f"{source}: unread fields: {named}; map them in [data.fields], or ignore them with "
-            f"data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}"
-        )
+        line = f"{source}: unread fields: {named}; map them with {mapping}NAME"
+        if ignoring:
+            line += f", or ignore them with {ignoring} = {json.dumps(list(self.unread), ensure_ascii=False)}"
+        return line
 
 
 class _Given:
