@@ -1,4 +1,4 @@
-"""Terminal output: tables that never truncate a cell, and sizes in bytes."""
+"""Terminal output: tables that never truncate a cell, numbers of things, and sizes in bytes."""
 
 from collections.abc import Iterator
 
@@ -47,6 +47,11 @@ class Whole:
 def show(console: Console, content: RenderableType) -> None:
     """Print something without cropping: rich would crop lines in files to a default width."""
     console.print(content, crop=False)
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number and a noun, with an s unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size_text(number: float) -> str:

@@ -49,7 +49,7 @@ class Abstention:
     """The routing with all radii multiplied by ``factor``; shares are means over tasks."""
 
     factor: float
-    known_rejected: float
+    known_rejected: float | None  # None without known tasks
     unknown_rejected: float | None  # None without unknown tasks
     answered_right: float | None  # of known tasks' prompts within the radius; None if there are none
 
@@ -120,7 +120,7 @@ def evaluate_routing(
         curve=tuple(
             Abstention(
                 factor,
-                known_rejected=_mean(far > factor, weights, is_known) or 0.0,
+                known_rejected=_mean(far > factor, weights, is_known),
                 unknown_rejected=_mean(far > factor, weights, ~is_known),
                 answered_right=_mean(right, weights, is_known & (far <= factor)),
             )

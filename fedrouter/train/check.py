@@ -20,6 +20,7 @@ from fedrouter.data import Read
 from fedrouter.embed import chosen_spec
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.files import check_directory
+from fedrouter.layout import number_of
 from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
 from fedrouter.partition import check_labels
 from fedrouter.train.client.cluster import MAX_LOCAL, num_local
@@ -33,9 +34,9 @@ from fedrouter.types import Record
 NUM_SHOWN = 3  # rows per client
 BARS = 10  # in the histogram of token lengths
 ODD = {
-    "duplicates": "equal another row in prompt and answer; they count twice",
-    "empty": "have an empty answer: they teach the model to say nothing",
-    "ambiguous": "have a prompt to which other rows give another answer",
+    "duplicates": "repeated: prompt and answer equal those of an earlier row, and each counts",
+    "empty": "with an empty answer, which teaches the model to say nothing",
+    "ambiguous": "with a prompt to which other rows give another answer",
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROUND_PASSES = 3.0  # cost of a training step in forward passes: forward, backward, adapter gradients
@@ -113,7 +114,7 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
     counts = _counts(records)
     for kind, text in ODD.items():
         if counts[kind]:
-            say(f"{counts[kind]} rows {text}")
+            say(f"{number_of(counts[kind], 'row')} {text}")
     return Loaded(records, reads, rendered, counts)
 
 
@@ -228,7 +229,7 @@ def check(config: Config) -> Report:
         histogram=_histogram(statistics.lengths),
         needed={f"{share:.0%}": length for share, length in statistics.needed()},
         limit=found.rendered.tokeniser.limit,
-        num_cut=statistics.num_cut_prompts + statistics.num_cut_answers,
+        num_cut=statistics.num_cut,
         num_duplicates=found.counts["duplicates"],
         num_empty_answers=found.counts["empty"],
         num_ambiguous=found.counts["ambiguous"],
@@ -290,10 +291,12 @@ def _parts(tokenizer: Any, row: TokenRow) -> tuple[tuple[str, bool], ...]:
 
 
 def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    counts, edges = np.histogram(lengths, bins=BARS)
-    return tuple(
-        (math.ceil(a), math.floor(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
-    )
+    """Count the lengths in at most ``BARS`` bins of one width, each from its first to its last length."""
+    low, high = min(lengths), max(lengths)
+    width = math.ceil((high - low + 1) / BARS)
+    counts = Counter((length - low) // width for length in lengths)
+    starts = enumerate(range(low, high + 1, width))
+    return tuple((start, min(start + width - 1, high), counts[number]) for number, start in starts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.files import check_directory, read_json
+from fedrouter.layout import number_of
 from fedrouter.models import resolve_base
 from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.sources import load_sources
@@ -160,7 +161,9 @@ def _grown(
     for before, now in zip(bundle.clusters, clusters, strict=True):
         _say_changes(session, before, now, joiners)
     for c in added:
-        session.say(f"new task cluster {c.name}: {c.num_examples} rows of {', '.join(c.clients)}")
+        session.say(
+            f"new task cluster {c.name}: {number_of(c.num_examples, 'row')} of {', '.join(c.clients)}"
+        )
 
     adapters: list[AdapterState] = [read_weights(bundle.adapter_path(c)) for c in bundle.clusters]
     sizes = [c.num_examples for c in [*clusters, *added]]

@@ -13,6 +13,7 @@ from fedrouter.config import Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ClientError, TrainingError
 from fedrouter.files import check_directory
+from fedrouter.layout import number_of
 from fedrouter.train import picture
 from fedrouter.train.check import loaded
 from fedrouter.train.client.client import Client
@@ -55,7 +56,9 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     session = Session(config, out, console, processes)
     found = loaded(config, session.say)
     console.print(
-        f"{len(found.records)} clients, {sum(map(len, found.records.values()))} rows", highlight=False
+        f"{number_of(len(found.records), 'client')}, "
+        f"{number_of(sum(map(len, found.records.values())), 'row')}",
+        highlight=False,
     )
     session.load(found.rendered)
     secret = noise_key(out, config.privacy)
@@ -106,7 +109,10 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
     session.claim()
     clustering = starting.clustering
     for c in clustering.clusters:
-        session.say(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients")
+        session.say(
+            f"task cluster {c.name}: {number_of(c.num_examples, 'row')} of "
+            f"{number_of(len(c.clients), 'client')}"
+        )
     doubtful = doubt(config, [member.num_rows for member in federation.members()], len(clustering.clusters))
     if doubtful:
         session.say(doubtful)

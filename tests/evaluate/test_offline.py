@@ -62,6 +62,13 @@ def test_without_unknown_tasks_there_is_nothing_to_tell_apart(tmp_path: Path) ->
     assert {step.unknown_rejected for step in report.curve} == {None}
 
 
+def test_without_known_tasks_no_share_of_them_is_shown(tmp_path: Path) -> None:
+    report = evaluate_routing(bundle(tmp_path / "b"), fakes.LetterEmbedder(), records("code"))
+    assert {step.known_rejected for step in report.curve} == {None}
+    Console(file=(shown := io.StringIO()), width=120).print(render(report))
+    assert "0.0%" not in shown.getvalue().split("abstention")[1].splitlines()[4].split("│")[2]
+
+
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     labelled, bare = bundle(tmp_path / "b"), bundle(tmp_path / "c", labelled=False)
     unlabelled = [TaggedRecord(Record((Turn("user", "a"),), "x", where="a.jsonl:3"), "c")]

@@ -1,6 +1,8 @@
 """`fedrouter check`: its report, and that it fails where training would refuse."""
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from fedrouter.cli import app
 from fedrouter.config import Config, DataSettings, TrainSettings
 from fedrouter.config_file import load_config
 from fedrouter.errors import FedRouterError
-from fedrouter.train.check import check
+from fedrouter.train.check import _histogram, check
 from fedrouter.train.run import train
 from fedrouter.train.show.check_view import as_text
 
@@ -53,6 +55,17 @@ def test_the_report_describes_the_files(config: Path) -> None:
     assert any("unread fields: source" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    "lengths", [[52] * 5 + [53] * 5, [7], range(5, 15), range(30), [1, 4000], [3, 17, 18]]
+)
+def test_the_bins_of_the_histogram_meet_without_overlap(lengths: Sequence[int]) -> None:
+    bins = _histogram(lengths)
+    assert len(bins) <= 10 and (bins[0][0], bins[-1][1]) == (min(lengths), max(lengths))
+    assert all(low <= high for low, high, _ in bins)
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(bins))
+    assert [n for _, _, n in bins] == [sum(a <= length <= b for length in lengths) for a, b, _ in bins]
+
+
 def test_the_reported_adapter_size_is_right(config: Path) -> None:
     from fedrouter.models import load_base, load_tokenizer, resolve_base
     from fedrouter.train.client.sft import AdapterTrainer
@@ -80,8 +93,8 @@ def test_the_command_marks_rows_and_reports_cut_ones(config: Path) -> None:
     assert code == 0
     assert "lamp]\n\n### Response:\n⟦0 lamps</s>⟧" in out, "markup in rows is not interpreted"
     code, out = run(str(config / "ab.toml"))
-    assert "14 of 14 rows are longer than train.max_length = 16 tokens" in out
-    assert "1 rows equal another row" in out and "data.ignore" in out
+    assert "longer than train.max_length = 16 tokens: 14 of 14 rows" in out
+    assert "1 row repeated: prompt and answer" in out and "data.ignore" in out
     code, out = run(str(config / "c.toml"), "--json")
     report = json.loads(out)
     assert (

@@ -6,6 +6,7 @@ from fedrouter import data
 from fedrouter.builtin import is_builtin
 from fedrouter.config import Config
 from fedrouter.errors import DataError
+from fedrouter.layout import number_of
 from fedrouter.partition import partition
 from fedrouter.types import Record
 
@@ -90,6 +91,6 @@ def check_size(client: str, num_rows: int, least: int, source: str) -> None:
     """Raise DataError if a client has too few rows for ``privacy.min_cluster_size``."""
     if num_rows < max(2, least):
         raise DataError(
-            f"client {client}: {num_rows} row{'s' * (num_rows != 1)} in {source}; with "
+            f"client {client}: {number_of(num_rows, 'row')} in {source}; with "
             f"privacy.min_cluster_size = {least} it needs at least {max(2, least)}"
         )
