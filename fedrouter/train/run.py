@@ -155,8 +155,8 @@ def refuse_another_run(config: Config, out: Path) -> None:
 
     Raises
     ------
-    TrainingError
-        If it holds a run with another configuration, or an unfinished ``fedrouter join``.
+    TrainingError, ConfigError
+        If it holds a run with another configuration or a damaged one, or an unfinished ``fedrouter join``.
     """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
@@ -165,7 +165,8 @@ def refuse_another_run(config: Config, out: Path) -> None:
     file = out / "config.json"
     if not file.exists():
         return
-    changed = _changed(*(c.model_dump(mode="json", by_alias=True) for c in (read_resolved(file), config)))
+    old, new = (c.model_dump(mode="json", by_alias=True) for c in (read_resolved(file), config))
+    changed = _changed(old, new)
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "
