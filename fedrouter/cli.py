@@ -4,6 +4,8 @@ Heavy modules are imported inside the commands, so that ``--help`` is fast.
 """
 
 import errno
+import io
+import itertools
 import os
 import signal
 import sys
@@ -17,7 +19,7 @@ from rich.console import Console
 from fedrouter import __version__
 from fedrouter.cli_federation import client as client_app
 from fedrouter.cli_federation import federation as federation_app
-from fedrouter.errors import ConfigError, FedRouterError
+from fedrouter.errors import ConfigError, DataError, FedRouterError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,8 +39,8 @@ app = typer.Typer(
 app.add_typer(federation_app)
 app.add_typer(client_app)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-console = Console()
-stderr = Console(stderr=True)
+console = Console(markup=False)  # names and paths may contain brackets
+stderr = Console(stderr=True, markup=False)
 
 Out = Annotated[Path | None, typer.Option(help="Run directory; a run that is already there is resumed.")]
 Set = Annotated[
@@ -360,6 +362,7 @@ def evaluate(
     from fedrouter.evaluate import evaluate as run
     from fedrouter.evaluate import load
 
+    _check_files(out, records)
     report = run(
         url,
         load(data, num_per_task=limit or 100, fields=_fields(field)),
@@ -421,6 +424,7 @@ def evaluate_routing(
     """Measure how a bundle routes labelled prompts; needs no server."""
     from fedrouter.evaluate import load, offline
 
+    _check_files(out)
     records = load(data, num_per_task=limit, fields=_fields(field))
     loaded, embedder = _load(bundle, base, embedder_url)
     report = offline.evaluate_routing(loaded, embedder, records, offline.stated_quantile(loaded.path))
@@ -446,6 +450,8 @@ def route(
     from fedrouter.decide import route_texts
     from fedrouter.route import Router
 
+    for number, text in enumerate(prompt or (), start=1):
+        _check_utf8(text, f"prompt {number}")
     loaded, embedder = _load(bundle, base, embedder_url)
     router = Router(loaded)
     for text in prompt or _stdin_lines():
@@ -530,7 +536,7 @@ def probe(
         _print_json({"probes": found, "num_broken": len(broken)})
     else:
         for result in broken:
-            console.print(str(result), highlight=False, soft_wrap=True, markup=False)
+            console.print(str(result), highlight=False, soft_wrap=True)
         console.print(f"{len(results) - len(broken)} of {len(results)} probes hold", highlight=False)
     if broken:
         raise typer.Exit(1)
@@ -574,7 +580,7 @@ def sign(
     from fedrouter.bundle import load_bundle, sign_bundle
 
     loaded = load_bundle(bundle_directory(bundle))
-    console.print(f"signed: {sign_bundle(loaded.path, key)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"signed: {sign_bundle(loaded.path, key)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -663,15 +669,25 @@ def _stdin_lines() -> Iterator[str]:
     """Yield the lines of standard input that are not blank."""
     if sys.stdin.isatty():
         stderr.print("one prompt per line; Ctrl-D ends", highlight=False)
-    while True:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for number in itertools.count(1):
         if sys.stdin.isatty():
             stderr.print("> ", end="", highlight=False)
         line = sys.stdin.readline()
         if not line:
             return
+        _check_utf8(line, f"standard input, line {number}")
         if line.strip():
             yield line.strip()
             sys.stdout.flush()
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that are not text are kept as surrogates
+        raise DataError(f"{where}: not UTF-8 (character {error.start + 1}); give it as UTF-8") from error
 
 
 def _decision_json(text: str, decision: "Decision") -> dict[str, object]:
@@ -734,6 +750,14 @@ def _show(report: "Report", out: Path | None, records: Path | None, *, as_json: 
         write_records(report, records)
 
 
+def _check_files(*files: Path | None) -> None:
+    """Check that files can be written, before anything that takes long."""
+    from fedrouter.files import check_directory
+
+    for file in filter(None, files):
+        check_directory(file.parent, f"{file}: its directory")
+
+
 def _named(text: str, option: str, form: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
@@ -752,7 +776,10 @@ def _fields(given: Sequence[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in given or ()]
     if bad := next((field for field, _, name in pairs if not name), None):
         raise ConfigError(f"--field {bad}: expected FIELD=NAME, as in prompt=question")
-    return {field: name for field, _, name in pairs}
+    fields = {field: name for field, _, name in pairs}
+    if len(fields) < len(pairs):
+        raise ConfigError("--field: two entries are for the same field")
+    return fields
 
 
 def _api_key(variable: str | None) -> str | None:
@@ -767,6 +794,8 @@ def main() -> None:
     """Run the command line; a FedRouterError or a full disk prints one line and exits with code 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script ignore SIGINT
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         try:
             app()
@@ -783,7 +812,9 @@ def main() -> None:
 def _fail(error: Exception, message: str) -> None:
     if os.environ.get("FEDROUTER_DEBUG"):
         raise error
-    stderr.print(f"[red]error:[/red] {_escape(message)}", soft_wrap=True, highlight=False)
+    from rich.text import Text
+
+    stderr.print(Text.assemble(("error:", "red"), f" {message}"), soft_wrap=True, highlight=False)
     try:
         sys.stdout.flush()
     except OSError:  # the rest of the buffer would fail again at interpreter exit
@@ -794,9 +825,3 @@ def _fail(error: Exception, message: str) -> None:
 def _interrupt(number: int, _frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     raise KeyboardInterrupt
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console()
+console = Console(markup=False)
 
 federation = typer.Typer(
     name="federation",
@@ -26,7 +26,7 @@ SiteDir = Annotated[Path, typer.Argument(help="The site's directory, made by cli
 
 
 def _print_line(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @federation.command()

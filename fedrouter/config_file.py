@@ -101,11 +101,13 @@ def read_resolved(file: Path) -> Config:
         return validated(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(f"{file.parent} is not a run: it contains no config.json") from error
+    except ValidationError as error:
+        raise ConfigError(f"{file}: " + "; ".join(explained(e, Config) for e in error.errors())) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as a run's configuration: {error}") from error
 
 
-def validated(resolved: dict[str, Any]) -> Config:
+def validated(resolved: Any) -> Config:
     """Return resolved settings as a configuration.
 
     Defaults are removed first: some settings are refused beside others even at their default value.
@@ -115,6 +117,8 @@ def validated(resolved: dict[str, Any]) -> Config:
     ValueError
         If a key is unknown or a value is invalid.
     """
+    if not isinstance(resolved, dict):
+        raise ValueError("expected an object")
     return Config.model_validate(_differing(resolved, Config().model_dump(mode="json", by_alias=True)))
 
 

@@ -1,8 +1,41 @@
 """Atomic writes of files and directories."""
 
+import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from fedrouter.errors import ConfigError, DataError, first_line
+
+
+def check_directory(path: Path, name: str) -> None:
+    """Check that a directory can be written, or made; leave nothing behind.
+
+    Parameters
+    ----------
+    name : the setting or option that gave the directory, for the error message.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.stat()  # finds a name that is too long, a file among the parents …
+        existing = path.absolute()
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} {path}: cannot be written: {error.strerror}; choose another one"
+        ) from error
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -15,9 +48,22 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # it may be a link, or left over from a killed run
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with os.fdopen(os.open(partial, flags, mode), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        with os.fdopen(os.open(partial, flags, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise a ConfigError that names ``path`` in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def partial_directory(path: Path) -> Path:
@@ -26,3 +72,39 @@ def partial_directory(path: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def read_json(file: Path) -> Any:
+    """Return the value in a JSON file of a run.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or is damaged.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read as JSON: {first_line(error)}; restore or remove it"
+        ) from error
+
+
+def read_json_lines(file: Path, key: str) -> list[dict[str, Any]]:
+    """Return the objects in a JSON Lines file of a run; every one has ``key``.
+
+    Raises
+    ------
+    DataError
+        If a line is damaged; names file and line.
+    """
+    found = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or key not in value:
+            raise DataError(f"{file}:{number}: damaged: expected an object with {key}; remove the line")
+        found.append(value)
+    return found

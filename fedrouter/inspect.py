@@ -1,6 +1,5 @@
 """Contents of a run or a bundle, as JSON values or printed: configuration, metrics and manifest."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedrouter.bundle import Bundle, load_bundle
+from fedrouter.config_file import read_resolved
 from fedrouter.errors import DataError
+from fedrouter.files import read_json, read_json_lines
 from fedrouter.layout import Whole
 from fedrouter.layout import show as show_whole
 
@@ -22,8 +23,8 @@ def look(path: Path) -> dict[str, Any]:
 
     Raises
     ------
-    DataError
-        If ``path`` is neither.
+    DataError, ConfigError
+        If ``path`` is neither, or a file is damaged.
     """
     if (path / "manifest.json").exists():
         return {"bundle": _bundle(load_bundle(path))}
@@ -33,9 +34,9 @@ def look(path: Path) -> dict[str, Any]:
     joined = path / "joined.json"
     run = {
         "path": str(path),
-        "config": json.loads((path / "config.json").read_text(encoding="utf-8")),
+        "config": read_resolved(path / "config.json").model_dump(mode="json", by_alias=True),
         "num_rounds": max((line["round"] + 1 for line in metrics if "cluster" in line), default=0),
-        "joined": json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else [],
+        "joined": read_json(joined) if joined.exists() else [],
         "left_out": {client: why for line in metrics for client, why in line.get("left_out", {}).items()},
         "rounds": [line for line in metrics if "cluster" in line],
     }
@@ -44,9 +45,15 @@ def look(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's ``metrics.jsonl``."""
+    """Return the lines of a run's ``metrics.jsonl``.
+
+    Raises
+    ------
+    DataError
+        If a line is damaged; names file and line.
+    """
     file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return read_json_lines(file, "round") if file.exists() else []
 
 
 def show(path: Path, console: Console) -> None:

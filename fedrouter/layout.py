@@ -1,4 +1,4 @@
-"""Terminal output: tables that never truncate a cell, and sizes in bytes."""
+"""Terminal output: tables that never truncate a cell, numbers of things, and sizes in bytes."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,10 @@ UNBOUNDED = 10_000  # columns
 
 
 class Whole:
-    """A table at its full width; on a terminal narrower than that, one block of lines per row."""
+    """A table at its full width; on a terminal narrower than that, one block of lines per row.
+
+    Markup in cells and heads is not interpreted: they contain names from data.
+    """
 
     def __init__(self, table: Table):
         self._table = table
@@ -19,7 +22,7 @@ class Whole:
             column.no_wrap = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = options.update(width=UNBOUNDED, max_width=UNBOUNDED)
+        wide = options.update(width=UNBOUNDED, max_width=UNBOUNDED, markup=False)
         width = Measurement.get(console, wide, self._table).maximum
         if width <= options.max_width or not console.is_terminal:
             self._table.width = width
@@ -46,6 +49,11 @@ def show(console: Console, content: RenderableType) -> None:
     console.print(content, crop=False)
 
 
+def number_of(number: int, noun: str) -> str:
+    """Return a number and a noun, with an s unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def size_text(number: float) -> str:
     """Format a number of bytes."""
     for unit in ("B", "KiB", "MiB"):
@@ -56,4 +64,4 @@ def size_text(number: float) -> str:
 
 
 def _text(cell: RenderableType) -> Text:
-    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))
+    return cell if isinstance(cell, Text) else Text(str(cell))

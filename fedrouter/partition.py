@@ -86,15 +86,31 @@ def partition(
 def _rows_by_task(
     records: Sequence[Record], scheme: str, task_of: Callable[[Record], str | None]
 ) -> dict[str, Rows]:
+    check_labels(f"partition {scheme!r}", records, "add the field task, or use partition 'iid'", task_of)
     rows: dict[str | None, list[int]] = {}
     for row, record in enumerate(records):
         rows.setdefault(task_of(record), []).append(row)
-    if None in rows:
-        raise DataError(
-            f"partition {scheme!r} needs a task label in every row, but {len(rows[None])} of {len(records)} "
-            "have none: add the field task, or use partition 'iid'"
-        )
     return {cast(str, task): np.array(indices) for task, indices in rows.items()}
+
+
+def check_labels(
+    what: str,
+    records: Sequence[Record],
+    advice: str = "add the field task",
+    task_of: Callable[[Record], str | None] = attrgetter("task"),
+) -> None:
+    """Check that every row has a task label; ``what`` needs it.
+
+    Raises
+    ------
+    DataError
+        If one has none; names file and row of the first.
+    """
+    if bare := [record for record in records if task_of(record) is None]:
+        raise DataError(
+            f"{what} needs a task label in every row; missing in {len(bare)} of {len(records)}, first in "
+            f"{bare[0].where or 'a built-in row'}; {advice}"
+        )
 
 
 def _holders(scheme: str, tasks: Sequence[str], num_clients: int) -> list[list[int]]:

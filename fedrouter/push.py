@@ -8,6 +8,7 @@ from huggingface_hub import errors as hub_errors
 
 from fedrouter.bundle import MANIFEST, SIGNATURE, Bundle
 from fedrouter.errors import ConfigError, ServingError, first_line
+from fedrouter.layout import number_of
 from fedrouter.types import TaskCluster
 
 HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # from its HTTP library
@@ -58,11 +59,12 @@ def model_card(bundle: Bundle, cluster: TaskCluster, repo: str) -> str:
     """Return the card of one adapter; its metadata names the base only if that is a hub id."""
     base = bundle.base.model
     on_hub = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
-    tasks = ", ".join(f"{task} ({count} rows)" for task, count in cluster.task_counts.items())
+    tasks = ", ".join(f"{task} ({number_of(count, 'row')})" for task, count in cluster.task_counts.items())
     return (
         f"---\nlibrary_name: peft\n{on_hub}tags: [lora, federated-learning, fedrouter]\n---\n"
         f"# {cluster.adapter}\n\nLoRA adapter of rank {bundle.rank} on `{Path(base).name}` for the task "
-        f"cluster `{cluster.name}`: {cluster.num_examples} training rows of {len(cluster.clients)} clients "
+        f"cluster `{cluster.name}`: {number_of(cluster.num_examples, 'training row')} of "
+        f"{number_of(len(cluster.clients), 'client')} "
         f"that shared no data.{f' Tasks: {tasks}.' if tasks else ''}\n\n"
         f'`PeftModel.from_pretrained(base, "{repo}", subfolder="adapters/{cluster.adapter}")`\n'
     )

@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Float64s = NDArray[np.float64]
+MAX_LABEL = 200  # characters
 AdapterState = Mapping[str, Array]
 """LoRA tensors by PEFT's names (``base_model.model…lora_A.weight``), float32."""
+
+
+def is_label(text: str) -> bool:
+    """Return whether a text can name a task or a client: printable, one line, at most ``MAX_LABEL`` long."""
+    return text.isprintable() and 0 < len(text) <= MAX_LABEL
 
 
 @dataclass(frozen=True, slots=True)

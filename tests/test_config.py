@@ -156,6 +156,12 @@ def test_one_origin_of_data(tmp_path: Path) -> None:
         load_config(file)
 
 
+@pytest.mark.parametrize("name", ["", "no\nrth", "n" * 201])
+def test_a_client_has_a_name_that_the_bundle_can_hold(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.clients: .*: expected a printable name on one line"):
+        load_config(None, ["data={}"], clients=[name])
+
+
 def test_epochs_stand_in_for_steps() -> None:
     config = load_config(None, ["train={epochs=2}"])
     assert (config.train.epochs, config.train.steps) == (2, None)

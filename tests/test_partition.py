@@ -130,10 +130,15 @@ def test_task_of_gives_the_labels() -> None:
 
 
 def test_iid_needs_no_labels_and_the_others_do() -> None:
-    records = [Record((Turn("user", f"{row}"),), "x", "a" if row else None) for row in range(20)]
+    records = [
+        Record((Turn("user", f"{row}"),), "x", "a" if row else None, where=f"a.jsonl:{row + 8}")
+        for row in range(20)
+    ]
     assert sum(map(len, partition(records, "iid", 2, 0).values())) == 20
     for scheme in ("single", "dual", "all", "dirichlet"):
-        with pytest.raises(DataError, match=f"partition '{scheme}' needs a task label .* 1 of 20 have none"):
+        with pytest.raises(
+            DataError, match=f"partition '{scheme}' needs .* in 1 of 20, first in a.jsonl:8; add"
+        ):
             partition(records, scheme, 2, 0)
 
 

@@ -15,13 +15,16 @@ from typing import Literal, cast
 
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.data.files import ACCEPTED, KINDS, PARQUET, data_files
-from fedrouter.data.forms import MAX_LABEL, NAMES, Reading, is_label
+from fedrouter.data.forms import IN_COMMAND, IN_CONFIG, IN_SITE, NAMES, Reading
 from fedrouter.data.readers import Row, read_rows, suffix_of
 from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, refuse_split, saved_rows
 from fedrouter.errors import ConfigError, DataError
-from fedrouter.types import Record
+from fedrouter.types import MAX_LABEL, Record, is_label
 
 __all__ = [
+    "IN_COMMAND",
+    "IN_CONFIG",
+    "IN_SITE",
     "MAX_LABEL",
     "NAMES",
     "Read",
@@ -54,6 +57,7 @@ def load_records(
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
     default: str = "train",
+    options: tuple[str, str | None] = IN_CONFIG,
 ) -> list[Record]:
     """Read records from a file, a directory, a saved data set or the Hugging Face hub.
 
@@ -71,13 +75,17 @@ def load_records(
         Fields to skip without a warning.
     say : callable
         Gets a line on each file's unread fields and on skipped files.
+    options : tuple
+        Names of ``fields`` and ``ignore`` for the user.
 
     Raises
     ------
     DataError
         If the source is missing, empty or unreadable, or a row cannot be used; names file and row.
     """
-    return [r for read in read_source(source, split, fields, ignore, say, default) for r in read.records]
+    return [
+        r for read in read_source(source, split, fields, ignore, say, default, options) for r in read.records
+    ]
 
 
 def read_source(
@@ -87,13 +95,14 @@ def read_source(
     ignore: Collection[str] = (),
     say: Say = LOG.warning,
     default: str = "train",
+    options: tuple[str, str | None] = IN_CONFIG,
 ) -> list[Read]:
     """Read a source as ``load_records`` does, file by file."""
     if unknown := [name for name in fields or {} if name not in NAMES]:
-        raise ConfigError(f"data.fields.{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
+        raise ConfigError(f"{options[0]}{unknown[0]}: not a field of any form; known: {', '.join(NAMES)}")
     reads: list[Read] = []
     for name, rows in _parts(source, split, say, default):
-        reading = Reading(fields or {}, frozenset(ignore))
+        reading = Reading(fields or {}, frozenset(ignore), options)
         records = [reading.record(where, row) for where, row in rows]
         for line in reading.done(name):
             say(line)

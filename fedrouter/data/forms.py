@@ -12,7 +12,7 @@ from typing import Any
 
 from fedrouter.data.messages import has_text, listed, shown, text_of, tool_list, turns_of
 from fedrouter.errors import DataError
-from fedrouter.types import Record, Turn
+from fedrouter.types import MAX_LABEL, Record, Turn, is_label
 
 PAIRS = (
     ("prompt", "completion"),
@@ -22,13 +22,17 @@ PAIRS = (
     ("prompt", "output"),
     ("instruction", "completion"),
 )
-MAX_LABEL = 200  # characters
 NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "response", "output", "input",
          "context", "system", "history", "tools", "functions", "task")  # fmt: skip
 FORMS = (
     "messages, prompt + completion, or instruction + response (or output), optionally with input, context, "
-    "system, history; conversations; other names by [data.fields]"
+    "system, history; conversations; fields of other names must be mapped to these"
 )
+
+
+IN_CONFIG = ("data.fields.", "data.ignore")
+IN_SITE = ("fields.", "ignore")
+IN_COMMAND = ("--field ", None)
 
 
 @dataclass
@@ -39,10 +43,12 @@ class Reading:
     ----------
     fields : field of a form → the file's name for it.
     ignore : the file's fields to skip without a warning.
+    options : names of these two options for the user: ``IN_CONFIG``, ``IN_SITE`` or ``IN_COMMAND``.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
+    options: tuple[str, str | None] = IN_CONFIG
     num_rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # rows with text in a field that no form uses
@@ -66,12 +72,12 @@ class Reading:
         given = _Given(where, row, {n: c for n, c in columns.items() if row.get(c) is not None})
         self.mapped |= {column for column in self.fields.values() if column in row}
         given.missing = [
-            f"data.fields.{name} names {column}, which this row does not have"
+            f"{self.options[0]}{name} names {column}, which this row does not have"
             for name, column in self.fields.items()
             if row.get(column) is None and column not in ignored
         ]
         if ignored:
-            given.missing.append(f"data.ignore leaves out {', '.join(ignored)}")
+            given.missing.append(f"{self.options[1]} leaves out {', '.join(ignored)}")
         form, record = _formed(given, self.ignore)
         self.forms[form] += 1
         self.num_early += given.early
@@ -87,9 +93,10 @@ class Reading:
         DataError
             If ``fields`` names a column that no row has.
         """
+        mapping, ignoring = self.options
         for name, column in self.fields.items():
             if self.num_rows and column not in self.mapped:
-                raise DataError(f"{source}: no row has the field {column}, which data.fields.{name} names")
+                raise DataError(f"{source}: no row has the field {column}, which {mapping}{name} names")
         lines = []
         if self.num_early:
             lines.append(
@@ -99,11 +106,10 @@ class Reading:
         if not self.unread:
             return lines
         named = ", ".join(f"{n} ({100 * k / self.num_rows:.3g} % of rows)" for n, k in self.unread.items())
-        return [
-            *lines,
-            f"{source}: unread fields: {named}; map them in [data.fields], or ignore them with "
-            f"data.ignore = {json.dumps(list(self.unread), ensure_ascii=False)}",
-        ]
+        line = f"{source}: unread fields: {named}; map them with {mapping}NAME"
+        if ignoring:
+            line += f", or ignore them with {ignoring} = {json.dumps(list(self.unread), ensure_ascii=False)}"
+        return [*lines, line]
 
 
 class _Given:
@@ -208,11 +214,6 @@ def _finished(given: _Given, turns: list[Turn], where: str) -> Record:
         None if last == Turn("assistant", last.content) else last,
         tools,
     )
-
-
-def is_label(text: str) -> bool:
-    """Return whether a text can name a task or a client: printable, one line, at most ``MAX_LABEL`` long."""
-    return text.isprintable() and 0 < len(text) <= MAX_LABEL
 
 
 def _is_chat(value: Any) -> bool:

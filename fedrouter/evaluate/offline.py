@@ -16,12 +16,14 @@ from rich.text import Text
 from sklearn.metrics import roc_auc_score
 
 from fedrouter.bundle import Bundle
+from fedrouter.config_file import read_resolved
 from fedrouter.decide import route_texts
 from fedrouter.embed import Embedder, routing_text
 from fedrouter.errors import DataError
 from fedrouter.evaluate.report import write_lines
 from fedrouter.evaluate.scores import TaggedRecord
 from fedrouter.layout import Whole
+from fedrouter.partition import check_labels
 from fedrouter.route import Router
 from fedrouter.types import Decision
 
@@ -47,7 +49,7 @@ class Abstention:
     """The routing with all radii multiplied by ``factor``; shares are means over tasks."""
 
     factor: float
-    known_rejected: float
+    known_rejected: float | None  # None without known tasks
     unknown_rejected: float | None  # None without unknown tasks
     answered_right: float | None  # of known tasks' prompts within the radius; None if there are none
 
@@ -83,10 +85,7 @@ def evaluate_routing(
     """
     if not records:
         raise DataError("no records to route; give at least one file with rows")
-    if any(tagged.record.task is None for tagged in records):
-        raise DataError(
-            "a record has no task; add a task field to every row, because routing is evaluated against it"
-        )
+    check_labels("an evaluation of routing", [tagged.record for tagged in records])
     task_of = {c.name: c.task for c in bundle.clusters}
     if not any(task_of.values()):
         raise DataError(f"{bundle.path}: trained without task labels, so its routing cannot be evaluated")
@@ -121,7 +120,7 @@ def evaluate_routing(
         curve=tuple(
             Abstention(
                 factor,
-                known_rejected=_mean(far > factor, weights, is_known) or 0.0,
+                known_rejected=_mean(far > factor, weights, is_known),
                 unknown_rejected=_mean(far > factor, weights, ~is_known),
                 answered_right=_mean(right, weights, is_known & (far <= factor)),
             )
@@ -134,12 +133,17 @@ def stated_quantile(directory: Path) -> float | None:
     """Return the quantile that a bundle's radii were computed for; None for a bundle without its run.
 
     Also None if ``routing.slack`` has changed the radii.
+
+    Raises
+    ------
+    ConfigError
+        If the run's configuration is damaged.
     """
     file = directory.parent / "config.json"
     if not file.is_file():
         return None
-    routing = json.loads(file.read_text(encoding="utf-8")).get("routing", {})
-    return routing.get("quantile") if routing.get("slack") == 1 else None
+    routing = read_resolved(file).routing
+    return routing.quantile if routing.slack == 1 else None
 
 
 def render(report: RoutingReport) -> RenderableType:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.errors import ConfigError
 from fedrouter.evaluate.scores import Result, Routing, Scores
+from fedrouter.files import write_atomically, writing
 from fedrouter.layout import Whole
 
 SCHEMA_VERSION = 1
@@ -230,13 +229,6 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     ConfigError
         If the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_atomically(path, "".join(f"{line}\n" for line in lines))

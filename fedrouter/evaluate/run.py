@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from fedrouter import __version__
-from fedrouter.data import builtin_records, load_records
+from fedrouter.data import IN_COMMAND, builtin_records, load_records
 from fedrouter.errors import ConfigError, DataError, ServingError
 from fedrouter.evaluate.endpoint import GIVE_UP_AFTER, Answer, Endpoint
 from fedrouter.evaluate.progress import progress
@@ -56,7 +56,7 @@ def load(
         if source.startswith("builtin:"):
             records = builtin_records(source, "test", num_per_task, seed)
         else:
-            records = load_records(source, fields=fields, default="test")
+            records = load_records(source, fields=fields, default="test", options=IN_COMMAND)
         tagged += [TaggedRecord(record, client) for record in records]
     return tagged
 

@@ -69,7 +69,7 @@ def train_cell(settings: Settings, cell: Cell, out: Path) -> Trained:
     config = config_of(settings, cell, num_tasks)
     began = time.perf_counter()
     with (directory / "train.log").open("a", encoding="utf-8") as log:
-        bundle = train(config, directory / "run", Console(file=log, width=110))
+        bundle = train(config, directory / "run", Console(file=log, width=110, markup=False))
     return Trained(cell, config, bundle, directory, time.perf_counter() - began)
 
 

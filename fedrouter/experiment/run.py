@@ -25,6 +25,7 @@ from fedrouter.experiment.grid import Cell, cells_of, search_of, with_rate
 from fedrouter.experiment.report import PAGE, write_report
 from fedrouter.experiment.results import RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
+from fedrouter.files import check_directory
 from fedrouter.serve.checks import free_port
 from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.machine import device_and_dtype
@@ -57,6 +58,7 @@ def run_experiment(
     """
     file = results or out / RESULTS
     lines = read_results(file)
+    check_directory(out, "--out")
     cells = cells_of(settings, only)
     failed: dict[str, str] = {}
 

@@ -1,6 +1,5 @@
 """The contents of a report: the run's files, and its bundle's routing of test data."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from fedrouter.bundle import find_base, find_embedder, load_bundle
 from fedrouter.errors import DataError
 from fedrouter.evaluate import load
 from fedrouter.evaluate.offline import RoutingReport, evaluate_routing, stated_quantile
+from fedrouter.files import read_json
 from fedrouter.inspect import look
 
 NUM_BUILTIN = 100  # test prompts per task of built-in data
@@ -65,4 +65,4 @@ def gather(
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None

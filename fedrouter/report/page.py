@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fedrouter import __version__
-from fedrouter.files import write_atomically
+from fedrouter.files import write_atomically, writing
 from fedrouter.layout import size_text
 from fedrouter.report.figures import drawn, figures
 from fedrouter.report.gather import Facts, gather
@@ -34,17 +34,19 @@ def write_report(
 
     Raises
     ------
-    DataError, BundleError, ModelError
-        If the run, its bundle or the data cannot be used.
+    DataError, BundleError, ModelError, ConfigError
+        If the run, its bundle or the data cannot be used, or the report cannot be written.
     """
     facts = gather(run, data, base, embedder_url)
     directory = run / "report"
-    directory.mkdir(exist_ok=True)
+    with writing(directory):
+        directory.mkdir(exist_ok=True)
     images = {}
     for name, title, figure in figures(facts):
         svg, png = drawn(figure)
-        (directory / f"{name}.svg").write_bytes(svg)
-        (directory / f"{name}.png").write_bytes(png)
+        with writing(directory / name):
+            (directory / f"{name}.svg").write_bytes(svg)
+            (directory / f"{name}.png").write_bytes(png)
         source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
         images[name] = {"title": title, "source": source}
     template = (files("fedrouter.report") / "report.html.jinja").read_text(encoding="utf-8")
@@ -61,7 +63,8 @@ def write_report(
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    write_atomically(run / NAME, page)
+    with writing(run / NAME):
+        write_atomically(run / NAME, page)
     return run / NAME
 
 

@@ -14,22 +14,29 @@ from typing import Any
 
 import numpy as np
 
+from fedrouter.bundle import read_probes
 from fedrouter.config import Config
 from fedrouter.data import Read
 from fedrouter.embed import chosen_spec
-from fedrouter.errors import ConfigError
+from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.files import check_directory
+from fedrouter.layout import number_of
 from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.partition import check_labels
+from fedrouter.train.client.cluster import MAX_LOCAL, num_local
 from fedrouter.train.client.rows import Rendered, Tokeniser, TokenRow, load_rows, positions_of
 from fedrouter.train.client.sources import read_clients
 from fedrouter.train.machine import check_machine, device_and_dtype
+from fedrouter.train.server.accountant import check_accountant
+from fedrouter.train.server.discover import MAX_JOINED
 from fedrouter.types import Record
 
 NUM_SHOWN = 3  # rows per client
 BARS = 10  # in the histogram of token lengths
 ODD = {
-    "duplicates": "equal another row in prompt and answer; they count twice",
-    "empty": "have an empty answer: they teach the model to say nothing",
-    "ambiguous": "have a prompt to which other rows give another answer",
+    "duplicates": "repeated: prompt and answer equal those of an earlier row, and each counts",
+    "empty": "with an empty answer, which teaches the model to say nothing",
+    "ambiguous": "with a prompt to which other rows give another answer",
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROUND_PASSES = 3.0  # cost of a training step in forward passes: forward, backward, adapter gradients
@@ -99,18 +106,73 @@ def loaded(config: Config, say: Callable[[str], None]) -> Loaded:
     FedRouterError
         If a setting, a file, a row or the base's tokenizer cannot be used.
     """
-    check_machine(config.base, config.train.report_to)
+    check_settings(config)
     records, reads = read_clients(config, say)
-    for name in config.lora.ranks:
-        if name not in records:
-            raise ConfigError(f"lora.ranks: no client is called {name}; the clients are {', '.join(records)}")
+    check_fit(config, records)
     path = resolve_base(config.base.model, config.base.revision)
     rendered = tokenised(config, path, records, say)
     counts = _counts(records)
     for kind, text in ODD.items():
         if counts[kind]:
-            say(f"{counts[kind]} rows {text}")
+            say(f"{number_of(counts[kind], 'row')} {text}")
     return Loaded(records, reads, rendered, counts)
+
+
+def check_settings(config: Config) -> None:
+    """Check what needs neither rows nor a model: packages, devices, the probes, the cache's directory.
+
+    Raises
+    ------
+    FedRouterError
+        If a run of ``config`` could not use one of them.
+    """
+    check_machine(config.base, config.train.report_to)
+    check_accountant(config.privacy)
+    if config.routing.probes is not None:
+        read_probes(Path(config.routing.probes))
+    if config.embedder.cache is not None:
+        check_directory(Path(config.embedder.cache), "embedder.cache")
+
+
+def check_fit(config: Config, records: Mapping[str, Sequence[Record]]) -> None:
+    """Check the settings against the clients and the numbers and labels of their rows.
+
+    Task discovery may still find fewer groups than ``cluster.global``: here, only their maximum is known.
+
+    Raises
+    ------
+    ConfigError, DataError, TrainingError
+        If a setting does not fit.
+    """
+    for name in config.lora.ranks:
+        if name not in records:
+            raise ConfigError(f"lora.ranks: no client is called {name}; the clients are {', '.join(records)}")
+    if config.method == "oracle":
+        for name, rows in records.items():
+            check_labels(f"client {name}: method oracle", rows)
+    num = config.cluster.global_
+    if num == "auto" or config.method not in ("fedrouter", "clustered"):
+        num = 0
+    if config.method == "clustered" and num > len(records):
+        raise TrainingError(f"{num} groups but only {len(records)} clients; lower cluster.global")
+    if config.method == "fedrouter":
+        most = min(sum(_max_groups(config, name, len(rows)) for name, rows in records.items()), MAX_JOINED)
+        if num > most:
+            raise TrainingError(
+                f"{num} task clusters but at most {most} groups of rows; lower cluster.global"
+            )
+
+
+def _max_groups(config: Config, client: str, num_rows: int) -> int:
+    """Return the maximum number of groups of rows that a client reveals."""
+    if config.privacy.centroid_noise:
+        assert config.cluster.local != "auto", "the configuration refuses this"
+        return config.cluster.local
+    try:
+        num = num_local(num_rows, config.cluster.local)
+    except TrainingError as error:
+        raise TrainingError(f"client {client}: {error}") from error
+    return min(num, max(num_rows // config.privacy.min_cluster_size, 1))
 
 
 def tokenised(
@@ -167,7 +229,7 @@ def check(config: Config) -> Report:
         histogram=_histogram(statistics.lengths),
         needed={f"{share:.0%}": length for share, length in statistics.needed()},
         limit=found.rendered.tokeniser.limit,
-        num_cut=statistics.num_cut_prompts + statistics.num_cut_answers,
+        num_cut=statistics.num_cut,
         num_duplicates=found.counts["duplicates"],
         num_empty_answers=found.counts["empty"],
         num_ambiguous=found.counts["ambiguous"],
@@ -229,10 +291,12 @@ def _parts(tokenizer: Any, row: TokenRow) -> tuple[tuple[str, bool], ...]:
 
 
 def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    counts, edges = np.histogram(lengths, bins=BARS)
-    return tuple(
-        (math.ceil(a), math.floor(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
-    )
+    """Count the lengths in at most ``BARS`` bins of one width, each from its first to its last length."""
+    low, high = min(lengths), max(lengths)
+    width = math.ceil((high - low + 1) / BARS)
+    counts = Counter((length - low) // width for length in lengths)
+    starts = enumerate(range(low, high + 1, width))
+    return tuple((start, min(start + width - 1, high), counts[number]) for number, start in starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +345,5 @@ def _flops() -> float:
 
 def _reveals(dim: int) -> dict[str, int]:
     """Return the maximum size in bytes of each message sent before the rounds (see docs/privacy.md)."""
-    from fedrouter.train.client.cluster import MAX_LOCAL
-
     groups = 4 * (MAX_LOCAL * (1 + dim) + dim * (dim + 1) // 2)  # the scatter is symmetric: half is sent
     return {"LocalClusters": groups, "Assignment (a task cluster)": 4 * 103}

@@ -10,15 +10,14 @@ from rich.console import Console
 from fedrouter.bundle import Bundle
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError
-from fedrouter.files import write_atomically
+from fedrouter.files import check_directory, read_json, write_atomically
 from fedrouter.models import resolve_base
-from fedrouter.train.check import tokenised
+from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.site import Site
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.run import federation_of, finished, refuse_another_run, run
-from fedrouter.train.server.accountant import check_accountant
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.remote import OnAnswer, RemoteFederation, Transport, Waiting
 from fedrouter.train.session import Session
@@ -61,8 +60,8 @@ def train_remote(
         return bundle
     if secure:
         check_secure(config)
-    check_machine(config.base, config.train.report_to)
-    check_accountant(config.privacy)
+    check_directory(out, "--out")
+    check_settings(config)
     session = Session(config, out, console)
     path = resolve_base(config.base.model, config.base.revision)
     session.load(tokenised(config, path, {}, session.say))
@@ -147,7 +146,7 @@ def _run_id(out: Path) -> str:
     """Return the run's id; create it for a new run."""
     file = out / RUN_ID
     if file.exists():
-        return str(json.loads(file.read_text(encoding="utf-8"))["run"])
+        return str(read_json(file)["run"])
     out.mkdir(parents=True, exist_ok=True)
     run_id = secrets.token_hex(8)
     write_atomically(file, json.dumps({"run": run_id}) + "\n")

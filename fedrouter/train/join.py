@@ -33,13 +33,14 @@ from fedrouter.bundle import (
 from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
+from fedrouter.files import check_directory, read_json
+from fedrouter.layout import number_of
 from fedrouter.models import resolve_base
-from fedrouter.train.check import tokenised
+from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.sources import load_sources
 from fedrouter.train.disk.checkpoint import clustering_digest, latest_checkpoint
 from fedrouter.train.federation import Beyond, Federation
 from fedrouter.train.local import LocalFederation, each
-from fedrouter.train.machine import check_machine
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.rounds import train_rounds
 from fedrouter.train.run import with_loss
@@ -115,6 +116,7 @@ def join(
         raise ConfigError(f"client {min(both)}: given with both --client and --moved; choose one")
     joiners = Joiners(*({n: _absolute(s) for n, s in sorted(given.items())} for given in (sources, moved)))
     joins = [*_joins(run), joiners.entry(run)]
+    check_directory(out, "--out")
     in_use = out.exists() and any(path.name != "embeddings" for path in out.iterdir())
     if in_use and (not (out / "joined.json").exists() or _joins(out) != joins):
         raise TrainingError(f"{out} is not empty and holds no such join; choose another --out")
@@ -128,7 +130,7 @@ def join(
     records = load_sources(joiners.sources, config)
     path = resolve_base(bundle.base.model, bundle.base.revision)
     check_base(bundle, path)
-    check_machine(config.base, config.train.report_to)
+    check_settings(config)
     if bundle.chat_template:  # the adapters were trained with it; the base's may have changed since
         base_settings = config.base.model_copy(update={"chat_template": str(bundle.chat_template)})
         config = config.model_copy(update={"base": base_settings})
@@ -159,7 +161,9 @@ def _grown(
     for before, now in zip(bundle.clusters, clusters, strict=True):
         _say_changes(session, before, now, joiners)
     for c in added:
-        session.say(f"new task cluster {c.name}: {c.num_examples} rows of {', '.join(c.clients)}")
+        session.say(
+            f"new task cluster {c.name}: {number_of(c.num_examples, 'row')} of {', '.join(c.clients)}"
+        )
 
     adapters: list[AdapterState] = [read_weights(bundle.adapter_path(c)) for c in bundle.clusters]
     sizes = [c.num_examples for c in [*clusters, *added]]
@@ -292,7 +296,7 @@ def _names(config: Config, run: Path) -> set[str]:
 
 def _joins(run: Path) -> list[dict[str, Any]]:
     file = run / "joined.json"
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+    return list(read_json(file)) if file.exists() else []
 
 
 def _absolute(source: str) -> str:

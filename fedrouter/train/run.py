@@ -1,6 +1,5 @@
 """Configuration → clients → task clusters → rounds → bundle; an interrupted run resumes where it stopped."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,10 @@ from rich.console import Console
 from fedrouter.builtin import is_builtin
 from fedrouter.bundle import Bundle, load_bundle, write_bundle
 from fedrouter.config import Config
+from fedrouter.config_file import read_resolved
 from fedrouter.errors import ClientError, TrainingError
+from fedrouter.files import check_directory
+from fedrouter.layout import number_of
 from fedrouter.train import picture
 from fedrouter.train.check import loaded
 from fedrouter.train.client.client import Client
@@ -21,7 +23,7 @@ from fedrouter.train.federation import Federation
 from fedrouter.train.local import LocalFederation, each
 from fedrouter.train.memory import explained_out_of_memory
 from fedrouter.train.rounds import train_rounds
-from fedrouter.train.server.accountant import check_accountant, guarantees
+from fedrouter.train.server.accountant import guarantees
 from fedrouter.train.server.describe import doubt
 from fedrouter.train.server.left_out import LeftOut
 from fedrouter.train.server.methods import finish
@@ -51,16 +53,18 @@ def train(config: Config, out: Path, console: Console, processes: int = 1) -> Bu
     refuse_another_run(config, out)
     if (bundle := finished(out, console)) is not None:
         return bundle
+    check_directory(out, "--out")
     session = Session(config, out, console, processes)
     found = loaded(config, session.say)
     for read in found.reads:
         if is_builtin(read.source):
             console.print(f"{read.source}: {len(read.records)} rows", highlight=False)
     console.print(
-        f"{len(found.records)} clients, {sum(map(len, found.records.values()))} rows", highlight=False
+        f"{number_of(len(found.records), 'client')}, "
+        f"{number_of(sum(map(len, found.records.values())), 'row')}",
+        highlight=False,
     )
     session.load(found.rendered)
-    check_accountant(config.privacy)
     secret = noise_key(out, config.privacy)
     with session.unclaimed():
         left_out = LeftOut(out, list(found.records), console, once=bool(config.privacy.centroid_noise))
@@ -109,7 +113,10 @@ def run(session: Session, federation: Federation, left_out: LeftOut, secret: byt
     session.claim()
     clustering = starting.clustering
     for c in clustering.clusters:
-        session.say(f"task cluster {c.name}: {c.num_examples} rows of {len(c.clients)} clients")
+        session.say(
+            f"task cluster {c.name}: {number_of(c.num_examples, 'row')} of "
+            f"{number_of(len(c.clients), 'client')}"
+        )
     doubtful = doubt(config, [member.num_rows for member in federation.members()], len(clustering.clusters))
     if doubtful:
         session.say(doubtful)
@@ -152,8 +159,8 @@ def refuse_another_run(config: Config, out: Path) -> None:
 
     Raises
     ------
-    TrainingError
-        If it holds a run with another configuration, or an unfinished ``fedrouter join``.
+    TrainingError, ConfigError
+        If it holds a run with another configuration or a damaged one, or an unfinished ``fedrouter join``.
     """
     if (out / "joined.json").exists() and not (out / "bundle").exists():
         raise TrainingError(
@@ -162,9 +169,8 @@ def refuse_another_run(config: Config, out: Path) -> None:
     file = out / "config.json"
     if not file.exists():
         return
-    changed = _changed(
-        json.loads(file.read_text(encoding="utf-8")), config.model_dump(mode="json", by_alias=True)
-    )
+    old, new = (c.model_dump(mode="json", by_alias=True) for c in (read_resolved(file), config))
+    changed = _changed(old, new)
     if changed:
         raise TrainingError(
             f"{out} holds a run with another configuration ({', '.join(changed)} differ); "

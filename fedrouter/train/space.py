@@ -1,10 +1,13 @@
 """Arithmetic in the routing space, for server and clients: nearest centroids, and derived spaces."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 
 from fedrouter.types import Array, Float64s, RoutingSpace
 
@@ -57,3 +60,10 @@ def renumbered(space: RoutingSpace, order: Sequence[int]) -> RoutingSpace:
     """Return the space with task cluster ``order[k]`` renumbered to k."""
     number = {old: new for new, old in enumerate(order)}
     return replace(space, cluster_of=tuple(number[k] for k in space.cluster_of))
+
+
+def k_means(x: Float64s, num: int, attempts: int, seed: int, weights: Float64s | None = None) -> KMeans:
+    """Fit k-means to (n, d); fewer distinct rows than ``num`` give fewer clusters, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
+        return KMeans(num, n_init=attempts, random_state=seed).fit(x, sample_weight=weights)

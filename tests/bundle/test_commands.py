@@ -1,5 +1,7 @@
 """Every command refuses an invalid bundle with the same line and exit code 1."""
 
+import io
+import json
 import os
 import signal
 import sys
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import tamper
 from fakes import space, write
+from rich.console import Console
 
 from fedrouter import cli
 from fedrouter.bundle import load_bundle
 from fedrouter.config import Config
-from fedrouter.errors import BundleError
+from fedrouter.errors import BundleError, ConfigError, DataError
 from fedrouter.serve import checks
+from fedrouter.train.join import join
 
 
 @pytest.fixture
@@ -81,3 +85,55 @@ def test_every_command_refuses_in_the_same_line(
     assert left.value.code == 1
     assert said.err == f"error: {wanted.value}\n"
     assert not said.out or command.startswith("inspect RUN"), "a run is shown before its bundle"
+
+
+def test_a_join_needs_a_place_that_can_be_written(run: Path) -> None:
+    out = run / "config.json"
+    with pytest.raises(ConfigError, match=f"^--out {out}: cannot be written: Not a directory"):
+        join(run, {"late": "late.jsonl"}, {}, out, Console(quiet=True))
+
+
+def main(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["fedrouter", *argv])
+    cli.main()
+
+
+def test_a_prompt_that_is_not_text_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = os.fsdecode(b"caf\xe9 au lait")
+    with pytest.raises(SystemExit):
+        main(["route", str(run), "tea", prompt], monkeypatch)
+    assert capsys.readouterr().err == "error: prompt 2: not UTF-8 (character 4); give it as UTF-8\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_text_is_refused(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"tea\n\ncaf\xe9\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    lines = cli._stdin_lines()
+    assert next(lines) == "tea"
+    with pytest.raises(DataError, match="standard input, line 3: not UTF-8"):
+        next(lines)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_file_name_that_is_not_text_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str, options: list[str]
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"Order {i}", "completion": "lamp"}) + "\n" for i in range(20))
+    (tmp_path / "rows").mkdir()
+    file = tmp_path / "rows" / os.fsdecode(b"caf\xe9.jsonl")
+    file.write_text(rows)
+    (tmp_path / "c.toml").write_text("")
+    stdout = io.TextIOWrapper(raw := io.BytesIO(), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    data = f"data={{source='{file.parent}', partition='iid', num_clients=2}}"
+    with pytest.raises(SystemExit) as left:
+        main(["check", str(tmp_path / "c.toml"), "--set", data, *options], monkeypatch)
+    assert not left.value.code
+    assert "caf\\udce9.jsonl" in raw.getvalue().decode()
+    if options:
+        assert json.loads(raw.getvalue())["files"][0]["source"] == str(file)

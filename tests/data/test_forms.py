@@ -239,8 +239,8 @@ def test_fields_that_nobody_reads_are_named_once_a_file_with_their_share(tmp_pat
     rows[1]["messages"] = None
     _, said = load(tmp_path, *rows)
     assert said == [
-        "rows.jsonl: unread fields: source (100 % of rows), note (25 % of rows); map them in "
-        '[data.fields], or ignore them with data.ignore = ["source", "note"]'
+        "rows.jsonl: unread fields: source (100 % of rows), note (25 % of rows); map them with "
+        'data.fields.NAME, or ignore them with data.ignore = ["source", "note"]'
     ]
     assert load(tmp_path, *rows, ignore=["source", "note"])[1] == []
     chat = {

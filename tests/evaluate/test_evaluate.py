@@ -9,6 +9,7 @@ from fake_server import FakeServer
 from rich.console import Console
 
 import fedrouter.evaluate.endpoint
+from fedrouter.cli import _fields
 from fedrouter.errors import ConfigError, DataError, ServingError
 from fedrouter.evaluate import TaggedRecord, evaluate, load, render, write_json, write_records
 from fedrouter.evaluate.report import Report
@@ -179,6 +180,22 @@ def test_load_reads_fields_by_the_names_that_files_give_them(tmp_path: Path) -> 
     file.write_text('{"question": "why?", "answer": "so", "category": "faq"}\n')
     (one,) = load([str(file)], fields={"prompt": "question", "completion": "answer", "task": "category"})
     assert (one.record.turns[-1].content, one.record.completion, one.task) == ("why?", "so", "faq")
+
+
+def test_messages_name_the_option_of_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "faq.jsonl"
+    file.write_text('{"question": "why?", "answer": "so", "note": "n"}\n')
+    fields = {"prompt": "question", "completion": "answer"}
+    load([str(file)], fields=fields)
+    assert caplog.messages == [
+        f"{file}: unread fields: note (100 % of rows); map them with --field NAME",
+    ]
+    with pytest.raises(ConfigError, match="--field prmpt: not a field"):
+        load([str(file)], fields={"prmpt": "question"})
+    with pytest.raises(DataError, match="no row has the field topic, which --field task names"):
+        load([str(file)], fields={**fields, "task": "topic"})
+    with pytest.raises(ConfigError, match="--field: two entries"):
+        _fields(["prompt=q", "prompt=prompt"])
 
 
 def test_load_of_built_in_test_records() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
@@ -61,16 +62,30 @@ def test_without_unknown_tasks_there_is_nothing_to_tell_apart(tmp_path: Path) ->
     assert {step.unknown_rejected for step in report.curve} == {None}
 
 
+def test_without_known_tasks_no_share_of_them_is_shown(tmp_path: Path) -> None:
+    report = evaluate_routing(bundle(tmp_path / "b"), fakes.LetterEmbedder(), records("code"))
+    assert {step.known_rejected for step in report.curve} == {None}
+    Console(file=(shown := io.StringIO()), width=120).print(render(report))
+    assert "0.0%" not in shown.getvalue().split("abstention")[1].splitlines()[4].split("│")[2]
+
+
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     labelled, bare = bundle(tmp_path / "b"), bundle(tmp_path / "c", labelled=False)
-    unlabelled = [TaggedRecord(Record((Turn("user", "a"),), "x"), "c")]
+    unlabelled = [TaggedRecord(Record((Turn("user", "a"),), "x", where="a.jsonl:3"), "c")]
     for which, what, reason in (
         (labelled, [], "no records"),
-        (labelled, unlabelled, "has no task"),
+        (labelled, unlabelled, r"missing in 1 of 1, first in a.jsonl:3"),
         (bare, records(), "without task labels"),
     ):
         with pytest.raises(DataError, match=reason):
             evaluate_routing(which, fakes.LetterEmbedder(), what)
+
+
+def test_brackets_in_a_task_are_no_markup(tmp_path: Path) -> None:
+    odd = [replace(r, record=replace(r.record, task=f"[/b] {r.task} [bold]x[/bold]")) for r in records()]
+    report = evaluate_routing(bundle(tmp_path / "b"), fakes.LetterEmbedder(), odd)
+    Console(file=(shown := io.StringIO()), width=120).print(render(report))
+    assert "[/b] code [bold]x[/bold]" in shown.getvalue()
 
 
 def test_the_report_is_shown_and_written(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from fedrouter.config import Config
-from fedrouter.errors import DataError
-from fedrouter.evaluate.offline import Abstention, RoutingReport, TaskRouting
+from fedrouter.errors import ConfigError, DataError, FedRouterError
+from fedrouter.evaluate.offline import Abstention, RoutingReport, TaskRouting, stated_quantile
 from fedrouter.report import write_report
 from fedrouter.report.figures import drawn, figures
 from fedrouter.report.gather import Facts
+from fedrouter.train.run import refuse_another_run
 
 NASTY = '<script>alert("x")</script>'
 
@@ -72,6 +73,45 @@ def test_a_run_without_losses_says_so(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a run"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("taken", ["report.html", "report", "report/losses.svg"])
+def test_a_place_that_is_taken_is_named(tmp_path: Path, taken: str) -> None:
+    place = write_run(tmp_path / "run") / taken
+    if taken == "report":
+        place.touch()
+    else:
+        place.mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=f"^cannot write {place.with_suffix('')}.*: .*; choose another place"
+    ):
+        write_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("metrics.jsonl", b'{"round": 0, "left_out": {}}\n{"round": 1, "clu', "metrics.jsonl:2: damaged"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl:1: damaged"),
+        ("metrics.jsonl", b"\xff\xff\n", "metrics.jsonl:1: damaged"),
+        ("config.json", b'{"seed": 0', "config.json: not readable as a run's configuration"),
+        ("config.json", b"[]", "config.json: not readable as a run's configuration"),
+        ("config.json", b"\xff", "config.json: not readable as a run's configuration"),
+        ("config.json", b'{"train": {"rounds": 0}}', "config.json: train.rounds: Input should be greater"),
+        ("joined.json", b"[", "joined.json: cannot be read as JSON"),
+        ("tsne.json", b"", "tsne.json: cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, file: str, content: bytes, reason: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / file).write_bytes(content)
+    with pytest.raises(FedRouterError, match=f"^{run}/{reason}"):
+        write_report(run)
+    if file == "config.json":
+        with pytest.raises(FedRouterError, match=reason):
+            stated_quantile(run / "bundle")
+        with pytest.raises(FedRouterError, match=reason):
+            refuse_another_run(Config(), run)
 
 
 def test_every_figure_is_drawn_from_its_facts() -> None:

@@ -1,15 +1,20 @@
 """`fedrouter check`: its report, and that it fails where training would refuse."""
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedrouter.cli import app
 from fedrouter.config import Config, DataSettings, TrainSettings
+from fedrouter.config_file import load_config
 from fedrouter.errors import FedRouterError
-from fedrouter.train.check import check
+from fedrouter.train.check import _histogram, check
+from fedrouter.train.run import train
 from fedrouter.train.show.check_view import as_text
 
 
@@ -50,6 +55,17 @@ def test_the_report_describes_the_files(config: Path) -> None:
     assert any("unread fields: source" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    "lengths", [[52] * 5 + [53] * 5, [7], range(5, 15), range(30), [1, 4000], [3, 17, 18]]
+)
+def test_the_bins_of_the_histogram_meet_without_overlap(lengths: Sequence[int]) -> None:
+    bins = _histogram(lengths)
+    assert len(bins) <= 10 and (bins[0][0], bins[-1][1]) == (min(lengths), max(lengths))
+    assert all(low <= high for low, high, _ in bins)
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(bins))
+    assert [n for _, _, n in bins] == [sum(a <= length <= b for length in lengths) for a, b, _ in bins]
+
+
 def test_the_reported_adapter_size_is_right(config: Path) -> None:
     from fedrouter.models import load_base, load_tokenizer, resolve_base
     from fedrouter.train.client.sft import AdapterTrainer
@@ -77,8 +93,8 @@ def test_the_command_marks_rows_and_reports_cut_ones(config: Path) -> None:
     assert code == 0
     assert "lamp]\n\n### Response:\n⟦0 lamps</s>⟧" in out, "markup in rows is not interpreted"
     code, out = run(str(config / "ab.toml"))
-    assert "14 of 14 rows are longer than train.max_length = 16 tokens" in out
-    assert "1 rows equal another row" in out and "data.ignore" in out
+    assert "longer than train.max_length = 16 tokens: 14 of 14 rows" in out
+    assert "1 row repeated: prompt and answer" in out and "data.ignore" in out
     code, out = run(str(config / "c.toml"), "--json")
     report = json.loads(out)
     assert (
@@ -93,6 +109,49 @@ def test_it_fails_where_train_would_refuse(config: Path) -> None:
     assert code == 1 and json.loads(out)["ok"] is False and "embed_tokens" in json.loads(out)["error"]
     code, out = run(str(config / "ab.toml"), "--json", "--set", "lora.rank=600")
     assert code == 1 and "512" in json.loads(out)["error"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["privacy.min_cluster_size=100"],
+            "client client-0: 10 rows in data.source; with privacy.min_cluster",
+        ),
+        (["data.max_per_client=2"], "client client-0: 2 rows in data.source; .* it needs at least 5"),
+        (
+            ["method='oracle'"],
+            r"method oracle needs a task label in every row; missing in 10 of 10, first in .*",
+        ),
+        (["routing.probes='missing.jsonl'"], "missing.jsonl: No such file"),
+        (["routing.probes='rows.jsonl'"], "rows.jsonl, line 1: "),
+        (
+            ["embedder.cache='rows.jsonl/cache'"],
+            "embedder.cache rows.jsonl/cache: cannot be written: Not a dir",
+        ),
+        (
+            ["cluster={method='kmeans', local=50, global=2}"],
+            "client client-0: 50 local clusters but only 10 r",
+        ),
+        (["cluster.local=500"], "client client-0: 500 local clusters but only 10 rows"),
+        (["cluster.global=5"], "5 task clusters but at most 4 groups of rows; lower cluster.global"),
+        (["method='clustered'", "cluster.global=3"], "3 groups but only 2 clients; lower cluster.global"),
+    ],
+)
+def test_check_and_train_refuse_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Order {i}", "completion": "lamp"}) + "\n" for i in range(20))
+    )
+    Path("c.toml").write_text('[data]\nsource = "rows.jsonl"\npartition = "iid"\nnum_clients = 2\n')
+    config = load_config(Path("c.toml"), overrides)
+    with pytest.raises(FedRouterError, match=reason):
+        check(config)
+    with pytest.raises(FedRouterError, match=reason):
+        train(config, Path("run"), Console(quiet=True))
+    assert not Path("run").exists()
 
 
 def test_loss_is_coloured_on_a_terminal(config: Path) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 
 from fedrouter.config import Count, PrivacySettings
 from fedrouter.embed import probe, routing_text
-from fedrouter.errors import DataError, TrainingError, first_line
+from fedrouter.errors import TrainingError, first_line
+from fedrouter.layout import number_of
 from fedrouter.train.client import cluster, noise
 from fedrouter.train.client.noise import Noise
+from fedrouter.train.client.sources import check_size
 from fedrouter.train.federation import Trainer, num_validation
 from fedrouter.train.space import Labels
 from fedrouter.types import (
@@ -66,11 +68,7 @@ class Client:
 
     def _set_records(self, records: Sequence[Record]) -> None:
         """Embed ``records`` and replace the current ones; after an error the current ones stay."""
-        if len(records) < (needed := max(2, self._min_rows)):
-            raise DataError(
-                f"client {self.name}: {len(records)} rows; with privacy.min_cluster_size = {self._min_rows} "
-                f"it needs at least {needed}"
-            )
+        check_size(self.name, len(records), self._min_rows, f"{number_of(len(records), 'row')} in its data")
         vectors: Array = self._embedder.embed([routing_text(record.turns) for record in records])
         if not np.isfinite(vectors).all():
             raise TrainingError(f"client {self.name}: embeddings are not finite; set base.dtype to float32")

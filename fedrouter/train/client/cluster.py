@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 from scipy.interpolate import make_interp_spline
 from scipy.stats import norm
-from sklearn.cluster import KMeans
 from sklearn.metrics import euclidean_distances
 
 from fedrouter.config import Count
 from fedrouter.errors import TrainingError
 from fedrouter.train.federation import FEW, QUANTILES
-from fedrouter.train.space import Labels, nearest, only
+from fedrouter.train.space import Labels, k_means, nearest, only
 from fedrouter.types import Array, Float64s, LocalClusters, Membership, RoutingSpace, Subset
 
 MAX_LOCAL = 128  # maximum number of local clusters with "auto": 200 KB of float32 at d = 384
@@ -42,20 +41,31 @@ def summarise(x: Array, num: Count, seed: int, least: int = 1) -> LocalClusters:
     TrainingError
         If ``num`` exceeds the number of rows.
     """
-    num_clusters = int(np.clip(len(x) // LOCAL_ROWS, 1, MAX_LOCAL)) if num == "auto" else num
-    if num_clusters > len(x):
-        raise TrainingError(
-            f"{num_clusters} local clusters but only {len(x)} rows to cluster; lower cluster.local"
-        )
+    num_clusters = num_local(len(x), num)
     rows = x.astype(np.float64)
     z, attempts = (rows / np.maximum(rows.std(0), 1e-12), 1) if num == "auto" else (rows, 10)
-    labels = _united(z, KMeans(num_clusters, n_init=attempts, random_state=seed).fit_predict(z), least)
+    labels = _united(z, k_means(z, num_clusters, attempts, seed).labels_, least)
     found = gather(rows, labels, labels.max() + 1)
     far = (((rows - found.centroids[labels]) / np.maximum(rows.std(0), 1e-12)) ** 2).sum(1)
     near = far <= np.quantile(far, 1 - TRIM)
     return replace(
         found, scatter=_scatter(rows[near], found.centroids[labels[near]]) * len(rows) / near.sum()
     )
+
+
+def num_local(num_rows: int, num: Count) -> int:
+    """Return the number of local clusters of a client, before small ones are united.
+
+    Raises
+    ------
+    TrainingError
+        If ``num`` exceeds the number of rows.
+    """
+    if num == "auto":
+        return int(np.clip(num_rows // LOCAL_ROWS, 1, MAX_LOCAL))
+    if num > num_rows:
+        raise TrainingError(f"{num} local clusters but only {num_rows} rows to cluster; lower cluster.local")
+    return num
 
 
 def regroup(x: Array, space: RoutingSpace, least: int = 1) -> LocalClusters:

@@ -15,6 +15,7 @@ from rich.console import Console
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, DataError, FedRouterError, WireError
 from fedrouter.files import write_atomically
+from fedrouter.layout import number_of
 from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
 from fedrouter.train.client.client import reason_of
@@ -236,7 +237,8 @@ class Resident:
         self._summing = Summing(run, self._name, self._key, pins, least) if hello.secure else None
         (member,) = federation.members()
         self._say(
-            f"takes part with {member.num_rows} rows: method {config.method}, {config.train.rounds} rounds"
+            f"takes part with {number_of(member.num_rows, 'row')}: method {config.method}, "
+            f"{number_of(config.train.rounds, 'round')}"
         )
         return member
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrouter.errors import DataError, ModelError
+from fedrouter.layout import number_of
 from fedrouter.models import render
 from fedrouter.types import Record, Turn
 
@@ -55,8 +56,9 @@ class RowStatistics:
     """Lengths of all rows, and counts of rows that deserve a warning."""
 
     lengths: list[int] = field(default_factory=list)
+    num_cut: int = 0
     num_cut_prompts: int = 0
-    num_cut_answers: int = 0
+    num_cut_answers: int = 0  # their prompts may be cut too
     num_split: int = 0  # conversations with one row per answer
     num_thoughts: int = 0  # answers trained after an empty thought
     hidden: Counter[str] = field(default_factory=Counter)  # what is not rendered, "system turns" → number
@@ -74,27 +76,28 @@ class RowStatistics:
         ----------
         why : the setting that gives ``limit``.
         """
-        if num := self.num_cut_prompts + self.num_cut_answers:
+        if self.num_cut:
             needed = ", ".join(f"{length} would hold {share:.0%}" for share, length in self.needed())
             yield (
-                f"{num} of {len(self.lengths)} rows are longer than {why} = {limit} tokens: "
-                f"{self.num_cut_prompts} lose the beginning of their prompt, {self.num_cut_answers} the end "
-                f"of their answer and its end token; {needed} of the rows"
+                f"longer than {why} = {limit} tokens: {self.num_cut} of "
+                f"{number_of(len(self.lengths), 'row')}; prompts that lose their beginning: "
+                f"{self.num_cut_prompts}, answers that lose their end and end token: {self.num_cut_answers}; "
+                f"{needed} of the rows"
             )
         for what, number in self.hidden.items():
             yield (
-                f"the chat template does not show the {what} of {number} rows (first: "
+                f"the chat template does not show the {what} of {number_of(number, 'row')} (first: "
                 f"{self.first[what]}), neither in training nor in serving"
             )
         if self.num_split:
             yield (
-                f"{self.num_split} conversations give one row per answer: the chat template renders earlier "
-                "answers differently from how they are generated"
+                f"one row per answer for {number_of(self.num_split, 'conversation')}: the chat template "
+                "renders earlier answers differently from how they are generated"
             )
         if self.num_thoughts:
             yield (
-                f"the chat template opens {THINK} before the answer: {self.num_thoughts} answers are trained "
-                "after an empty thought"
+                f"the chat template opens {THINK} before the answer: training "
+                f"{number_of(self.num_thoughts, 'answer')} after an empty thought"
             )
 
 
@@ -167,8 +170,9 @@ class Tokeniser:
         if cuts_answer:
             answer = answer[: self.limit - max(1, min(len(prompt), self.limit // LEAST_PROMPT))]
         start = max(0, len(prompt) - (self.limit - len(answer)))
-        cuts_prompt = start > 0 and not cuts_answer
+        cuts_prompt = start > 0
         self.statistics.lengths.append(length)
+        self.statistics.num_cut += cuts_prompt or cuts_answer
         self.statistics.num_cut_prompts += cuts_prompt
         self.statistics.num_cut_answers += cuts_answer
         return TokenRow(

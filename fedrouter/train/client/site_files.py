@@ -6,6 +6,7 @@ from pathlib import Path
 from fedrouter import data
 from fedrouter.errors import ConfigError
 from fedrouter.files import write_atomically
+from fedrouter.layout import number_of
 from fedrouter.train.client.cluster import MAX_LOCAL
 from fedrouter.train.client.site import Site, load_site
 from fedrouter.train.wire.keys import load_public, new_key, public_text
@@ -62,7 +63,9 @@ def revealed(site: Site) -> list[str]:
     """
     own, policy = site.settings, site.settings.policy
     notes: list[str] = []
-    reads = data.read_source(site.place(own.data), own.split, own.fields, own.ignore, notes.append)
+    reads = data.read_source(
+        site.place(own.data), own.split, own.fields, own.ignore, notes.append, options=data.IN_SITE
+    )
     records = [record for read in reads for record in read.records]
     public = load_public((site.directory / "site.pub").read_text(encoding="utf-8"))
     labels = sorted({record.task for record in records if record.task is not None})
@@ -73,7 +76,7 @@ def revealed(site: Site) -> list[str]:
     summed = "; summed with other sites' before the server sees it" if policy.secure_sum else ""
     return [
         *notes,
-        f"{own.name}: {len(records)} rows, key {public_text(public)[:60]}…",
+        f"{own.name}: {number_of(len(records), 'row')}, key {public_text(public)[:60]}…",
         f"joining: Member: the name, the number of rows ({len(records)}), a digest of the rows",
         f"before the rounds: LocalClusters: counts and means of groups of {least} rows or more, one scatter "
         f"matrix; at most {groups}",

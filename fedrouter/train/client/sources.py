@@ -7,6 +7,7 @@ from fedrouter import data
 from fedrouter.builtin import is_builtin
 from fedrouter.config import Config
 from fedrouter.errors import DataError
+from fedrouter.layout import number_of
 from fedrouter.partition import partition
 from fedrouter.types import Record
 
@@ -48,6 +49,10 @@ def read_clients(
         settings.alpha,
         max_per_client=settings.max_per_client,
     )
+    for name, rows in clients.items():
+        check_size(
+            name, len(rows), config.privacy.min_cluster_size, f"{number_of(len(rows), 'row')} in data.source"
+        )
     _say_unused("", len(records), sum(map(len, clients.values())), say)
     return clients, reads
 
@@ -82,14 +87,10 @@ def _read_sources(
     for name, reads in by_client.items():
         rows = [r for read in reads for r in read.records]
         records[name] = rows[:limit]
-        if len(records[name]) < max(2, least):
-            found = f"{len(rows)} row{'s' * (len(rows) > 1)} in {sources[name]}"
-            if len(rows) > len(records[name]):
-                found = f"data.max_per_client = {limit} leaves it {limit} of {found}"
-            raise DataError(
-                f"client {name}: {found}; with privacy.min_cluster_size = {least} it needs at least "
-                f"{max(2, least)}"
-            )
+        found = f"{number_of(len(rows), 'row')} in {sources[name]}"
+        if len(rows) > len(records[name]):
+            found = f"data.max_per_client = {limit} leaves it {limit} of {found}"
+        check_size(name, len(records[name]), least, found)
         _say_unused(f"client {name}: ", len(rows), len(records[name]), say)
     return records, [read for reads in by_client.values() for read in reads]
 
@@ -98,3 +99,17 @@ def _say_unused(whose: str, num_rows: int, num_used: int, say: data.Say) -> None
     if num_used < num_rows:
         unused = f"{num_rows - num_used} of {num_rows} rows"
         say(f"{whose}{unused} are used by nobody: data.max_per_client limits them")
+
+
+def check_size(client: str, num_rows: int, least: int, found: str) -> None:
+    """Raise DataError if a client has too few rows for ``privacy.min_cluster_size``.
+
+    Parameters
+    ----------
+    found : the rows and where they are, for people.
+    """
+    if num_rows < max(2, least):
+        raise DataError(
+            f"client {client}: {found}; with privacy.min_cluster_size = {least} it needs at least "
+            f"{max(2, least)}"
+        )

@@ -5,14 +5,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedrouter.files import write_atomically
+from fedrouter.files import read_json, read_json_lines, write_atomically
 from fedrouter.train.state import RoundResult
 
 
 def read_left_out(run: Path) -> dict[str, str]:
     """Return the clients left out of a run, and why: client → reason."""
     file = run / "left_out.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    return dict(read_json(file)) if file.exists() else {}
 
 
 class Metrics:
@@ -24,15 +24,13 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         self._path = path
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < start]
-        reported = {client for line in kept for client in json.loads(line).get("left_out", ())}
+        lines = read_json_lines(path, "round") if path.exists() else []
+        kept = [line for line in lines if line["round"] < start]
+        reported = {client for line in kept for client in line.get("left_out", ())}
         left_out = {c: reason for c, reason in read_left_out(path.parent).items() if c not in reported}
         if left_out:
-            line = {"round": start, "left_out": left_out, "time": round(time.time(), 3)}
-            kept.append(json.dumps(line))
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+            kept.append({"round": start, "left_out": left_out, "time": round(time.time(), 3)})
+        write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def write(self, result: RoundResult, names: Sequence[str], seconds: float) -> None:
         """Append the lines of one round, which took ``seconds``."""
@@ -58,4 +56,4 @@ class Metrics:
 
 def any_taken(metrics: Path) -> bool:
     """Return whether any update was ever used; losses do not show it when updates are noisy."""
-    return any(json.loads(line).get("num_clients") for line in metrics.read_text().splitlines())
+    return any(line.get("num_clients") for line in read_json_lines(metrics, "round"))

@@ -38,12 +38,11 @@ only counts and centroids of each.
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from fedrouter.config import ClusterSettings, Count
 from fedrouter.errors import TrainingError
 from fedrouter.train.federation import QUANTILES, Summaries
-from fedrouter.train.space import Labels
+from fedrouter.train.space import Labels, k_means
 from fedrouter.types import Float64s, LocalClusters, RoutingSpace, Subset
 
 SHARE = 0.15  # minimum share of an average task's scatter that a split between tasks explains
@@ -167,7 +166,7 @@ def kmeans_space(clients: Iterable[LocalClusters], num: Count, seed: int) -> Rou
             "lower cluster.global or raise cluster.local"
         )
     attempts = 50 if len(groups.counts) <= MAX_FITTED else 10
-    found = KMeans(num, n_init=attempts, random_state=seed).fit(groups.centroids, sample_weight=groups.counts)
+    found = k_means(groups.centroids, num, attempts, seed, groups.counts)
     d = groups.centroids.shape[1]
     return _space(np.zeros(d), np.eye(d), found.cluster_centers_)
 
@@ -266,7 +265,7 @@ def _nearby_groups(groups: LocalClusters) -> Labels:
     fitted = np.arange(len(z))
     if len(z) > MAX_FITTED:
         fitted = np.random.default_rng(0).choice(len(z), MAX_FITTED, replace=False)
-    found = KMeans(MAX_JOINED, n_init=1, random_state=0).fit(z[fitted], sample_weight=groups.counts[fitted])
+    found = k_means(z[fitted], MAX_JOINED, 1, 0, groups.counts[fitted])
     return np.unique(found.predict(z), return_inverse=True)[1]
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.layout import Whole, size_text
+from fedrouter.layout import Whole, number_of, size_text
 from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
@@ -19,7 +19,7 @@ def show(report: Report, console: Console) -> None:
 
     for file in report.files:
         forms = ", ".join(f"{form}: {number}" for form, number in file["forms"].items())
-        line(f"{file['source']}: {file['num_rows']} rows ({forms})")
+        line(f"{file['source']}: {number_of(file['num_rows'], 'row')} ({forms})")
     table = Table("client", "rows", "steps per round")
     for client in report.clients:
         table.add_row(Text(client.name), str(client.num_rows), str(client.steps))
@@ -34,7 +34,7 @@ def show(report: Report, console: Console) -> None:
     for low, high, number in report.histogram:
         line(f"{low:>7}–{high:<7} {'█' * round(40 * number / most)} {number}")
     needed = ", ".join(f"{length} would hold {share}" for share, length in report.needed.items())
-    line(f"limit {report.limit}: {report.num_cut} rows are cut; {needed} of the rows")
+    line(f"limit {report.limit}: {number_of(report.num_cut, 'row')} cut; {needed} of the rows")
     sizes = _count(report.num_parameters), _count(report.adapter_parameters), size_text(report.memory_bytes)
     line("base {} parameters, each adapter {}; memory about {}".format(*sizes))
     line(

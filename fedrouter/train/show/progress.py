@@ -22,7 +22,8 @@ class TrainProgress:
             TextColumn("round {task.fields[round]}/" + str(rounds)),
             BarColumn(),
             TextColumn(
-                "{task.percentage:>3.0f} %  {task.fields[client]}  {task.fields[rate]:.0f} examples/s"
+                "{task.percentage:>3.0f} %  {task.fields[client]}  {task.fields[rate]:.0f} examples/s",
+                markup=False,
             ),
             TimeRemainingColumn(),
             console=console,
@@ -61,6 +62,7 @@ class TrainProgress:
             f"{self._rate():.0f} examples/s  {left:.0f} s left",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
         for c in result.clusters:
             where = f"round {result.number + 1}, {self._names[c.cluster]}"

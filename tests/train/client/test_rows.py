@@ -93,8 +93,8 @@ def test_answers_that_a_template_later_changes_get_their_own_rows(
     assert text(tok, rows[0]).endswith("<assistant><think>\n\n</think>\n\nFirst answer</s>")
     assert text(tok, rows[1]).count("<think>") == 1, "a thought opened by the prompt is not opened again"
     lines = "\n".join(tok.lines())
-    assert "1 conversations give one row per answer" in lines
-    assert "1 answers are trained after an empty" in lines
+    assert "one row per answer for 1 conversation:" in lines
+    assert "training 1 answer after an empty" in lines
 
 
 def test_tools_and_calls_are_rendered_and_learned(tokeniser: Callable[..., Tokeniser]) -> None:
@@ -152,7 +152,7 @@ def test_turns_that_a_template_hides_are_reported(tokeniser: Callable[..., Token
     tok = tokeniser(silent)
     tok.rows([Record((Turn("system", "Be."), *QUESTION), "x", where="rows.jsonl:4"), Record(QUESTION, "x")])
     assert next(line for line in tok.lines() if "system turn" in line).startswith(
-        "the chat template does not show the system turns of 1 rows (first: rows.jsonl:4)"
+        "the chat template does not show the system turns of 1 row (first: rows.jsonl:4)"
     )
 
 
@@ -190,12 +190,15 @@ def test_long_rows_are_cut_to_the_limit_and_reported(tokeniser: Callable[..., To
     assert "</s>" not in answer and long.startswith(answer.strip()), "a cut answer has no end token"
     assert [(row.cuts_prompt, row.cuts_answer) for row in rows] == [
         (True, False),
-        (False, True),
+        (True, True),
         (False, False),
     ]
     (line,) = tok.lines()
     longest = max(row.length for row in rows)
-    assert line.startswith("2 of 3 rows are longer than train.max_length = 40 tokens: 1 lose the beginning")
+    assert line.startswith(
+        "longer than train.max_length = 40 tokens: 2 of 3 rows; prompts that lose their beginning: 2, "
+        "answers that lose their end and end token: 1;"
+    )
     assert f"{longest} would hold 100%" in line
     assert "the base's context length = 30" in "".join(positions_lines(tokeniser, long))
 

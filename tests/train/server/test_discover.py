@@ -93,8 +93,12 @@ def test_the_unit_of_a_dimension_does_not_matter() -> None:
         np.testing.assert_array_equal(nearest(x, one)[0], nearest(other.vectors[client], two)[0])
 
 
-def test_equal_rows_give_a_usable_space() -> None:
-    space = discover(PullFederation({"a": np.repeat(blob(0, 1, 0), 40, axis=0)}, {}), AUTO, seed=0)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "settings", [AUTO, ClusterSettings.model_validate({"method": "kmeans", "local": 3, "global": 1})]
+)
+def test_equal_rows_give_a_usable_space(settings: ClusterSettings) -> None:
+    space = discover(PullFederation({"a": np.repeat(blob(0, 1, 0), 40, axis=0)}, {}), settings, seed=0)
     assert nearest(blob(0, 1, 0) * np.float32(1 + 1e-6), space)[1][0] < 1
 
 
