@@ -111,7 +111,7 @@ def join(
         If ``run`` is not a finished run of method fedrouter, a name is taken, or a client has too few rows.
     """
     config = _finished(run)
-    out = out or run.with_name("-".join([run.name, *sources, *moved]))
+    out = out or run.with_name("-".join([run.name, *sources, *moved]).replace("/", "-"))
     if both := sources.keys() & moved.keys():
         raise ConfigError(f"client {min(both)}: given with both --client and --moved; choose one")
     joiners = Joiners(*({n: _absolute(s) for n, s in sorted(given.items())} for given in (sources, moved)))
