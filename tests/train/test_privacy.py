@@ -142,7 +142,7 @@ def test_few_rows_beyond_are_not_revealed() -> None:
 
 
 def test_a_client_with_four_rows_is_refused_and_one_with_16_works() -> None:
-    with pytest.raises(DataError, match=r"4 rows; .* at least 5"):
+    with pytest.raises(DataError, match=r"4 rows in its data; .* at least 5"):
         Client("few", rows(0, 2), TaskEmbedder(), 0)
     members = [Client(f"c{i}", rows(i, 16, (TASKS[i % 2],)), TaskEmbedder(), 0) for i in range(8)]
     federation = Watched(members)

@@ -168,8 +168,8 @@ def test_names_and_thoughts_that_a_template_hides_are_reported_or_refused(
     tok = tokeniser(last=True)
     tok.rows([record])
     assert [line.partition(" (first: rows.jsonl:4)")[0] for line in tok.lines()] == [
-        "the chat template does not show the name of user turns of 1 rows",
-        "the chat template does not show the reasoning of assistant turns of 1 rows",
+        "the chat template does not show the name of user turns of 1 row",
+        "the chat template does not show the reasoning of assistant turns of 1 row",
     ]
     tok = tokeniser("{% for m in messages %}{{ m.name }}{{ m.reasoning }}{{ m.content }}{% endfor %}")
     (row,) = tok.rows([record])
