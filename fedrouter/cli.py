@@ -20,6 +20,7 @@ from fedrouter import __version__
 from fedrouter.cli_federation import client as client_app
 from fedrouter.cli_federation import federation as federation_app
 from fedrouter.errors import ConfigError, DataError, FedRouterError
+from fedrouter.layout import print_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,9 +124,7 @@ def train(
             f"interrupted; run the same command again to resume from the last finished round in {directory}"
         )
         raise typer.Exit(130) from None
-    console.print(
-        f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}", highlight=False, soft_wrap=True
-    )
+    print_line(console, f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}")
 
 
 @app.command()
@@ -183,11 +182,7 @@ def join(
     except KeyboardInterrupt:
         stderr.print("interrupted; run the same command again to resume from the last finished round")
         raise typer.Exit(130) from None
-    console.print(
-        f"bundle: {bundle.path}\non a running server: fedrouter reload URL {bundle.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_line(console, f"bundle: {bundle.path}\non a running server: fedrouter reload URL {bundle.path}")
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -331,8 +326,8 @@ def reload(
     changes = request_reload(url, bundle, _api_key(api_key_env), timeout_s)
     for change in ("loaded", "kept", "unloaded"):
         if changes[change]:
-            console.print(f"{change}: {', '.join(changes[change])}", highlight=False, soft_wrap=True)
-    console.print(f"{url} serves {changes['bundle']}", highlight=False, soft_wrap=True)
+            print_line(console, f"{change}: {', '.join(changes[change])}")
+    print_line(console, f"{url} serves {changes['bundle']}")
 
 
 @app.command("eval")
@@ -536,7 +531,7 @@ def probe(
         _print_json({"probes": found, "num_broken": len(broken)})
     else:
         for result in broken:
-            console.print(str(result), highlight=False, soft_wrap=True)
+            print_line(console, str(result))
         console.print(f"{len(results) - len(broken)} of {len(results)} probes hold", highlight=False)
     if broken:
         raise typer.Exit(1)
@@ -564,7 +559,7 @@ def report(
         from fedrouter.report import write_report
 
         page = write_report(run, data, base=base, embedder_url=embedder_url)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    print_line(console, f"report: {page}")
     if show:
         import webbrowser
 
@@ -580,7 +575,7 @@ def sign(
     from fedrouter.bundle import load_bundle, sign_bundle
 
     loaded = load_bundle(bundle_directory(bundle))
-    console.print(f"signed: {sign_bundle(loaded.path, key)}", highlight=False, soft_wrap=True)
+    print_line(console, f"signed: {sign_bundle(loaded.path, key)}")
 
 
 @app.command()
@@ -606,7 +601,7 @@ def push(
     if sign is not None:
         sign_bundle(loaded.path, sign)
     url = run(loaded, repo, private=private, revision=revision)
-    console.print(url, highlight=False, soft_wrap=True)
+    print_line(console, url)
 
 
 @app.command()
@@ -642,14 +637,13 @@ def demo(
         report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
     page = write_report(out, data or ["builtin:four-tasks"])
-    console.print(
+    print_line(
+        console,
         f"\nThe server has stopped. Report of this run: {page}\nNext:\n"
         f"  fedrouter serve {bundle.path}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
         f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
         f"  fedrouter inspect {out}\n"
         f"  fedrouter train --help                      # your own data: see README.md",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

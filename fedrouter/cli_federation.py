@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedrouter.layout import print_line
+
 console = Console(markup=False)
 
 federation = typer.Typer(
@@ -25,17 +27,13 @@ FederationDir = Annotated[Path, typer.Argument(help="The federation's directory.
 SiteDir = Annotated[Path, typer.Argument(help="The site's directory, made by client init.")]
 
 
-def _print_line(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
-
-
 @federation.command()
 def setup() -> None:
     """Install Flower into a separate environment; needed once on the server and on every site."""
     from fedrouter.train.flower.environment import VERSION
     from fedrouter.train.flower.environment import setup as make
 
-    _print_line(f"Flower {VERSION} is in {make()}")
+    print_line(console, f"Flower {VERSION} is in {make()}")
 
 
 @federation.command("init")
@@ -56,11 +54,12 @@ def init_federation(
     from fedrouter.train.flower.federation import make_directory
 
     made = make_directory(directory, host, port, control_port)
-    _print_line(
+    print_line(
+        console,
         f"{directory / 'federation.toml'}: add each site's public key under [clients]\n"
         f"{directory / 'ca.crt'}: a TRIAL CA, valid for {DAYS} days; give it to every site. "
         "In production replace ca.crt, server.crt and server.key with your own\n"
-        f"serve it: fedrouter federation serve {directory}\nwhich runs: {shlex.join(made.superlink())}"
+        f"serve it: fedrouter federation serve {directory}\nwhich runs: {shlex.join(made.superlink())}",
     )
 
 
@@ -117,10 +116,11 @@ def init_client(
     key = (
         name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
     )  # as TOML wants
-    _print_line(
+    print_line(
+        console,
         f"{made.directory / 'site.toml'}: paths of the data and the base, and the site's policy\n"
         f"put the federation's ca.crt beside it, and give the federation's operator this line:\n"
-        f'{key} = "{public}"'
+        f'{key} = "{public}"',
     )
 
 
@@ -131,7 +131,7 @@ def check(directory: SiteDir) -> None:
     from fedrouter.train.client.site_files import revealed
 
     for line in revealed(load_site(directory)):
-        _print_line(line)
+        print_line(console, line)
 
 
 @client.command()
@@ -147,4 +147,4 @@ def run(directory: SiteDir) -> None:
     try:
         run_site(site, resident, console)
     except KeyboardInterrupt:
-        _print_line(f"client {site.settings.name}: has left")
+        print_line(console, f"client {site.settings.name}: has left")

@@ -166,13 +166,14 @@ def resolve_paths(values: dict[str, Any], directory: Path) -> None:
     places = {
         "base": ("model", "chat_template"),
         "data": ("source",),
-        "embedder": ("model", "cache"),
+        "embedder": ("model",),
         "routing": ("probes",),
     }
     for section, keys in places.items():
         table = values.get(section)
         if isinstance(table, dict) and table.get("kind") != "endpoint":  # its model is no path
-            table.update({key: resolve(table[key]) for key in keys if table.get(key, "alpaca") != "alpaca"})
+            given = {key: table[key] for key in keys if key in table}
+            table |= {key: resolve(name) for key, name in given.items() if name != "alpaca"}  # built in
     match values:
         case {"embedder": {"cache": str(cache)}}:
             values["embedder"]["cache"] = str((directory / cache).resolve())

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories."""
+"""Files of runs: atomic writes, checked directories, JSON that names the file if it is damaged."""
 
 import json
 import os

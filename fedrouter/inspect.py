@@ -12,7 +12,7 @@ from fedrouter.bundle import Bundle, load_bundle
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import DataError
 from fedrouter.files import read_json, read_json_lines
-from fedrouter.layout import Whole
+from fedrouter.layout import Whole, print_line
 from fedrouter.layout import show as show_whole
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -90,7 +90,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _show_run(run: dict[str, Any], console: Console) -> None:
     def line(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, text)
 
     config = run["config"]
     base = config["base"]["model"]
@@ -115,7 +115,7 @@ def _show_run(run: dict[str, Any], console: Console) -> None:
 
 def _show_bundle(bundle: dict[str, Any], console: Console) -> None:
     def line(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, text)
 
     embedder = bundle["embedder"]
     line(f"bundle {bundle['path']}")

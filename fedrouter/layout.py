@@ -49,6 +49,11 @@ def show(console: Console, content: RenderableType) -> None:
     console.print(content, crop=False)
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print text as it is: no markup (it contains names from data), no highlighting, no wrapping."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def number_of(number: int, noun: str) -> str:
     """Return a number and a noun, with an s unless the number is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -19,6 +19,9 @@ AdapterState = Mapping[str, Array]
 """LoRA tensors by PEFT's names (``base_model.model…lora_A.weight``), float32."""
 
 
+A_NAME = f"expected a printable name on one line, up to {MAX_LABEL} characters"
+
+
 def is_label(text: str) -> bool:
     """Return whether a text can name a task or a client: printable, one line, at most ``MAX_LABEL`` long."""
     return text.isprintable() and 0 < len(text) <= MAX_LABEL

@@ -29,7 +29,7 @@ LAYERS = (
         "stacked",
     },
     {"train", "serve", "evaluate"},
-    {"cli", "cli_federation", "demo", "experiment", "inspect", "push", "replay", "report", "__main__"},
+    {"cli", "cli_federation", "experiment", "inspect", "push", "replay", "report", "__main__"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 APART = LAYERS[2]  # these never import each other, because the bundle on disk is their only interface

@@ -13,9 +13,8 @@ from pydantic_core import from_json
 
 from fedrouter.bundle.files import MIB, first_problem, read, shown
 from fedrouter.bundle.probes import PROBES
-from fedrouter.data import MAX_LABEL, is_label
 from fedrouter.errors import BundleError
-from fedrouter.types import BaseSpec, EmbedderSpec, Guarantee, TaskCluster
+from fedrouter.types import MAX_LABEL, BaseSpec, EmbedderSpec, Guarantee, TaskCluster, is_label
 
 SCHEMA_VERSION = 2
 MANIFEST, ROUTER, CHAT_TEMPLATE = "manifest.json", "router.safetensors", "chat_template.jinja"

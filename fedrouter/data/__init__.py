@@ -19,18 +19,16 @@ from fedrouter.data.forms import IN_COMMAND, IN_CONFIG, IN_SITE, NAMES, Reading
 from fedrouter.data.readers import Row, read_rows, suffix_of
 from fedrouter.data.tables import hub_rows, is_saved, parquet_rows, refuse_split, saved_rows
 from fedrouter.errors import ConfigError, DataError
-from fedrouter.types import MAX_LABEL, Record, is_label
+from fedrouter.types import Record
 
 __all__ = [
     "IN_COMMAND",
     "IN_CONFIG",
     "IN_SITE",
-    "MAX_LABEL",
     "NAMES",
     "Read",
     "Reading",
     "builtin_records",
-    "is_label",
     "load_records",
     "read_source",
 ]

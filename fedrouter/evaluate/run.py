@@ -28,6 +28,7 @@ from fedrouter.evaluate.scores import (
     score,
     scores_by,
 )
+from fedrouter.layout import print_line
 
 ORACLE = "oracle"  # pseudo model name for the adapter of the record's task
 
@@ -159,7 +160,7 @@ def evaluate(
                 seconds = time.perf_counter() - started_s
                 reports.append(_summarise(model, records, answers, task_adapters, seconds))
                 if console is not None:
-                    console.print(_line(reports[-1]), markup=False, highlight=False, soft_wrap=True)
+                    print_line(console, _line(reports[-1]))
             return Report(endpoint.url, settings, _versions(), tuple(reports))
 
     return asyncio.run(run())

@@ -26,6 +26,7 @@ from fedrouter.experiment.report import PAGE, write_report
 from fedrouter.experiment.results import RESULTS, Line, read_results, write_results
 from fedrouter.experiment.settings import Settings
 from fedrouter.files import check_directory
+from fedrouter.layout import print_line
 from fedrouter.serve.checks import free_port
 from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.machine import device_and_dtype
@@ -71,11 +72,11 @@ def run_experiment(
         for cell, line in finished:
             if isinstance(line, str):
                 failed[cell.key] = line
-                console.print(f"{cell.key}: {line}", highlight=False, soft_wrap=True, markup=False)
+                print_line(console, f"{cell.key}: {line}")
                 continue
             lines[cell.key] = line
             write_results(file, lines)
-            console.print(_summary(line), highlight=False, soft_wrap=True, markup=False)
+            print_line(console, _summary(line))
 
     with _pool(jobs) as pool:
         search = search_of(settings, cells)
@@ -88,7 +89,7 @@ def run_experiment(
                 losses[cell.world, cell.method][cell.rate] = found
         work([with_rate(settings, cell, losses[cell.world, cell.method]) for cell in cells], pool)
     write_report(settings, lines, out)
-    console.print(f"report: {out / PAGE}", highlight=False, soft_wrap=True)
+    print_line(console, f"report: {out / PAGE}")
     if failed:
         first = next(iter(failed))
         raise TrainingError(

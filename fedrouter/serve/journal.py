@@ -195,7 +195,7 @@ def _entry(
         "id": key,
         "prompt": number,
         "bundle": routing.digest[:12],
-        "embedder": routing.bundle.embedder.digest,
+        "embedder": routing.embedder_digest,
         "caller": caller.client,
         "tenant": caller.tenant,
         "adapter": decision.model,

@@ -77,6 +77,7 @@ class Routing:
             timeout_s=self.limits.routing_timeout_s,
         )
         self.digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+        self.embedder_digest = bundle.embedder.digest
         flat = bundle.space.map
         self.map = flat_map(bundle.space.centroids) if flat is None else flat  # (m, 2)
         self._onto_map = bundle.space.transform @ self.map

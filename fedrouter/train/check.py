@@ -150,9 +150,7 @@ def check_fit(config: Config, records: Mapping[str, Sequence[Record]]) -> None:
     if config.method == "oracle":
         for name, rows in records.items():
             check_labels(f"client {name}: method oracle", rows)
-    num = config.cluster.global_
-    if num == "auto" or config.method not in ("fedrouter", "clustered"):
-        num = 0
+    num = 0 if config.cluster.global_ == "auto" else config.cluster.global_
     if config.method == "clustered" and num > len(records):
         raise TrainingError(f"{num} groups but only {len(records)} clients; lower cluster.global")
     if config.method == "fedrouter":

@@ -34,7 +34,7 @@ from fedrouter.config import ClusterSettings, Config
 from fedrouter.config_file import read_resolved
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.files import check_directory, read_json
-from fedrouter.layout import number_of
+from fedrouter.layout import number_of, print_line
 from fedrouter.models import resolve_base
 from fedrouter.train.check import check_settings, tokenised
 from fedrouter.train.client.sources import load_sources
@@ -122,7 +122,7 @@ def join(
         raise TrainingError(f"{out} is not empty and holds no such join; choose another --out")
     if (out / "bundle").exists():
         names = ", ".join(joiners.sources)
-        console.print(f"{names}: joined already in {out}", highlight=False, soft_wrap=True)
+        print_line(console, f"{names}: joined already in {out}")
         return load_bundle(out / "bundle")
 
     bundle = load_bundle(run / "bundle")

@@ -19,6 +19,7 @@ from fedrouter.config import Config
 from fedrouter.embed import Embedder, HiddenStateEmbedder, chosen_spec, load_embedder
 from fedrouter.errors import FedRouterError
 from fedrouter.files import write_atomically
+from fedrouter.layout import print_line
 from fedrouter.models import base_spec, load_base
 from fedrouter.train.client.client import Client
 from fedrouter.train.client.rows import Rendered, load_rows
@@ -60,7 +61,7 @@ class Session:
 
     def say(self, line: str) -> None:
         """Print one line without markup, highlighting or wrapping."""
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(self.console, line)
 
     def load(self, rendered: Rendered, recorded: EmbedderSpec | None = None) -> None:
         """Load the base model and the embedder: ``recorded`` by a bundle, or else chosen by the settings.

@@ -15,7 +15,7 @@ from rich.console import Console
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, DataError, FedRouterError, WireError
 from fedrouter.files import write_atomically
-from fedrouter.layout import number_of
+from fedrouter.layout import number_of, print_line
 from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
 from fedrouter.train.client.client import reason_of
@@ -243,7 +243,7 @@ class Resident:
         return member
 
     def _say(self, line: str) -> None:
-        self._console.print(f"client {self._name}: {line}", highlight=False, soft_wrap=True, markup=False)
+        print_line(self._console, f"client {self._name}: {line}")
 
 
 def _with_finite_loss(reply: Any) -> Any:

@@ -10,6 +10,7 @@ from fedrouter.layout import number_of
 from fedrouter.train.client.cluster import MAX_LOCAL
 from fedrouter.train.client.site import Site, load_site
 from fedrouter.train.wire.keys import load_public, new_key, public_text
+from fedrouter.types import A_NAME, is_label
 
 TEMPLATE = """\
 name = {name}  # as in the federation's roster
@@ -42,8 +43,8 @@ def make_site(directory: Path, name: str, source: str, server: str) -> tuple[Sit
     ConfigError
         If the name is invalid, or the directory already belongs to a site.
     """
-    if not data.is_label(name):
-        raise ConfigError(f"client {name!r}: expected a printable name on one line")
+    if not is_label(name):
+        raise ConfigError(f"client {name!r}: {A_NAME}")
     if (directory / "site.toml").exists():
         raise ConfigError(f"{directory} already belongs to a site; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)

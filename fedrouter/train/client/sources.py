@@ -9,7 +9,7 @@ from fedrouter.config import Config
 from fedrouter.errors import DataError
 from fedrouter.layout import number_of
 from fedrouter.partition import partition
-from fedrouter.types import Record
+from fedrouter.types import A_NAME, Record, is_label
 
 
 def load_clients(config: Config, say: data.Say = data.LOG.warning) -> dict[str, list[Record]]:
@@ -68,10 +68,8 @@ def load_sources(
         If a client has too few rows for ``privacy.min_cluster_size``, or an invalid name.
     """
     for name in sources:
-        if not data.is_label(name):
-            raise DataError(
-                f"client {name!r}: expected a printable name on one line, up to {data.MAX_LABEL} characters"
-            )
+        if not is_label(name):
+            raise DataError(f"client {name!r}: {A_NAME}")
     return _read_sources(sources, config, limit, say)[0]
 
 

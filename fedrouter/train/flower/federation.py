@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedrouter import data
 from fedrouter.config_file import fitted, read_toml
 from fedrouter.errors import ConfigError
 from fedrouter.files import write_atomically
@@ -14,6 +13,7 @@ from fedrouter.train.flower.certificates import make_trial
 from fedrouter.train.flower.environment import SIDECAR, program, run
 from fedrouter.train.server.remote import Waiting
 from fedrouter.train.wire.keys import PublicKey, load_public, public_text
+from fedrouter.types import A_NAME, is_label
 
 CONNECTION = "fedrouter"  # name of the superlink in Flower's configuration
 
@@ -95,8 +95,8 @@ class Directory:
             raise ConfigError(f"{self.path / 'federation.toml'}: no clients; add each site's public key")
         found = {}
         for name, text in self.settings.clients.items():
-            if not data.is_label(name):
-                raise ConfigError(f"client {name!r}: expected a printable name on one line")
+            if not is_label(name):
+                raise ConfigError(f"client {name!r}: {A_NAME}")
             try:
                 found[name] = load_public(text)
             except ConfigError as error:

@@ -13,6 +13,7 @@ from types import FrameType
 from rich.console import Console
 
 from fedrouter.files import write_atomically
+from fedrouter.layout import print_line
 from fedrouter.train.client.resident import Resident
 from fedrouter.train.client.site import Site
 from fedrouter.train.flower.environment import SIDECAR, program, start, stop
@@ -60,7 +61,7 @@ def run_site(site: Site, resident: Resident, console: Console) -> None:
 
     def say(line: str) -> None:
         text = f"client {site.settings.name}: {line}"
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, text)
 
     say(f"connecting to {site.settings.server}; Flower's log is {home / 'site.log'}")
     with (

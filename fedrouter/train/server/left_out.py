@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedrouter.errors import ClientError, TrainingError
 from fedrouter.files import write_atomically
+from fedrouter.layout import print_line
 from fedrouter.train.disk.metrics import read_left_out
 from fedrouter.train.federation import Federation
 
@@ -82,4 +83,4 @@ class LeftOut:
     def _say(self, reasons: Mapping[str, str], status: str) -> None:
         for client, reason in reasons.items():
             text = f"client {client} {status}: {reason}"
-            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            print_line(self._console, text)

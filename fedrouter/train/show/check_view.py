@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedrouter.layout import Whole, number_of, size_text
+from fedrouter.layout import Whole, number_of, print_line, size_text
 from fedrouter.layout import show as show_whole
 from fedrouter.train.check import Report, ShownRow
 
@@ -15,7 +15,7 @@ def show(report: Report, console: Console) -> None:
     """Print a report: files, clients, rows as the model sees them, lengths, costs, revealed data."""
 
     def line(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, text)
 
     for file in report.files:
         forms = ", ".join(f"{form}: {number}" for form, number in file["forms"].items())

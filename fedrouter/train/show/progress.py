@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedrouter.layout import print_line
 from fedrouter.train.state import RoundResult
 from fedrouter.types import TrainFailure, TrainReply
 
@@ -57,18 +58,16 @@ class TrainProgress:
         losses = "  ".join(
             f"{self._names[c.cluster]} {'-' if c.loss is None else f'{c.loss:.3f}'}" for c in result.clusters
         )
-        self._console.print(
+        print_line(
+            self._console,
             f"round {result.number + 1}/{self._rounds}  loss: {losses}  "
             f"{self._rate():.0f} examples/s  {left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
         )
         for c in result.clusters:
             where = f"round {result.number + 1}, {self._names[c.cluster]}"
             for client, reason in c.refused.items():
                 text = f"{where}: nothing from client {client} was used: {reason}"
-                self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+                print_line(self._console, text)
         self._bar.update(self._task, round=min(result.number + 2, self._rounds))
 
     def _rate(self) -> float:

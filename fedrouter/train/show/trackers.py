@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.errors import ConfigError, TrainingError, first_line
+from fedrouter.layout import print_line
 from fedrouter.train.state import ClusterRound, RoundResult
 
 
@@ -103,7 +104,7 @@ class Trackers:
             except Exception as error:  # a tracker that is down must not end a long run
                 del self._callbacks[name]
                 text = f"train.report_to {name}: left out from here on: {first_line(error)}"
-                self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+                print_line(self._console, text)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
