@@ -141,12 +141,25 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def test_one_adapter_for_all_is_fedavg(tmp_path: Path) -> None:
-    bundle = train(
-        load_config(None, [*SMALL, "cluster={}", "train.schedule=all", "method=fedavg"]),
-        tmp_path / "fedavg",
-        QUIET,
-    )
-    assert len(bundle.clusters) == 1
-    assert bundle.clusters[0].num_examples == 96
-    assert np.isfinite(bundle.clusters[0].radius)
+@pytest.mark.parametrize(
+    ("method", "more", "sizes"),
+    [
+        ("fedavg", [], [96]),
+        ("fedprox", ["train.proximal=0.1"], [96]),
+        ("local", [], [24] * 4),
+        ("feddpa", [], [24] * 4),
+        ("clustered", ["cluster.global=2"], [48, 48]),
+        ("oracle", ["cluster={}"], [24] * 4),
+    ],
+)
+def test_every_method_trains_to_a_bundle(
+    method: str, more: list[str], sizes: list[int], tmp_path: Path
+) -> None:
+    settings = [*SMALL, "cluster={}", f"method={method}", "lora.rank=4", *more]
+    bundle = train(load_config(None, settings), tmp_path / method, QUIET)
+    found = [cluster.num_examples for cluster in bundle.clusters]
+    assert sum(found) == sum(sizes)
+    assert len(found) == len(sizes)
+    assert all(np.isfinite(cluster.radius) for cluster in bundle.clusters)
+    rows = json.loads((tmp_path / method / "tsne.json").read_text())["clusters"]
+    assert set(rows) == {cluster.name for cluster in bundle.clusters}

@@ -98,9 +98,12 @@ class Client:
             self._set_records(records)
 
     def placed(self) -> tuple[Array, list[str | None], list[int]]:
-        """Return the rows' vectors (n, d), task labels and task clusters (-1: none), for local use only."""
+        """Return the rows' vectors (n, d), task labels and task clusters (-1: none), for local use only.
+
+        A row that also trains FedDPA's global adapter is in its client's task cluster.
+        """
         clusters = [-1] * len(self._records)
-        for cluster_, rows in self._rows.items():
+        for cluster_, rows in reversed(self._rows.items()):
             for row in rows:
                 clusters[row] = cluster_
         return self._vectors, self._tasks, clusters
