@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,10 @@ def run_experiment(
     failed: dict[str, str] = {}
 
     def work(todo: Sequence[Cell], pool: Pool) -> None:
+        for cell in todo:  # a longer search may have changed a cell's learning rate
+            if cell.rate not in (None, lines.get(cell.key, {}).get("learning_rate", cell.rate)):
+                del lines[cell.key]
+                shutil.rmtree(out / cell.key, ignore_errors=True)
         missing = [cell for cell in todo if cell.key not in lines]
         console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them done", highlight=False)
         finished = _in_parallel(settings, missing, out, pool)

@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Cell], set[str]]:
             best = {"fedrouter": 0.2, "fedavg": 0.1}[cell.method]
             line = {"world": "w", "method": cell.method, "learning_rate": cell.rate, "train_seconds": 1.0}
             return {**line, "key": cell.key, "loss": abs(cell.rate - best)}
-        return LINES[cell.key]
+        return {**LINES[cell.key], "learning_rate": cell.rate}
 
     monkeypatch.setattr(run, "run_cell", run_cell)
     return found, broken
@@ -63,6 +63,23 @@ def test_cells_get_the_rate_that_was_found_and_failures_are_tried_again(
     lines = run.run_experiment(SETTINGS, tmp_path, QUIET)
     assert [c.key for c in cells] == ["w/dual/fedavg/1"], "only what has no line yet"
     assert len(lines) == 16
+
+
+def test_cells_with_another_rate_than_the_longer_search_found_run_again(
+    asked: tuple[list[Cell], set[str]], tmp_path: Path
+) -> None:
+    cells, broken = asked
+    broken.clear()
+    lines = run.run_experiment(SETTINGS, tmp_path, QUIET)
+    for line in lines.values():
+        if line["method"] == "fedavg" and "loss" not in line:
+            line["learning_rate"] = 0.2
+    write_results(tmp_path / "results.jsonl", lines)
+    (tmp_path / "w/all/fedavg/1").mkdir(parents=True)
+    cells.clear()
+    run.run_experiment(SETTINGS, tmp_path, QUIET)
+    assert {(c.method, c.search) for c in cells} == {("fedavg", False)}
+    assert not (tmp_path / "w/all/fedavg/1").exists()
 
 
 def test_a_part_of_the_grid_keeps_the_lines_of_the_others(
