@@ -21,7 +21,7 @@ from fedrouter.serve.checks import free_port
 from fedrouter.serve.launch import Options, running_server
 from fedrouter.train.run import train
 
-FEDAVG = ["method=fedavg", "cluster={}", "train.schedule=all"]  # refuses schedule "one"
+FEDAVG = ["method=fedavg", "cluster={}"]
 
 
 def main() -> None:

@@ -41,13 +41,12 @@ from fedrouter.train.run import train
 from fedrouter.types import Record
 
 METHODS = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")
-VARIANTS = {"fedrouter-exact": ["aggregate.method=exact"], "fedrouter-one": ["train.schedule=one"]}
+VARIANTS = {"fedrouter-exact": ["aggregate.method=exact"], "fedrouter-all": ["train.schedule=all"]}
 OWN = {"fedprox": ["train.proximal=0.1"], **VARIANTS}
 SETTINGS = [
     "train.rounds=3",
     "train.steps=12",
     "train.batch_size=4",
-    "train.schedule=all",
     "routing.fallback=nearest",
 ]
 PER_TASK = 60  # test rows

@@ -92,7 +92,7 @@ def measure(mode: str, file: Path | None = None) -> dict[str, float]:
     settings += [
         f"data.num_clients={clients}",
         "data.num_per_task=400",
-        "train.schedule=all",  # the default of user configurations: both subsets in every round
+        "train.schedule=all",  # both subsets in every round
         f"train.rounds={2 if mode in ('8', 'threads', 'processes') else 1}",
         f"train.steps={STEPS // clients}",
     ]

@@ -201,9 +201,9 @@ class TrainSettings(_Section):
     """Optimizer steps per client and round, divided among its subsets by size."""
     epochs: int | None = Field(None, ge=1)
     """Passes over each of a client's subsets per round; replaces ``steps``."""
-    schedule: Literal["all", "one"] = "all"
-    """``all``: a client trains all of its subsets in every round; ``one``: one subset per round, in turn (the
-    paper's reference code)."""
+    schedule: Literal["turns", "all"] = "turns"
+    """How a client divides its steps: ``turns``: all steps of a round to one subset, in turn, as in the
+    paper's code, more often to larger subsets; ``all``: to all subsets in every round, as ``epochs`` does."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients that takes part in a round, drawn again for each round; at least one client."""
     validation: float = Field(0.0, ge=0, le=0.5)
@@ -241,6 +241,12 @@ class TrainSettings(_Section):
     def step_size(self) -> int:
         """Rows per optimizer step."""
         return self.batch_size * self.gradient_accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Steps per client and round; with ``epochs`` they depend on the rows."""
+        assert self.steps is not None, "train.epochs is set"
+        return self.steps
 
     @model_validator(mode="before")
     @classmethod
@@ -364,6 +370,12 @@ class Config(_Section):
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a client may train only some of its subsets in a round."""
+        several = self.method in ("fedrouter", "oracle", "feddpa")
+        return several and self.train.schedule == "turns" and self.train.epochs is None
+
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":
         method = self.method
@@ -390,8 +402,6 @@ class Config(_Section):
             raise ValueError("method fedprox needs train.proximal above 0; 0.01 to 1 are common")
         if method in ("fedavg", "local") and self.train.proximal:
             raise ValueError(f"method {method} does not use train.proximal; remove it, or use method fedprox")
-        if method not in ("fedrouter", "oracle", "feddpa") and self.train.schedule == "one":
-            raise ValueError(f'method {method} gives each client one subset; set train.schedule to "all"')
         if method == "clustered" and (
             self.train.participation < 1 or self.cluster.warmup >= self.train.rounds
         ):
@@ -420,6 +430,11 @@ class Config(_Section):
             raise ValueError(
                 "train.stacked trains A and B of one rank on an unquantised base; remove it, or remove "
                 "lora.ranks, lora.freeze_a and base.quantization"
+            )
+        if self.aggregate.robust != "none" and self.takes_turns:
+            raise ValueError(
+                "aggregate.robust compares the clients that train a task cluster in the same round; "
+                'set train.schedule to "all", so that all of them do'
             )
         if self.lora.ranks and self.aggregate.robust != "none":
             raise ValueError("aggregate.robust needs adapters of one rank; remove it or lora.ranks")

@@ -120,11 +120,11 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) ->
     [
         (["method=local", "aggregate.method=exact"], "method local does not aggregate"),
         (["method=fedprox"], "needs train.proximal above 0"),
+        (["aggregate.robust=median"], 'set train.schedule to "all"'),
         (
             ["method=fedavg", "train.proximal=0.1"],
             "does not use train.proximal; remove it, or use method fedprox",
         ),
-        (["method=fedavg", "train.schedule=one"], "method fedavg gives each client one subset"),
         (["method=clustered", "train.participation=0.5"], "needs every client in its warm-up"),
         (["method=clustered", "cluster.warmup=10"], "needs every client in its warm-up"),
         (["method=local", "routing.fallback=generalist"], "method local has no generalist"),
@@ -132,12 +132,12 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, reason: str) ->
 )
 def test_options_that_do_not_belong_to_the_method_are_refused(overrides: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        load_config(None, ["cluster={}", "train.schedule=all", *overrides])
+        load_config(None, ["cluster={}", *overrides])
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", "clustered", "feddpa", "oracle"])
 def test_every_method_runs_on_the_built_in_federation_with_a_few_settings(method: str) -> None:
-    changes = [f"method={method}", "cluster={}", "train.schedule=all"]
+    changes = [f"method={method}", "cluster={}"]
     assert load_config(None, changes).method == method
 
 

@@ -91,6 +91,11 @@ def check_secure(config: Config) -> None:
             f"secure_sum hides single updates from the server, but {', '.join(reasons)} needs them; "
             "change the setting or set secure_sum = false"
         )
+    if config.takes_turns:
+        raise ConfigError(
+            "secure_sum sums the sites that train a task cluster in the same round; "
+            'set train.schedule to "all", so that all of them do'
+        )
 
 
 def plan(config: Config) -> str:

@@ -10,7 +10,8 @@ from rich.console import Console
 from fedrouter.builtin.tasks import TASKS, generate
 from fedrouter.bundle import load_bundle
 from fedrouter.config import Config
-from fedrouter.train.federate import train_remote
+from fedrouter.errors import ConfigError
+from fedrouter.train.federate import check_secure, train_remote
 from fedrouter.train.run import train
 from fedrouter.train.server.remote import Waiting
 
@@ -58,3 +59,20 @@ def test_a_remote_run_gives_the_bundle_of_a_local_run(data: Path, tmp_path: Path
         assert [line["kinds"] for line in lines if line["way"] == "in"][:2] == [["Hello"], ["Summarise"]]
         assert sum(line["way"] == "out" for line in lines) == sum(line["way"] == "in" for line in lines)
     assert load_bundle(remote.path).clusters
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"aggregate": {"clip": 1.0}}, "aggregate.clip"),
+        ({"method": "local"}, "method local"),
+        ({}, 'set train.schedule to "all"'),
+    ],
+)
+def test_a_secure_sum_refuses_settings_that_need_single_updates(
+    changes: dict[str, object], reason: str, data: Path
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_secure(config(data, **changes))
+    check_secure(config(data, method="fedavg"))
+    check_secure(config(data, train={"schedule": "all"}))

@@ -1,9 +1,10 @@
 """The round loop; reaches clients only through the ``Federation`` interface."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -194,22 +195,63 @@ def requests_of(
 
 def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, number: int) -> list[Planned]:
     """Return which client trains which adapter in a round, and for how many steps; deterministic."""
-    first = first_turns(assignments) if settings.schedule == "one" else {}
+    drawn = [
+        {a.client for a in participants(assignments, settings.participation, seed, i)}
+        for i in range(settings.rounds)
+    ]
+    first = first_turns(assignments)
     planned: list[Planned] = []
-    for assignment in participants(assignments, settings.participation, seed, number):
-        subsets = assignment.subsets
-        if settings.schedule == "one":
-            subsets = (subsets[(first[assignment.client] + number) % len(subsets)],)
-        if settings.epochs is None:
-            assert settings.steps is not None, "the configuration refuses this"
-            steps = share([s.num_examples for s in subsets], settings.steps)
+    for assignment in assignments:
+        name, subsets = assignment.client, assignment.subsets
+        if name not in drawn[number]:
+            continue
+        sizes = tuple(s.num_examples for s in subsets)
+        if settings.epochs is not None:
+            trained = [n - num_validation(n, settings.validation) for n in sizes]
+            steps = {i: settings.epochs * math.ceil(n / settings.step_size) for i, n in enumerate(trained)}
+        elif settings.schedule == "turns" and len(subsets) > 1:
+            own = [i for i, names in enumerate(drawn) if name in names]
+            steps = turns(sizes, len(own), settings.num_steps, first[name])[own.index(number)]
         else:
-            trained = [s.num_examples - num_validation(s.num_examples, settings.validation) for s in subsets]
-            steps = [settings.epochs * math.ceil(rows / settings.step_size) for rows in trained]
-        planned += [
-            Planned(assignment.client, s.cluster, n) for s, n in zip(subsets, steps, strict=True) if n
-        ]
+            steps = dict(enumerate(share(sizes, settings.num_steps)))
+        planned += [Planned(name, subsets[i].cluster, n) for i, n in sorted(steps.items())]
     return planned
+
+
+@cache
+def turns(sizes: tuple[int, ...], rounds: int, steps: int, first: int) -> list[dict[int, int]]:
+    """Deal a client's steps to few subsets per round, so that each update goes far.
+
+    The mean of several clients' updates goes no further than each of them went: if four clients give each of
+    their two subsets ten steps, both adapters move by ten steps; if they take turns, by twenty. Each subset
+    gets its share of all steps, by size, in few rounds, evenly spaced, but in at least two, since the
+    learning rate falls from round to round.
+
+    Parameters
+    ----------
+    sizes : rows of each subset.
+    rounds : number of the client's rounds.
+    steps : steps per round.
+    first : the subset that begins.
+
+    Returns
+    -------
+    steps by subset, for each round.
+    """
+    visits = [min(rounds, max(2, n)) for n in share(sizes, rounds, least=0)]
+    length = [size / sum(sizes) * rounds / n for size, n in zip(sizes, visits, strict=True)]  # in rounds
+    order = sorted(
+        ((j + 0.5) / n, (i - first) % len(sizes), i) for i, n in enumerate(visits) for j in range(n)
+    )
+    queue = [i for *_, i in order]
+    ends = np.cumsum([length[i] for i in queue])
+    dealt: list[dict[int, float]] = [defaultdict(float) for _ in range(rounds)]
+    for i, end in zip(queue, ends, strict=True):
+        dealt[int(end - length[i] / 2)][i] += length[i]
+    for number, now in enumerate(dealt):
+        if not now:  # between the middles of two visits longer than a round
+            now[queue[int(np.searchsorted(ends, number + 0.5))]] = 1.0
+    return [dict(zip(now, share(list(now.values()), steps), strict=True)) for now in dealt]
 
 
 def first_turns(assignments: Sequence[Assignment]) -> dict[str, int]:
@@ -243,12 +285,19 @@ def cosine(number: int, settings: TrainSettings) -> float:
     return end + (settings.learning_rate - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def share(sizes: Sequence[int], total: int) -> list[int]:
-    """Split ``total`` steps in proportion to ``sizes``, by the largest-remainder method."""
+def share(sizes: Sequence[float], total: int, least: int = 1) -> list[int]:
+    """Split ``total`` steps in proportion to ``sizes``, by the largest-remainder method.
+
+    Nobody gets fewer than ``least`` steps, even if there are then more than ``total``.
+    """
     exact = np.asarray(sizes) / sum(sizes) * total
     steps = np.floor(exact).astype(int)
     for i in np.argsort(steps - exact, kind="stable")[: total - steps.sum()]:
         steps[i] += 1
+    for i in np.flatnonzero(steps < least):
+        largest = np.argmax(steps)
+        taken = max(0, min(least - steps[i], steps[largest] - least))
+        steps[i], steps[largest] = least, steps[largest] - taken
     return [int(n) for n in steps]
 
 

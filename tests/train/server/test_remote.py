@@ -329,7 +329,8 @@ def test_secure_rounds_equal_plain_rounds_and_a_single_update_is_refused(tmp_pat
         wire = Wire(places, plan=hello(secure))
         wire.federation.members()
         found = group(wire.federation, CONFIG, adapter(0), DIM)
-        rounds = list(run_rounds(wire.federation, found.assignments, found.state, CONFIG))
+        config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"schedule": "all"})})
+        rounds = list(run_rounds(wire.federation, found.assignments, found.state, config))
         assert [c.refused for r in rounds for c in r.clusters] == [{}] * sum(len(r.clusters) for r in rounds)
         ends.append(rounds[-1].state)
     for one, other in zip(*(state.adapters for state in ends), strict=True):

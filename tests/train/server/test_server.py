@@ -1,4 +1,5 @@
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fedrouter.config import AggregateSettings, Config, TrainSettings
 from fedrouter.train.disk.checkpoint import latest_checkpoint, save_checkpoint
 from fedrouter.train.lora import cut, distance, rank_of
-from fedrouter.train.server.loop import Planned, cosine, plan, run_rounds, share
+from fedrouter.train.server.loop import Planned, cosine, plan, run_rounds, share, turns
 from fedrouter.train.state import ClusterRound, fresh_state
 from fedrouter.types import (
     AdapterState,
@@ -36,7 +37,7 @@ def subset(cluster: int, num: int) -> Subset:
 
 @given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), total=st.integers(1, 200))
 def test_steps_are_split_exactly_and_in_proportion(sizes: list[int], total: int) -> None:
-    steps = share(sizes, total)
+    steps = share(sizes, total, least=0)
     assert sum(steps) == total
     for size, own in zip(sizes, steps, strict=True):
         assert abs(own - total * size / sum(sizes)) < 1
@@ -177,21 +178,20 @@ def test_robust_options_withstand_a_lying_client(option: dict[str, object]) -> N
             Lying({}, targets),
             assignments,
             fresh_state([adapter(9)]),
-            config(settings, rounds=20, steps=2),
+            config(settings, rounds=20, steps=2, schedule="all"),
         )
         return distance(target, last.state.adapters[0])
 
     assert far(**option) < 0.2 * distance(adapter(9), target) < far()
 
 
-def test_a_subset_too_small_for_a_step_does_not_train() -> None:
+@pytest.mark.parametrize("schedule", ["all", "turns"])
+def test_the_smallest_subset_trains_too(schedule: str) -> None:
     federation = PullFederation({}, {"a": adapter(0)})
     assignments = [Assignment("a", (subset(0, 1000), subset(1, 1)))]
-    start = adapter(9)
-    result = next(run_rounds(federation, assignments, fresh_state([start, start]), config(rounds=1, steps=4)))
-    assert [r.cluster for r in federation.requests] == [0]
-    assert result.state.adapters[1] is start
-    assert pytest.approx(1.0) == result.clusters[0].loss
+    settings = config(rounds=1, steps=4, schedule=schedule)
+    list(run_rounds(federation, assignments, fresh_state([adapter(9)] * 2), settings))
+    assert [(r.cluster, r.steps) for r in federation.requests] == [(0, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("method", ["average", "exact"])
@@ -222,13 +222,60 @@ def test_a_client_of_lower_rank_trains_only_its_slices(method: str) -> None:
 
 def plans(num_rounds: int = 6, **train: object) -> list[list[Planned]]:
     assignments = [Assignment("a", (subset(0, 30), subset(1, 10))), Assignment("b", (subset(1, 9),))]
-    return [plan(assignments, TrainSettings(**train), 0, number) for number in range(num_rounds)]
+    settings = TrainSettings(rounds=num_rounds, **train)
+    return [plan(assignments, settings, 0, number) for number in range(num_rounds)]
 
 
-def test_the_schedule_uses_all_subsets_or_one_in_turn() -> None:
-    assert plans(2, steps=4) == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
-    turns = [[("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]]
-    assert plans(4, steps=4, schedule="one") == turns * 2
+def test_the_schedule_uses_all_subsets_or_takes_turns() -> None:
+    assert plans(2, steps=4, schedule="all") == [[("a", 0, 3), ("a", 1, 1), ("b", 1, 4)]] * 2
+    large, small = [("a", 0, 4), ("b", 1, 4)], [("a", 1, 4), ("b", 1, 4)]
+    assert plans(8, steps=4) == [large, large, small, large, large, large, small, large]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 10_000), min_size=2, max_size=12).map(tuple),
+    rounds=st.integers(1, 30),
+    steps=st.integers(1, 40),
+    data=st.data(),
+)
+def test_turns_use_every_round_and_every_subset(
+    sizes: tuple[int, ...], rounds: int, steps: int, data: st.DataObject
+) -> None:
+    dealt = turns(sizes, rounds, steps, data.draw(st.integers(0, len(sizes) - 1)))
+    assert len(dealt) == rounds
+    for now in dealt:
+        assert sum(now.values()) == max(steps, len(now))
+        assert min(now.values()) >= 1
+    for i, size in enumerate(sizes):
+        assert sum(i in now for now in dealt) >= min(2, rounds)
+        if rounds * steps >= 100 * len(sizes) and steps >= 2 * len(sizes):
+            got = sum(now.get(i, 0) for now in dealt) / (rounds * steps)
+            assert got == pytest.approx(size / sum(sizes), abs=0.25)
+
+
+@pytest.mark.parametrize(("num", "rounds"), [(2, 8), (4, 8), (3, 9), (5, 25)])
+def test_subsets_of_one_size_get_whole_rounds_in_turn(num: int, rounds: int) -> None:
+    dealt = turns((10,) * num, rounds, 15, 1)
+    assert dealt == [{(1 + number) % num: 15} for number in range(rounds)]
+
+
+def test_clients_drawn_for_some_rounds_take_turns_over_those() -> None:
+    assignments = [Assignment(name, (subset(0, 30), subset(1, 30))) for name in ("a", "b")]
+    settings = TrainSettings(rounds=20, steps=4, participation=0.5)
+    clusters = defaultdict(list)
+    for number in range(20):
+        for planned in plan(assignments, settings, 0, number):
+            clusters[planned.client].append(planned.cluster)
+    assert all(
+        a != b for turn in clusters.values() for a, b in itertools.pairwise(turn) if len(turn) % 2 == 0
+    )
+    assert sum(map(len, clusters.values())) == 20
+
+
+def test_nobody_is_left_without_a_step() -> None:
+    assert share([1000, 10, 10], 15) == [13, 1, 1]
+    assert share([10] * 4, 3) == [1, 1, 1, 1]
+    assert share([0.5, 0.25], 8) == [5, 3]
 
 
 def test_in_turn_clients_spread_over_the_task_clusters() -> None:
@@ -237,13 +284,13 @@ def test_in_turn_clients_spread_over_the_task_clusters() -> None:
         Assignment(f"c{i}", tuple(subset(cluster, 10) for cluster in pair)) for i, pair in enumerate(pairs)
     ]
     for number in range(4):
-        planned = plan(assignments, TrainSettings(steps=4, schedule="one"), 0, number)
+        planned = plan(assignments, TrainSettings(steps=4), 0, number)
         assert Counter(cluster for _, cluster, _ in planned) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
 def test_in_turn_clients_with_fewer_subsets_choose_first() -> None:
     assignments = [Assignment("a", (subset(0, 10), subset(1, 10))), Assignment("b", (subset(0, 10),))]
-    planned = plan(assignments, TrainSettings(steps=4, schedule="one"), 0, 0)
+    planned = plan(assignments, TrainSettings(steps=4), 0, 0)
     assert {client: cluster for client, cluster, _ in planned} == {"a": 1, "b": 0}
 
 
@@ -276,7 +323,7 @@ class Judged(PullFederation):
 def test_each_task_cluster_keeps_its_best_round_and_patience_ends_the_run(tmp_path: Path) -> None:
     losses = [[3.0, 3.0], [2.0, 1.0], [2.5, 1.5], [1.75, 1.25], [2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]
     assignments = [Assignment("a", (subset(0, 10), subset(1, 10)))]
-    settings = config(rounds=7, steps=4, validation=0.2, patience=2)
+    settings = config(rounds=7, steps=4, schedule="all", validation=0.2, patience=2)
     rounds = list(run_rounds(Judged(losses), assignments, fresh_state([adapter(8), adapter(9)]), settings))
     assert len(rounds) == 6, "no loss fell after round 3"
     assert [[c.validation for c in r.clusters] for r in rounds] == losses[:6]
