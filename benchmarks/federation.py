@@ -4,8 +4,9 @@
     benchmarks/federation.py rounds 4 16 64      # trains builtin:tiny: seconds per round, server memory
     python benchmarks/federation.py killed 30           # 30 rounds; kills a random site in every second one
 
-Prints a table, then one JSON line. ``exchange`` measures the fixed cost of an exchange; with the in-process
-engine it is a function call. Needs Flower's environment: ``fedrouter federation setup``.
+``exchange`` measures the fixed cost of an exchange, which is a function call in one process. All sites
+share this machine's cores: a SuperNode takes some 6 % of a core while it waits, and each message starts a
+process that imports Flower. Needs Flower's environment: ``fedrouter federation setup``.
 """
 
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import report
 from rich.console import Console
 
 from fedrouter.builtin.tasks import TASKS, generate
@@ -287,13 +289,42 @@ def main() -> None:
             for num in numbers
         ]
     else:
-        found = [{"what": "undisturbed", **trained(4, numbers[0])}]
-        found += [{"what": "killed", **trained(4, numbers[0], kill_every_second_round)}]
-    columns = list(found[0])
-    print("  ".join(f"{column:>14}" for column in columns))
+        found = [
+            {"what": "undisturbed", **trained(4, numbers[0])},
+            {"what": "a site killed every second round", **trained(4, numbers[0], kill_every_second_round)},
+        ]
+    report(f"federation_{mode}", {"results": found}, rows(mode, found))
+
+
+def rows(mode: str, found: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, bool | None]]:
+    """Return the table of measured and wanted values."""
+    table: list[tuple[str, str, str, bool | None]] = []
     for row in found:
-        print("  ".join(f"{row[column]!s:>14}" for column in columns))
-    print(json.dumps({"benchmark": f"federation {mode}", "load": os.getloadavg()[0], "results": found}))
+        sites, memory = f"{row['sites']} sites", f"{row['superlink_mib']} MiB"
+        if mode == "exchange":
+            seconds, fits = row["seconds"], row["seconds"] <= 5
+            table += [
+                (f"{sites}: seconds per exchange", f"{seconds}", "≤ 5", fits),
+                (f"{sites}: longest", f"{row['longest']}", "", None),
+            ]
+        elif mode == "rounds":
+            extra = row["round_s"] - row["in_process_s"]
+            table += [
+                (f"{sites}: seconds per round", f"{row['round_s']}", "", None),
+                (f"{sites}: in one process", f"{row['in_process_s']}", "", None),
+                (f"{sites}: more, as a share of 30 s", f"{extra / 30:.3f}", "≤ 0.1", extra <= 3),
+            ]
+        else:
+            table += [
+                (f"{row['what']}: seconds per round", f"{row['round_s']}", "", None),
+                (f"{row['what']}: updates missing", f"{row['refused']}", "", None),
+                (f"{row['what']}: validation loss", f"{row['loss']}", "", None),
+            ]
+        table.append((f"{row.get('what', sites)}: the superlink's memory", memory, "", None))
+    if mode == "killed":
+        ratio = found[1]["loss"] / found[0]["loss"]
+        table.append(("loss, killed ÷ undisturbed", f"{ratio:.4f}", "≤ 1.02", ratio <= 1.02))
+    return table
 
 
 if __name__ == "__main__":
