@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own layer and from lower layers.
 LAYERS = (
-    {"types", "config", "config_file", "errors", "files", "layout"},
+    {"types", "config", "config_file", "errors", "files", "layout", "plots"},
     {
         "builtin",
         "bundle",
@@ -48,7 +48,7 @@ HOMES = {
     "dp_accounting": "train.server.accountant",
     "faiss": "route",
     "trl": "train.client.sft",
-    "matplotlib": "report",
+    "matplotlib": ("plots", "report", "experiment"),
     "vllm": "serve",
     "prometheus_client": "serve",  # comes with vLLM
 }

@@ -9,6 +9,6 @@ results.py    lines of results on disk
 run.py        all cells in parallel, resumable
 compare.py    means over seeds, the best baseline, paired bootstrap
 tables.py     Markdown, LaTeX, CSV
-pictures.py   the paper's figures as SVG
+pictures.py   the paper's figures
 report.py     one page with tables and figures, and the paper's claims compared with the results
 """

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from fedrouter.errors import DataError
 from fedrouter.experiment import pictures
@@ -15,9 +17,10 @@ from fedrouter.experiment.results import METRICS, RESULTS, Line, read_results, w
 from fedrouter.experiment.settings import Settings
 from fedrouter.experiment.tables import Table, against_best, gain_text, tables, tidy
 from fedrouter.files import write_atomically
+from fedrouter.plots import STYLE, write_svg
 
 SETTINGS, PAGE = "experiment.json", "report.html"
-STYLE = """<!doctype html><meta charset="utf-8"><title>Experiment</title><style>
+HEAD = """<!doctype html><meta charset="utf-8"><title>Experiment</title><style>
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
 h2 { font-size: 1rem; margin: 2rem 0 .5rem }
 div, figure { overflow-x: auto }
@@ -70,12 +73,12 @@ def show_report(out: Path) -> Path:
 
 def _page(found: Sequence[Table], names: Sequence[str], figures: Path) -> str:
     """Return one HTML file without external resources."""
-    parts = [STYLE, "<h1>Experiment</h1>"]
+    parts = [HEAD, "<h1>Experiment</h1>"]
     for table in found:
         parts += [f"<h2>{escape(table.title)}</h2>", "<div><table>", _html_row("th", table.columns)]
         parts += [_html_row("td", row) for row in table.rows]
         parts.append("</table></div>")
-    parts += [f"<figure>{(figures / f'{name}.svg').read_text(encoding='utf-8')}</figure>" for name in names]
+    parts += [f"<figure>{_inline(figures / f'{name}.svg')}</figure>" for name in names]
     return "\n".join(parts) + "\n"
 
 
@@ -139,10 +142,15 @@ def claims(settings: Settings, results: Results) -> Table:
 
 def draw(settings: Settings, results: Results, out: Path) -> list[str]:
     """Draw all figures that there are results for; return their names."""
-    return list(_draw(settings, results, out))
+    names = []
+    with mpl.rc_context(STYLE):
+        for name, figure in _figures(settings, results):
+            write_svg(figure, out / f"{name}.svg")
+            names.append(name)
+    return names
 
 
-def _draw(settings: Settings, results: Results, out: Path) -> Iterator[str]:
+def _figures(settings: Settings, results: Results) -> Iterator[tuple[str, Figure]]:
     sizes: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for world, shown in settings.worlds.items():
         label, unit = shown.label or world, METRICS[shown.metric]
@@ -158,8 +166,7 @@ def _draw(settings: Settings, results: Results, out: Path) -> Iterator[str]:
                     seeds = prompts.mean(axis=1)
                     deviation = float(seeds.std(ddof=1)) if len(seeds) > 1 else math.nan
                     values[task][method] = float(seeds.mean()), deviation
-            pictures.bars(out / f"{world}-tasks.svg", f"{label}: single, scored on all tasks", values, unit)
-            yield f"{world}-tasks"
+            yield f"{world}-tasks", pictures.bars(f"{label}: single, scored on all tasks", values, unit)
         sent, losses, curves = {}, {}, {}
         for method in shown.methods or settings.methods:
             lines = results.of(world, "dual", method)
@@ -181,28 +188,23 @@ def _draw(settings: Settings, results: Results, out: Path) -> Iterator[str]:
                 curves[method] = [(float(n), score) for n, score in enumerate(lines[0]["curve"], start=1)]
             if lines[0].get("map"):
                 title = f"{label}: clients' prompts, t-SNE of their vectors"
-                pictures.embedding_map(out / f"{world}-map.svg", title, lines[0]["map"])
-                yield f"{world}-map"
+                yield f"{world}-map", pictures.embedding_map(title, lines[0]["map"])
             if shown.parameters and shown.metric == "rouge_1" and method in SIZES:
                 found = results.scores(world, "dual", native(method, "own", settings))
                 if found:
                     sizes[method].append((float(shown.parameters), found.mean))
         if sent:
             title = f"{label}: dual, MiB sent and received by all clients in a round"
-            pictures.bars(out / f"{world}-bytes.svg", title, {"": sent}, "MiB")
-            yield f"{world}-bytes"
+            yield f"{world}-bytes", pictures.bars(title, {"": sent}, "MiB")
         if losses:
             title = f"{label}: dual, validation loss over rounds"
-            pictures.lines(out / f"{world}-loss.svg", title, losses, "round", "nats per token")
-            yield f"{world}-loss"
+            yield f"{world}-loss", pictures.lines(title, losses, "round", "nats per token")
         if curves:
             title = f"{label}: dual, one seed, score over rounds"
-            pictures.lines(out / f"{world}-curve.svg", title, curves, "round", unit)
-            yield f"{world}-curve"
+            yield f"{world}-curve", pictures.lines(title, curves, "round", unit)
     if sizes and max(map(len, sizes.values())) > 1:
         title = "dual, own tests: score over the size of the base"
-        pictures.lines(out / "sizes.svg", title, sizes, "parameters", METRICS["rouge_1"], logarithmic=True)
-        yield "sizes"
+        yield "sizes", pictures.lines(title, sizes, "parameters", METRICS["rouge_1"], logarithmic=True)
 
 
 def _points(settings: Settings, results: Results, world: str, scenario: str) -> float | None:
@@ -213,6 +215,11 @@ def _points(settings: Settings, results: Results, world: str, scenario: str) -> 
     seeds = sorted(set(ours.seeds) & set(other.seeds))
     a, b = (results.scores(world, scenario, Asked(m, "global", "all"), seeds) for m in (OURS, "fedavg"))
     return 100 * (a.mean - b.mean) if a and b else None
+
+
+def _inline(file: Path) -> str:
+    """Return an SVG file without its XML header, to be part of a page."""
+    return "<svg" + file.read_text(encoding="utf-8").partition("<svg")[2]
 
 
 def _yes(reached: bool) -> str:

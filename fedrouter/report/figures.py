@@ -7,32 +7,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from fedrouter.plots import COLOURS, STYLE, colours, hide_axes, panels
 from fedrouter.report.gather import Facts
 
-COLOURS = ("#3568b8", "#d1495b", "#2a7f43", "#c08a00", "#0d8f9f", "#8e3b8a", "#7a5230", "#5b6770")
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#444444",
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#ececec",
-    "xtick.color": "#666666",
-    "ytick.color": "#666666",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.hashsalt": "fedrouter",  # makes files reproducible
-    "axes.prop_cycle": cycler(color=COLOURS),
-}
 DPI = 150
 MAX_NAMES = 12  # in a legend
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", COLOURS[0]])
@@ -74,8 +54,8 @@ def losses(facts: Facts) -> Figure | None:
     }
     if not with_loss:
         return None
-    figure, axes = _panels(1)
-    for (name, lines), colour in zip(sorted(with_loss.items()), _colours(len(with_loss)), strict=True):
+    figure, axes = panels(1)
+    for (name, lines), colour in zip(sorted(with_loss.items()), colours(len(with_loss)), strict=True):
         for key, style in (("loss", "-"), ("validation", "--")):
             points = [(line["round"] + 1, line[key]) for line in lines if line.get(key) is not None]
             if points:
@@ -92,16 +72,15 @@ def embeddings(facts: Facts) -> Figure | None:
     if facts.tsne is None:
         return None
     points = np.array(facts.tsne["points"])
-    figure, axes = _panels(2, height=4.4)
+    figure, axes = panels(2, height=4.4)
     for panel, key, title in zip(axes, ("tasks", "clusters"), ("by task", "by task cluster"), strict=True):
         labels = np.array([str(label or "–") for label in facts.tsne[key]])
         names = sorted(set(labels))
-        for name, colour in zip(names, _colours(len(names)), strict=True):
+        for name, colour in zip(names, colours(len(names)), strict=True):
             chosen = points[labels == name]
             panel.scatter(chosen[:, 0], chosen[:, 1], s=9, color=colour, alpha=0.75, linewidths=0, label=name)
-        panel.set(title=title, xticks=[], yticks=[])
-        panel.grid(visible=False)
-        panel.spines[:].set_visible(False)
+        panel.set_title(title)
+        hide_axes(panel)
         _legend(panel, len(names), below=True)
     return figure
 
@@ -114,7 +93,7 @@ def confusion(facts: Facts) -> Figure | None:
     names = sorted({name for task in tasks.values() for name in task.confusion})
     counts = np.array([[task.confusion.get(name, 0) for name in names] for task in tasks.values()])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, [axes] = _panels(1, height=1.3 + 0.42 * len(tasks))
+    figure, [axes] = panels(1, height=1.3 + 0.42 * len(tasks))
     axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(
         range(len(names)), [name or "(no text)" for name in names], rotation=20 if len(names) > 4 else 0
@@ -137,10 +116,10 @@ def calibration(facts: Facts) -> Figure | None:
     """Draw the cumulative distribution of distance ÷ radius of each task's test prompts."""
     if facts.routing is None:
         return None
-    figure, [axes] = _panels(1)
+    figure, [axes] = panels(1)
     shares = np.linspace(0, 1, 101)
     tasks = facts.routing.by_task
-    for (name, task), colour in zip(tasks.items(), _colours(len(tasks)), strict=True):
+    for (name, task), colour in zip(tasks.items(), colours(len(tasks)), strict=True):
         axes.plot(task.ratios, shares, "-" if task.known else "--", color=colour, label=name)
     axes.axvline(1, color="#999999", lw=1)
     if facts.routing.stated is not None:
@@ -162,7 +141,7 @@ def abstention(facts: Facts) -> Figure | None:
     """Draw the shares of rejected and correctly routed prompts over a factor on all radii."""
     if facts.routing is None:
         return None
-    figure, [axes] = _panels(1)
+    figure, [axes] = panels(1)
     factors = [step.factor for step in facts.routing.curve]
     lines: tuple[tuple[str, Sequence[float | None]], ...] = (
         ("known tasks rejected", [step.known_rejected for step in facts.routing.curve]),
@@ -187,7 +166,7 @@ def costs(facts: Facts) -> Figure | None:
     rounds = sorted({line["round"] for line in lines})
     sizes = [sum(line["num_bytes"] for line in lines if line["round"] == number) / 2**20 for number in rounds]
     seconds = [max(line["seconds"] for line in lines if line["round"] == number) for number in rounds]
-    figure, axes = _panels(2, height=2.6)
+    figure, axes = panels(2, height=2.6)
     for panel, values, unit in zip(
         axes, (sizes, seconds), ("MiB, to clients and back", "seconds"), strict=True
     ):
@@ -196,15 +175,6 @@ def costs(facts: Facts) -> Figure | None:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(visible=False, axis="x")
     return figure
-
-
-def _panels(number: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(8.2, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, number)))
-
-
-def _colours(number: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
 
 
 def _legend(axes: Any, number: int, below: bool = False) -> None:
