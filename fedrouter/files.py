@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,15 @@ def read_json(file: Path) -> Any:
         ) from error
 
 
-def read_json_lines(file: Path, key: str) -> list[dict[str, Any]]:
-    """Return the objects in a JSON Lines file of a run; every one has ``key``.
+def read_json_lines(
+    file: Path, *keys: str, more: Mapping[str, Collection[str]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the objects in a JSON Lines file of ours.
+
+    Parameters
+    ----------
+    keys : keys of every object.
+    more : keys of an object that has a certain key.
 
     Raises
     ------
@@ -104,7 +111,10 @@ def read_json_lines(file: Path, key: str) -> list[dict[str, Any]]:
             value = json.loads(line)
         except ValueError:
             value = None
-        if not isinstance(value, dict) or key not in value:
-            raise DataError(f"{file}:{number}: damaged: expected an object with {key}; remove the line")
+        if not isinstance(value, dict):
+            raise DataError(f"{file}:{number}: damaged: expected a JSON object; remove the line")
+        wanted = {*keys, *(name for key, names in (more or {}).items() if key in value for name in names)}
+        if missing := sorted(wanted - value.keys()):
+            raise DataError(f"{file}:{number}: damaged: lacks {', '.join(missing)}; remove the line")
         found.append(value)
     return found

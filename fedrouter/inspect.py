@@ -53,7 +53,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         If a line is damaged; names file and line.
     """
     file = run / "metrics.jsonl"
-    return read_json_lines(file, "round") if file.exists() else []
+    more = {"cluster": ("loss", "num_examples", "num_clients")}
+    return read_json_lines(file, "round", more=more) if file.exists() else []
 
 
 def show(path: Path, console: Console) -> None:

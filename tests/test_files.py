@@ -1,4 +1,4 @@
-"""Whether a directory can be written is known before anything is written into it."""
+"""Directories are checked before anything is written; damaged files are named."""
 
 import io
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from fedrouter.config import Config
-from fedrouter.errors import ConfigError
+from fedrouter.errors import ConfigError, DataError
 from fedrouter.files import check_directory
+from fedrouter.inspect import read_metrics
+from fedrouter.train.client.audit import Audit
 from fedrouter.train.run import train
 
 
@@ -32,3 +34,32 @@ def test_train_refuses_it_before_it_reads_the_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: Not a directory; choose another one"):
         train(Config(), tmp_path / "file" / "run", console)
     assert not said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"round": 1', "expected a JSON object"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "lacks round"),
+        ('{"round": 1, "cluster": "a", "loss": 0.5}', "lacks num_clients, num_examples"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "left_out": {}}\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"metrics.jsonl:2: damaged: {reason}"):
+        read_metrics(tmp_path)
+
+
+def test_the_audit_file_outlives_a_crash_within_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    Audit(file).write("in", ["Train"], b"abc", "run/0")
+    whole = file.read_text()
+    file.write_text(whole + whole[:20])
+    audit = Audit(file)
+    assert file.read_text() == whole
+    audit.write("out", ["TrainReply"], b"abcd", "run/0")
+    assert (Audit(file).num_requests, Audit(file).num_bytes) == (1, 4)
+    file.write_text("{}\n" + whole)
+    with pytest.raises(DataError, match=r"audit.jsonl:1: damaged: lacks bytes, time, way"):
+        Audit(file)

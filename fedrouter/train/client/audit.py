@@ -6,15 +6,22 @@ import os
 import time
 from pathlib import Path
 
+from fedrouter.files import read_json_lines
+
 
 class Audit:
     """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message.
 
-    A line is written before its message is sent.
+    A line is written before its message is sent, so a line that a crash cut off is of no message.
 
     Parameters
     ----------
     file : append-only; after a restart the day's totals are read from it.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged; names the line.
     """
 
     def __init__(self, file: Path):
@@ -22,8 +29,9 @@ class Audit:
         self._day, self.num_requests, self.num_bytes = "", 0, 0
         self._start_new_day()
         if file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                self._count(json.loads(line))
+            _drop_cut_line(file)
+            for entry in read_json_lines(file, "time", "way", "bytes"):
+                self._count(entry)
 
     def write(self, way: str, kinds: list[str], body: bytes, asked: str) -> None:
         """Append one message.
@@ -59,3 +67,9 @@ class Audit:
             size = entry["bytes"]
             assert isinstance(size, int)
             self.num_bytes += size if entry["way"] == "out" else 0
+
+
+def _drop_cut_line(file: Path) -> None:
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
