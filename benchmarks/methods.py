@@ -11,8 +11,8 @@ averaged over tasks:
 
 No setting was chosen on these test rows. ``fedprox`` uses μ = 0.1, the others their defaults. Prompts beyond
 every radius are routed to the nearest adapter, so that no method benefits from the base. A seed determines
-the clients' rows, initial adapters and batches. ``fedrouter-exact`` averages products; in ``fedrouter-one``
-clients train one subset per round in turn, as in the reference code. With ``--out`` runs are stored and can
+the clients' rows, initial adapters and batches. ``fedrouter-exact`` averages products; in ``fedrouter-all``
+clients train all their subsets in every round. With ``--out`` runs are stored and can
 be resumed.
 """
 
