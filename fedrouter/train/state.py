@@ -1,7 +1,10 @@
 """The state of a run: what each round passes to the next, and what a checkpoint holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from fedrouter.types import AdapterState, Assignment, RoutingSpace, TaskCluster
 
@@ -16,12 +19,19 @@ class Clustering:
     ended: tuple[str, ...] = ()  # names of former task clusters, never reused
 
 
+class Validation(NamedTuple):
+    """An adapter's loss on a client's validation rows."""
+
+    loss: float  # nats per token
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Best:
     """The round in which a task cluster's adapter had its lowest validation loss."""
 
     round: int  # from 0
-    loss: float
+    validation: Mapping[str, Validation]  # by client
     adapter: AdapterState
 
 
@@ -85,6 +95,12 @@ def fresh_state(adapters: Sequence[AdapterState]) -> RunState:
     """Return the state before the first round."""
     num = len(adapters)
     return RunState(0, tuple(adapters), ({},) * num, (None,) * num, (None,) * num)
+
+
+def mean_loss(validation: Mapping[str, Validation], clients: Collection[str]) -> float:
+    """Return the mean loss over the tokens of ``clients``, of which there is at least one."""
+    losses, weights = zip(*(validation[client] for client in sorted(clients)), strict=True)
+    return float(np.average(losses, weights=weights))
 
 
 def exhausted(state: RunState, patience: int | None) -> bool:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedrouter.files import partial_directory
-from fedrouter.train.state import Best, Clustering, RunState, Start
+from fedrouter.train.state import Best, Clustering, RunState, Start, Validation
 from fedrouter.types import AdapterState, Assignment, Member, RoutingSpace, TaskCluster
 
 
@@ -37,7 +37,7 @@ def save_checkpoint(
     record: dict[str, object] = {
         "clustering": digest,
         "losses": state.losses,
-        "best": [best and {"round": best.round, "loss": best.loss} for best in state.best],
+        "best": [best and {"round": best.round, "validation": best.validation} for best in state.best],
     }
     if clustering:
         space = clustering.space
@@ -109,10 +109,14 @@ def _state(path: Path, saved: Mapping[str, Any]) -> RunState:
         moments=tuple(_load_if_exists(path / f"moments-{k}.safetensors") for k in range(len(losses))),
         losses=losses,
         best=tuple(
-            best and Best(best["round"], best["loss"], load_file(path / f"best-{k}.safetensors"))
-            for k, best in enumerate(saved["best"])
+            best and _best(best, path / f"best-{k}.safetensors") for k, best in enumerate(saved["best"])
         ),
     )
+
+
+def _best(saved: Mapping[str, Any], adapter: Path) -> Best:
+    validation = {client: Validation(*found) for client, found in saved["validation"].items()}
+    return Best(saved["round"], validation, load_file(adapter))
 
 
 def _load_if_exists(file: Path) -> AdapterState:

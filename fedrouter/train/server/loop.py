@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -15,7 +15,15 @@ from fedrouter.train.lora import clip, cut, distance, rank_of
 from fedrouter.train.server.aggregate import aggregate
 from fedrouter.train.server.optimizer import server_step
 from fedrouter.train.server.screen import refusals
-from fedrouter.train.state import Best, ClusterRound, RoundResult, RunState, exhausted
+from fedrouter.train.state import (
+    Best,
+    ClusterRound,
+    RoundResult,
+    RunState,
+    Validation,
+    exhausted,
+    mean_loss,
+)
 from fedrouter.types import (
     AdapterState,
     Assignment,
@@ -73,19 +81,18 @@ def run_rounds(
             results.append(combined.result)
         best = state.best
         if config.train.validation:
-            validation = validate(federation, assignments, adapters)
-            best = tuple(
-                _better(*candidate, number) for candidate in zip(best, validation, adapters, strict=True)
-            )
-            results = [replace(result, validation=validation[result.cluster]) for result in results]
+            found = validate(federation, assignments, adapters)
+            best = tuple(_better(*pair, number) for pair in zip(best, found, adapters, strict=True))
+            means = [mean_loss(by_client, by_client) if by_client else None for by_client in found]
+            results = [replace(result, validation=means[result.cluster]) for result in results]
         state = RunState(number + 1, tuple(adapters), tuple(moments), tuple(losses), best)
         yield RoundResult(state, tuple(results))
 
 
 def validate(
     federation: Federation, assignments: Sequence[Assignment], adapters: Sequence[AdapterState]
-) -> list[float | None]:
-    """Return each adapter's mean loss on its clients' validation rows, weighted by tokens, nats per token."""
+) -> list[dict[str, Validation]]:
+    """Return each adapter's losses on its clients' validation rows, by client."""
     requests = [
         ValidationRequest(a.client, s.cluster, adapters[s.cluster]) for a in assignments for s in a.subsets
     ]
@@ -95,20 +102,27 @@ def validate(
         for reply in federation.validate(requests)
         if isinstance(reply, ValidationReply) and (reply.client, reply.cluster) in asked
     }
-    losses: list[float | None] = []
-    for k in range(len(adapters)):
-        group = [
-            r
-            for _, r in sorted(replies.items())
-            if r.cluster == k and r.num_tokens > 0 and math.isfinite(r.loss)
-        ]
-        weights = [reply.num_tokens for reply in group]
-        losses.append(float(np.average([r.loss for r in group], weights=weights)) if group else None)
-    return losses
+    found: list[dict[str, Validation]] = [{} for _ in adapters]
+    for (client, k), reply in replies.items():
+        if reply.num_tokens > 0 and math.isfinite(reply.loss):
+            found[k][client] = Validation(reply.loss, reply.num_tokens)
+    return found
 
 
-def _better(best: Best | None, loss: float | None, adapter: AdapterState, number: int) -> Best | None:
-    return Best(number, loss, adapter) if loss is not None and (best is None or loss < best.loss) else best
+def _better(
+    best: Best | None, found: Mapping[str, Validation], adapter: AdapterState, number: int
+) -> Best | None:
+    """Return the better of the best round and this one, judged by the clients that validated both.
+
+    A round in which the clients with the hardest rows are missing would otherwise look like the best.
+    """
+    if not found:
+        return best
+    if best is not None:
+        both = best.validation.keys() & found.keys()
+        if both and mean_loss(found, both) >= mean_loss(best.validation, both):
+            return best
+    return Best(number, found, adapter)
 
 
 def collect(

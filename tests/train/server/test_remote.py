@@ -117,7 +117,7 @@ def test_remote_rounds_equal_local_rounds(places: list[Place]) -> None:
     for mine, theirs in zip(*(state.adapters for state in ends), strict=True):
         assert all(mine[name].tobytes() == theirs[name].tobytes() for name in mine)
     assert ends[0].losses == ends[1].losses
-    assert [b.loss for b in ends[0].best if b] == [b.loss for b in ends[1].best if b]
+    assert [b.validation for b in ends[0].best if b] == [b.validation for b in ends[1].best if b]
 
 
 def test_unknown_clients_and_stolen_names_are_rejected(places: list[Place], tmp_path: Path) -> None:

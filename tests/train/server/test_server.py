@@ -308,6 +308,32 @@ def test_participation_draws_are_random_per_round_and_reproducible() -> None:
     assert plans(1, participation=0.01)[0], "at least one client takes part"
 
 
+class Absent(PullFederation):
+    """Its easy client validates every round, its hard one only some."""
+
+    def __init__(self, present: Sequence[int]):
+        super().__init__({}, {"easy": adapter(1), "hard": adapter(1)})
+        self.present, self.number = present, -1
+
+    def validate(self, requests: Sequence[ValidationRequest]) -> Iterator[ValidationReply | TrainFailure]:
+        self.number += 1
+        for request in requests:
+            if request.client == "easy" or self.number in self.present:
+                loss = {"easy": 1.0, "hard": 5.0}[request.client] - 0.1 * self.number
+                yield ValidationReply(request.client, 0, loss, 3)
+
+
+@pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 2, 3), (0, 1), ()])
+def test_a_round_is_not_the_best_because_a_client_is_missing(present: Sequence[int]) -> None:
+    assignments = [Assignment(name, (subset(0, 10),)) for name in ("easy", "hard")]
+    *_, last = run_rounds(
+        Absent(present), assignments, fresh_state([adapter(9)]), config(rounds=4, validation=0.2)
+    )
+    (best,) = last.state.best
+    assert best is not None
+    assert best.round == 3, "losses fall in every round"
+
+
 class Judged(PullFederation):
     """Replies with the given validation losses, by round."""
 
@@ -333,7 +359,10 @@ def test_each_task_cluster_keeps_its_best_round_and_patience_ends_the_run(tmp_pa
     save_checkpoint(tmp_path, last, "digest", keep=1)
     loaded = latest_checkpoint(tmp_path, "digest")
     assert loaded is not None
-    assert [(b.round, b.loss) for b in loaded.best if b] == [(3, 1.75), (1, 1.0)]
+    assert [(b.round, b.validation) for b in loaded.best if b] == [
+        (3, {"a": (1.75, 3)}),
+        (1, {"a": (1.0, 3)}),
+    ]
     for mine, theirs in zip(loaded.best_adapters, last.best_adapters, strict=True):
         assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
     assert list(run_rounds(Judged([]), assignments, loaded, settings)) == []
