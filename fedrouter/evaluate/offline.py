@@ -5,7 +5,7 @@ Accuracy, confusion, calibration and abstention.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ FARTHEST = 1e9  # radii; finite stand-in for the infinite distance of prompts wi
 class TaskRouting:
     """The routing of one task's prompts."""
 
-    known: bool  # whether it is the most common task of a task cluster
+    known: bool  # whether the bundle was trained on rows of this task
     num_examples: int
     accuracy: float | None  # share whose nearest task cluster is of this task; None for unknown tasks
     within: float  # share within the nearest task cluster's radius
@@ -86,19 +86,20 @@ def evaluate_routing(
     if not records:
         raise DataError("no records to route; give at least one file with rows")
     check_labels("an evaluation of routing", [tagged.record for tagged in records])
-    task_of = {c.name: c.task for c in bundle.clusters}
-    if not any(task_of.values()):
+    tasks_of = {c.name: _most_common(c.task_counts) for c in bundle.clusters}
+    trained = {task for c in bundle.clusters for task in c.task_counts}
+    if not trained:
         raise DataError(f"{bundle.path}: trained without task labels, so its routing cannot be evaluated")
     decisions = route_texts(
         Router(bundle), embedder, [routing_text(tagged.record.turns) for tagged in records]
     )
     tasks = np.array([tagged.task for tagged in records])
-    right = np.array([task_of.get(d.cluster, "") for d in decisions]) == tasks
+    right = np.array([task in tasks_of.get(d.cluster, ()) for d, task in zip(decisions, tasks, strict=True)])
     far = np.array([_far(d) for d in decisions])
     by_task = {}
     for task in sorted(set(tasks)):
         rows = np.flatnonzero(tasks == task)
-        known = task in task_of.values()
+        known = task in trained
         by_task[str(task)] = TaskRouting(
             known=known,
             num_examples=len(rows),
@@ -127,6 +128,11 @@ def evaluate_routing(
             for factor in FACTORS
         ),
     )
+
+
+def _most_common(counts: Mapping[str, int]) -> set[str]:
+    """Return a task cluster's task; several if they have equally many rows."""
+    return {task for task, count in counts.items() if count == max(counts.values())}
 
 
 def stated_quantile(directory: Path) -> float | None:

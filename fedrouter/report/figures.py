@@ -14,7 +14,7 @@ from fedrouter.plots import COLOURS, STYLE, colours, hide_axes, panels
 from fedrouter.report.gather import Facts
 
 DPI = 150
-MAX_NAMES = 12  # in a legend
+MAX_NAMES, MAX_INSIDE = 12, 4  # in a legend, and in one that may lie over lines
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", COLOURS[0]])
 
 
@@ -178,6 +178,7 @@ def costs(facts: Facts) -> Figure | None:
 
 
 def _legend(axes: Any, number: int, below: bool = False) -> None:
-    place = {"markerscale": 2, "loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 2}
+    under = {"markerscale": 2, "loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 2}
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if number > MAX_INSIDE else {}
     if number <= MAX_NAMES:
-        axes.legend(**(place if below else {}))
+        axes.legend(**(under if below else beside))

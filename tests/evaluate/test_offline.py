@@ -2,8 +2,10 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import fakes
 import numpy as np
@@ -23,11 +25,12 @@ TEXTS = {
 }
 
 
-def bundle(path: Path, labelled: bool = True) -> Bundle:
+def bundle(path: Path, labelled: bool = True, more: Mapping[str, int] = MappingProxyType({})) -> Bundle:
+    """Return a bundle; ``more`` are rows of further tasks in both task clusters."""
     centroids = np.zeros((2, fakes.DIM))
     centroids[0, 0] = centroids[1, 1] = 4
     clusters = [
-        TaskCluster(f"{t}-cluster", "", 10, ("c",), {t: 8, "code": 2} if labelled else {}, radius=1.5)
+        TaskCluster(f"{t}-cluster", "", 10, ("c",), {t: 8, **more} if labelled else {}, radius=1.5)
         for t in "ab"
     ]
     return fakes.write(path, fakes.space(centroids), [1.5, 1.5], clusters=clusters)
@@ -54,6 +57,18 @@ def test_shares_are_counted_by_hand(tmp_path: Path) -> None:
     assert steps[0.5].known_rejected == pytest.approx((0.75 + 0.5) / 2)
     assert steps[1.0].unknown_rejected == 1.0
     assert steps[1.0].answered_right == pytest.approx((2 / 4 + 2 / 2) / (3 / 4 + 2 / 2))
+
+
+@pytest.mark.parametrize(("num", "accuracy"), [(2, 0.0), (8, 1.0)])
+def test_a_trained_task_without_a_task_cluster_of_its_own_is_known(
+    num: int, accuracy: float, tmp_path: Path
+) -> None:
+    """A client that trains alone has one task cluster for its tasks, often with equally many rows."""
+    merged = bundle(tmp_path / "b", more={"code": num})
+    report = evaluate_routing(merged, fakes.LetterEmbedder(), records())
+    assert report.by_task["code"].known
+    assert report.by_task["code"].accuracy == accuracy
+    assert report.auroc is None
 
 
 def test_without_unknown_tasks_there_is_nothing_to_tell_apart(tmp_path: Path) -> None:
