@@ -6,6 +6,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedrouter.serve import canary
 from fedrouter.serve.access import Access
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.second import Second
 
 pytestmark = needs_chromium
 TENANTS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob")}
@@ -86,7 +88,7 @@ def test_shows_while_typing_where_a_prompt_goes(page: Page, word_bundle: Bundle)
     assert chosen.size["width"] < min(one.size["width"] for one in others)
     page.find("#prompt").clear()
     page.type(FAR)
-    page.shows("#where .how", "falls back (base)")
+    page.shows("#where .how", "falls back")
     assert "far (" in page.text("#where .how")
     assert page.text("#where .name") == "base"
     assert page.find("#where .chosen.beyond")
@@ -160,6 +162,42 @@ def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> N
     page.until(lambda: set(page.texts("#decisions tbody .name")) == {"base"})
     page.choose("#by-outcome", "failed")
     page.shows("#decisions", "No decision matches")
+
+
+def test_a_second_bundles_decisions_have_its_own_radii_and_are_counted_beside_the_map(
+    browser: Any, word_bundle: Bundle, tmp_path: Path
+) -> None:
+    names = dict(zip(TASKS, ("news", "chats", "questions"), strict=True))
+    clusters = [
+        replace(cluster, name=names[cluster.name], adapter="", radius=7.5) for cluster in word_bundle.clusters
+    ]
+    two = write_word_bundle(tmp_path / "two", seeds=(10, 11, 12), clusters=clusters)
+    second = lambda first: Second(first.load_beside(two.path), 1.0)  # noqa: E731
+    with serving(lambda: words(word_bundle), second=second) as url:
+        say(url, TASKS["headline"])
+        page = Page(browser, url).open()
+        page.type(TASKS["headline"])
+        page.shows("#where .how", "of news")
+        assert page.texts("#where .bar span:first-child")[0] == "news"
+        assert len(page.texts("#where .bar")) == 3
+        assert all(of.endswith("of 7.50") for of in page.texts("#where .bar .of"))
+        page.shows("#where .key", "by bundle two")
+        page.tab("map")
+        page.shows("#legend", "Not shown: 1 decision of other bundles")
+        assert "No decisions yet" not in page.text("#legend")
+        assert "another bundle decided" in page.text("#legend")
+        say(url, " ")
+        page.shows("#legend", "2 decisions of other bundles")
+        assert page.complaints() == []
+
+
+def test_the_map_counts_one_decision_and_those_without_a_vector(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle)) as url:
+        say(url, TASKS["headline"])
+        page = Page(browser, url).open("#map")
+        page.shows("#legend", "the latest decision.")
+        say(url, " ")
+        page.shows("#legend", "Not shown: 1 decision without a vector")
 
 
 def test_prompts_and_names_are_text_and_never_markup(page: Page) -> None:

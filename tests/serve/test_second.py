@@ -132,6 +132,8 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
             answer = await server.ask(CHAT, chat(TASKS["headline"]))
             dry = await server.ask(DRY_RUN, {"prompt": TASKS["headline"]})
             assert dry.json["model"] == answer.json["model"]
+            assert dry.json["bundle"] == server.hook.second.routing.digest[:12]
+            assert dry.json["radii"] == {cluster.name: cluster.radius for cluster in two.clusters}
             write_word_bundle(tmp_path / "three", seeds=(20, 21, 22))
             reloaded = await server.ask(RELOAD, {"bundle": "three"})
             after = await server.ask(CHAT, chat(TASKS["headline"]))

@@ -37,6 +37,8 @@ function draw(tag, attributes = {}, ...children) {
 }
 
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const many = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+const byServed = (decision) => world.bundle.sha256.startsWith(decision.bundle);  // not by the second bundle
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 const colour = (name) => `k${Math.max(0, world.clusters.findIndex((one) => one.name === name)) % 8}`;
 const width = (node, share) => { node.style.width = `${Math.min(100, 100 * share)}%`; return node; };
@@ -125,8 +127,8 @@ function verdict(decision) {
 }
 
 function bars(decision) {
-  const radius = Object.fromEntries(world.clusters.map((one) => [one.name, one.radius]));
-  const rows = Object.entries(decision.distances).filter(([name]) => name in radius);
+  const radius = decision.radii;
+  const rows = Object.entries(decision.distances);
   const most = 1.06 * Math.max(...rows.map(([name, distance]) => Math.max(distance, radius[name])), 1e-9);
   return el("div", { class: "bars" }, ...rows.map(([name, distance], i) => {
     const tick = el("div", { class: "tick" });
@@ -149,14 +151,16 @@ function showDecision(decision) {
   }
   const nobody = decision.model === "reject";
   const near = decision.cluster ? ` of ${decision.cluster}` : "";
-  const outcome = decision.fallback ? `; ${nobody ? "rejected" : `falls back (${world.fallback})`}` : "";
+  const outcome = decision.fallback ? `; ${nobody ? "rejected" : "falls back"}` : "";
+  const second = world?.second?.sha256.startsWith(decision.bundle) && world.second.name;
+  const other = world && !byServed(decision) ? ` by bundle ${second || decision.bundle}` : "";
   const which = decision.turns > 1 ? `Turn ${decision.turn + 1} of ${decision.turns} decides. ` : "";
   $("where").replaceChildren(
     el("div", { class: "verdict" },
       el("span", { class: "name" }, nobody ? "nobody" : decision.model),
       el("span", { class: "how" }, `${verdict(decision)}${near}${outcome}`)),
     ...(decision.cluster ? [bars(decision)] : []),
-    el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms. `,
+    el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms${other}. `,
       decision.cluster ? "Bar: distance to the task cluster; mark: its radius." : ""));
 }
 
@@ -285,9 +289,11 @@ async function listModels() {
 
 async function showMap() {
   const { decisions } = await json("v1/fedrouter/decisions?limit=100");
-  const past = decisions.filter((one) => one.at && world.bundle.sha256.startsWith(one.bundle));
+  const past = decisions.filter((one) => one.at && byServed(one));
+  const others = decisions.filter((one) => !byServed(one)).length;
+  const nowhere = decisions.length - past.length - others;
   const rings = world.clusters.flatMap((one) => one.at.map(([x, y]) => ({ ...one, x, y: -y })));
-  const now = latest && latest.at;
+  const now = latest && byServed(latest) && latest.at;
   const points = [...past.map((one) => one.at), ...(now ? [now] : [])].map(([x, y]) => [x, -y, 0]);
   const all = [...rings.map((one) => [one.x, one.y, one.radius]), ...points];
   const [left, right] = [Math.min(...all.map(([x, , r]) => x - r)), Math.max(...all.map(([x, , r]) => x + r))];
@@ -300,7 +306,7 @@ async function showMap() {
   });
   const hint = (text) => draw("title", {}, text);
   const picture = draw("svg", { viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img", "aria-label":
-    `${world.clusters.length} task clusters, ${past.length} decisions${now ? ", and the prompt" : ""}` });
+    `${many(world.clusters.length, "task cluster")}, ${many(past.length, "decision")}${now ? ", and the prompt" : ""}` });
   for (const one of rings) {
     picture.append(draw("circle", { ...at(one.x, one.y), r: one.radius * scale, class: `ring ${colour(one.name)}` },
       hint(`${one.name}: radius ${fixed(one.radius)}`)));
@@ -329,14 +335,21 @@ async function showMap() {
     picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")), draw("text", { x: cx + 13, y: cy + 5 }, "prompt"));
   }
   $("picture").replaceChildren(picture);
-  const legend = past.length ? `Faint points: the latest ${past.length} decisions${past.some((one) => one.fallback) ? "; fallbacks are hollow" : ""}. ` : "No decisions yet. ";
+  const hollow = past.some((one) => one.fallback) ? "; fallbacks are hollow" : "";
+  const legend = [
+    past.length ? `Faint points: the latest ${past.length === 1 ? "decision" : many(past.length, "decision")}${hollow}.` : decisions.length ? "" : "No decisions yet.",
+    others ? `Not shown: ${many(others, "decision")} of other bundles, because each bundle has a map of its own.` : "",
+    nowhere ? `Not shown: ${many(nowhere, "decision")} without a vector (no text, or overload).` : "",
+    now ? "" : latest?.cluster ? "The prompt is not shown: another bundle decided." : "Type a prompt under Ask to see it here.",
+    "Rings: radii. The map has two dimensions only, so distances look too short; the bars under Ask show them.",
+  ];
   const count = (counts) => Object.entries(counts).map(([name, number]) => `${name} ${number}`).join(", ");
   const heads = [["task cluster"], ["radius", "num"], ...(world.operator ? [["rows", "num"], ["tasks"], ["clients"]] : [])];
   const rows = world.clusters.map((one) => [
     el("span", { class: colour(one.name) }, el("span", { class: "swatch" }), one.name), fixed(one.radius),
     ...(world.operator ? [String(one.num_examples), count(one.task_counts) || "no labels", one.clients.join(", ")] : [])]);
   $("legend").replaceChildren(el("p", { class: "key" },
-    `${legend}${now ? "" : "Type a prompt under Ask to see it here. "}Rings: radii. The map has two dimensions only, so distances look too short; the bars under Ask show them.`),
+    legend.filter(Boolean).join(" ")),
     el("h2", {}, "Task clusters"), table(heads, rows));
 }
 
@@ -466,7 +479,7 @@ async function showReload() {
     result.replaceChildren(el("p", { class: "quiet" }, progress));
     try {
       const changes = await json("v1/fedrouter/reload", { bundle: choice.value, ...(checkOnly ? { check: true } : {}) });
-      result.replaceChildren(el("p", {}, checkOnly ? `${changes.bundle} is valid${changes.probes ? `, its ${changes.probes} probes hold` : ""}. After a reload:` : `${changes.bundle} is served.`), ...list(changes));
+      result.replaceChildren(el("p", {}, checkOnly ? `${changes.bundle} is valid${changes.probes ? `, ${changes.probes === 1 ? "its probe holds" : `its ${changes.probes} probes hold`}` : ""}. After a reload:` : `${changes.bundle} is served.`), ...list(changes));
       go.disabled = !checkOnly;
       if (!checkOnly) { world = await json("v1/fedrouter/clusters"); showServed(); await showBundle(); await listModels(); }
     } catch (error) {
