@@ -120,6 +120,57 @@ def test_a_double_enter_sends_once(page: Page) -> None:
     assert len(page.texts("#turns li")) == 1
 
 
+def test_a_failed_turn_leaves_the_conversation_and_its_text_returns(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle, "reject")) as url:
+        page = Page(browser, url).open()
+        page.type(FAR.strip(), send=True)
+        page.shows(".answer .failed", "no task cluster is near")
+        page.until(lambda: page.find("#prompt").get_attribute("value") == FAR.strip())
+        page.find("#prompt").clear()
+        page.type(TASKS["summary"])
+        page.shows("#where .how", "of summary")
+        assert page.text("#where .key").startswith("Decided"), "by the only turn"
+        page.type("", send=True)
+        page.until(lambda: page.find("#send").is_enabled() and page.texts(".answer .text"))
+        page.shows(".answer .text", "says: summarise")
+        assert page.texts("#turns .said") == [TASKS["summary"]]
+        page.type(f"{TASKS['headline']} ENGINE-DIES now", send=True)
+        page.shows(".answer .failed", "The server stopped while it answered.")
+        assert "EngineCore" not in page.text("#turns")
+        page.until(lambda: "ENGINE-DIES" in page.find("#prompt").get_attribute("value"))
+        page.complaints()  # the 400 is expected
+
+
+def test_an_answer_can_be_stopped_or_abandoned(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle), pause_s=0.3) as url:
+        page = Page(browser, url).open()
+        for button in ("#stop", "#anew"):
+            page.type(FAR * 10, send=True)
+            page.until(lambda: "zebra" in (page.texts(".answer .text") or [""])[-1])
+            assert not page.find("#send").is_displayed()
+            page.click(button)
+            page.until(lambda: page.find("#send").is_enabled() and page.find("#send").is_displayed())
+            if button == "#stop":
+                assert page.text(".answer .text").endswith("(stopped)")
+                assert page.find("#prompt").get_attribute("value") == "", "the turn counts as answered"
+        assert page.texts("#turns li") == []
+        page.type(TASKS["headline"], send=True)
+        page.shows(".answer .text", "says: write")
+        assert len(page.texts("#turns li")) == 1
+        page.click("#stop")
+        assert page.complaints() == []
+
+
+@pytest.mark.parametrize("tokens", ["1.5", "-3", "0", ""])
+def test_an_impossible_number_of_tokens_is_not_sent(page: Page, tokens: str) -> None:
+    page.find("#tokens").clear()
+    page.find("#tokens").send_keys(tokens)
+    page.type(TASKS["headline"], send=True)
+    assert page.driver.switch_to.active_element.get_attribute("id") == "tokens", "the browser says why"
+    assert page.find("#prompt").get_attribute("value") == TASKS["headline"]
+    assert page.texts("#turns li") == []
+
+
 def test_follow_ups_show_which_turn_decides(page: Page) -> None:
     page.type(TASKS["summary"], send=True)
     page.until(lambda: page.find("#send").is_enabled() and page.text(".answer .why"))
@@ -323,8 +374,16 @@ def test_a_rejected_prompt_and_a_lost_server_are_shown(browser: Any, word_bundle
         page.shows("#where .how", "rejected")
         page.type("", send=True)
         page.shows(".answer .text", "no task cluster is near")
-    page.type("more of it")
+        page.until(lambda: page.find("#prompt").get_attribute("value"))
+        page.find("#prompt").clear()
+        page.type(TASKS["summary"])
+        page.shows("#where .how", "of summary")
+    page.type(" more of it")
     page.shows("#problem", "The server does not answer")
+    page.shows("#where", "This text has no decision")
+    page.type("", send=True)
+    page.shows(".answer .text", "The connection was lost")
+    page.until(lambda: page.find("#prompt").get_attribute("value") == f"{TASKS['summary']} more of it")
     page.complaints()
 
 

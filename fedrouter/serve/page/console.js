@@ -13,6 +13,7 @@ let key = "";              // in memory only
 let world = null;          // response of GET …/clusters
 let talk = [];          // the conversation: {role, content}
 let latest = null;         // the decision on display
+let running = null;        // AbortController of the turn that is being answered
 let timer, pending, allShown = false;
 
 // --- building blocks ---
@@ -55,8 +56,13 @@ function table(heads, rows, stack = true) {
 
 // --- requests to the server ---
 
+const DEAD = /EngineCore|EngineDead/;  // vLLM's words for an engine that ended; they point to its log
+
 class Refused extends Error {
-  constructor(status, message) { super(message); this.status = status; }
+  constructor(status, message) {
+    super(DEAD.test(message) ? "The server stopped while it answered." : message);
+    this.status = status;
+  }
 }
 
 async function ask(path, payload, { signal, method } = {}) {
@@ -140,13 +146,14 @@ function bars(decision) {
   }));
 }
 
-function showDecision(decision) {
+function showDecision(decision, why = "Nothing is typed yet.") {
   latest = decision;
-  const turns = [...document.querySelectorAll("#turns .said")];
+  $("where").removeAttribute("aria-busy");
+  const turns = [...document.querySelectorAll("#turns > li:not(.undone) .said")];
   turns.forEach((turn, i) => turn.classList.toggle("decides", Boolean(decision) && decision.turns > 1 && i === decision.turn));
   if (!decision) {
     const names = world ? world.clusters.map((one) => one.name).join(", ") : "";
-    $("where").replaceChildren(el("p", { class: "empty" }, `${names ? `Task clusters: ${names}. ` : ""}Nothing is typed yet.`));
+    $("where").replaceChildren(el("p", { class: "empty" }, `${names ? `Task clusters: ${names}. ` : ""}${why}`));
     return;
   }
   const nobody = decision.model === "reject";
@@ -174,7 +181,10 @@ async function lookAhead() {
     const messages = [...talk, { role: "user", content: draft }];
     showDecision(await json("v1/fedrouter/route", { messages }, { signal: pending.signal }));
     showProblem(null);
-  } catch (error) { showProblem(error); }
+  } catch (error) {
+    if (error.name !== "AbortError") showDecision(null, "This text has no decision.");
+    showProblem(error);
+  }
 }
 
 function answerCard(model) {
@@ -215,22 +225,24 @@ async function* pieces(answer) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Refused(500, "The answer broke off.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
     }
   }
 }
 
-async function stream(card, model, messages) {
+// Returns the answer's text; null if there is none to go on with: it failed, or was stopped before its first word.
+async function stream(card, model, messages, signal) {
   const began = performance.now();
   let text = "";
   try {
-    const max_tokens = Number($("tokens").value) || 256;
-    const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens });
+    const max_tokens = $("tokens").valueAsNumber;
+    const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens }, { signal });
     explain(card, answer.headers);
     for await (const piece of pieces(answer)) {
       if (piece.error) throw new Refused(500, piece.error.message || "the stream ended with an error");
@@ -240,35 +252,60 @@ async function stream(card, model, messages) {
     card.judge.hidden = !card.judge.childElementCount;
     card.why.append(`${card.why.textContent ? " · " : ""}${Math.round(performance.now() - began)} ms`);
     if (!text) card.text.append(el("span", { class: "quiet" }, "(empty response)"));
+    return text;
   } catch (error) {
+    if (error.name === "AbortError") {
+      card.text.append(el("span", { class: "quiet" }, " (stopped)"));
+      return text || null;
+    }
     const lost = error instanceof TypeError;
     card.text.append(el("p", { class: "failed" }, lost ? "The connection was lost." : error.message));
-  }
-  card.text.classList.remove("running");
-  return text;
+    return null;
+  } finally { card.text.classList.remove("running"); }
+}
+
+function nowRunning(turn) {
+  const focused = document.activeElement === $("send");
+  running = turn;
+  $("send").disabled = $("send").hidden = Boolean(turn);
+  $("stop").hidden = !turn;
+  if (turn && focused) $("stop").focus();
 }
 
 async function send() {
   const prompt = $("prompt").value;
-  if (!prompt.trim() || $("send").disabled) return;
-  $("send").disabled = true;
-  const messages = [...talk, { role: "user", content: prompt }];
+  if (!prompt.trim() || running || !$("composer").reportValidity()) return;
+  const turn = new AbortController();
+  nowRunning(turn);
+  const before = talk;
+  const messages = [...before, { role: "user", content: prompt }];
   const beside = $("beside").value;
   const routed = answerCard("fedrouter");
   const other = beside ? answerCard(beside) : null;
-  $("turns").append(el("li", {}, el("div", { class: "said" }, prompt),
-    el("div", { class: "answers" }, routed.node, other && other.node)));
-  await lookAhead();
+  const item = el("li", {}, el("div", { class: "said" }, prompt),
+    el("div", { class: "answers" }, routed.node, other && other.node));
+  document.querySelectorAll("#turns > .undone").forEach((one) => one.remove());
+  $("turns").append(item);
+  lookAhead();
   $("prompt").value = "";
   $("anew").hidden = false;
   talk = messages;
-  const [text] = await Promise.all([stream(routed, "fedrouter", messages), other && stream(other, beside, messages)]);
-  if (talk === messages) talk = [...messages, { role: "assistant", content: text }];
-  $("send").disabled = false;
+  const [text] = await Promise.all([
+    stream(routed, "fedrouter", messages, turn.signal), other && stream(other, beside, messages, turn.signal)]);
+  if (running !== turn) return;  // started over meanwhile
+  nowRunning(null);
+  if (text === null) {  // as if it had not been sent; what was typed meanwhile follows it
+    item.classList.add("undone");
+    talk = before;
+    $("prompt").value = [prompt, $("prompt").value].filter((one) => one.trim()).join("\n");
+    lookAhead();
+  } else talk = [...messages, { role: "assistant", content: text }];
   $("prompt").focus();
 }
 
 function startOver() {
+  running?.abort();
+  nowRunning(null);
   talk = [];
   latest = null;
   $("turns").replaceChildren();
@@ -549,11 +586,16 @@ for (const tab of TABS) {
     open(next);
   });
 }
-$("prompt").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(lookAhead, QUIET_MS); });
+$("prompt").addEventListener("input", () => {
+  $("where").setAttribute("aria-busy", "true");  // the decision on display is of another text
+  clearTimeout(timer);
+  timer = setTimeout(lookAhead, QUIET_MS);
+});
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+$("stop").addEventListener("click", () => running?.abort());
 $("anew").addEventListener("click", startOver);
 for (const id of ["by-adapter", "by-outcome", "by-fallback"]) $(id).addEventListener("change", () => refresh("traffic"));
 window.addEventListener("hashchange", () => { const tab = location.hash.slice(1); if (TABS.includes(tab)) open(tab); });
