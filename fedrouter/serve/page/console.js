@@ -65,10 +65,16 @@ class Refused extends Error {
   }
 }
 
+const UNSENDABLE = /[^\x20-\x7e\x80-\xff]/;
+
 async function ask(path, payload, { signal, method } = {}) {
   let retry = !payload?.stream;  // a kept-alive connection may just have closed; never send a stream request twice
   for (;;) {
     const used = key;
+    if (UNSENDABLE.test(used)) {  // fetch would throw: no header can carry it
+      await newKey(used);
+      continue;
+    }
     const headers = { "content-type": "application/json", ...(used ? { authorization: `Bearer ${used}` } : {}) };
     let answer;
     try {
@@ -109,6 +115,7 @@ function newKey(used) {
       key = $("key").value.trim();
       $("key").value = "";
       keyPrompt = null;
+      if (document.activeElement === document.body) $("prompt").focus();
       resolve();
     }, { once: true });
     dialog.showModal();
