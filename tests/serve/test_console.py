@@ -272,6 +272,20 @@ def test_the_keyboard_alone_is_enough(page: Page) -> None:
     page.shows(".answer .text", "says: write a headline")
 
 
+def test_back_and_forward_go_through_the_tabs(page: Page) -> None:
+    page.type("a draft")
+    page.tab("map")
+    page.tab("traffic")
+    page.driver.back()
+    page.until(lambda: page.find("#map").is_displayed())
+    page.driver.back()
+    page.until(lambda: page.find("#ask").is_displayed())
+    assert page.find("#prompt").get_attribute("value") == "a draft", "the page was not loaded anew"
+    page.driver.forward()
+    page.until(lambda: page.find("#map").is_displayed())
+    assert page.find("#tab-map").get_attribute("aria-selected") == "true"
+
+
 def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: Path) -> None:
     say(url, TASKS["headline"])
     with chromium(PHONE, dark=True) as driver:

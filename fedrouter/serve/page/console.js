@@ -553,7 +553,9 @@ const SHOW = {
 };
 let refreshing, models;
 
-async function open(tab) {
+const tabOfAddress = () => (TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");
+
+async function open(tab, change = "pushState") {
   clearTimeout(refreshing);
   for (const one of TABS) {
     const chosen = one === tab;
@@ -561,7 +563,7 @@ async function open(tab) {
     $(`tab-${one}`).setAttribute("aria-selected", String(chosen));
     $(`tab-${one}`).tabIndex = chosen ? 0 : -1;
   }
-  if (location.hash !== `#${tab}`) window.history.replaceState(null, "", `#${tab}`);
+  if (location.hash !== `#${tab}`) window.history[change](null, "", `#${tab}`);
   await refresh(tab);
 }
 
@@ -605,5 +607,5 @@ $("composer").addEventListener("submit", (event) => { event.preventDefault(); se
 $("stop").addEventListener("click", () => running?.abort());
 $("anew").addEventListener("click", startOver);
 for (const id of ["by-adapter", "by-outcome", "by-fallback"]) $(id).addEventListener("change", () => refresh("traffic"));
-window.addEventListener("hashchange", () => { const tab = location.hash.slice(1); if (TABS.includes(tab)) open(tab); });
-open(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");
+window.addEventListener("popstate", () => open(tabOfAddress(), "replaceState"));  // Back, or an address typed
+open(tabOfAddress(), "replaceState");
