@@ -24,6 +24,7 @@ from fedrouter.serve.access import Access
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.routing import Routing
 from fedrouter.serve.second import Second
+from fedrouter.types import TaskCluster
 
 pytestmark = needs_chromium
 TENANTS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob")}
@@ -190,6 +191,7 @@ def test_side_by_side_with_the_base_the_generalist_or_an_adapter(page: Page, wor
         page.until(lambda: len(page.texts(".answer")) == 2 * number + 2)  # noqa: B023
         page.until(lambda: f"{other} says" in page.texts(".answer .text")[-1])  # noqa: B023
         page.until(lambda: page.find("#send").is_enabled())
+        assert ("from the routed answers above" in page.texts(".answer .why")[-1]) == (number > 0)
     first, second = page.driver.find_elements(By.CSS_SELECTOR, ".answer")[:2]
     assert first.rect["y"] == second.rect["y"], "side by side"
 
@@ -304,6 +306,36 @@ def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: P
         background = page.js("return getComputedStyle(document.documentElement).backgroundColor")
         assert sum(int(part) for part in background[4:-1].split(",")) < 120, "dark"
         assert page.complaints() == []
+
+
+def test_no_label_of_the_map_covers_another_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    long = "questions-about-paraphrases"
+    clusters = [
+        TaskCluster(name, "", 10, ("a",), {name: 10}, radius=3.0) for name in ("headline", "summary", long)
+    ]
+    bundle = write_word_bundle(tmp_path / "long", clusters=clusters)
+    with serving(lambda: words(bundle)) as url, chromium(PHONE) as driver:
+        page = Page(driver, url).open()
+        for text in (*TASKS.values(), "write a question", "this chat"):
+            page.tab("ask")
+            page.js("document.getElementById('picture').replaceChildren()")
+            page.find("#prompt").clear()
+            page.type(text)
+            page.until(lambda: not page.find("#where").get_attribute("aria-busy") and page.text("#where .how"))
+            page.tab("map")
+            page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "#picture .now"))
+            boxes = page.js(
+                "const frame = document.getElementById('picture').getBoundingClientRect();"
+                "return [...document.querySelectorAll('#picture text')].map((one) => {"
+                "  const { left, right, top, bottom } = one.getBoundingClientRect();"
+                "  return [left - frame.left, frame.right - right, left, right, top, bottom]; })"
+            )
+            assert len(boxes) == 4
+            for number, (_, _, left, right, top, bottom) in enumerate(boxes):
+                for _, _, *other in boxes[:number]:
+                    apart = right <= other[0] or other[1] <= left or bottom <= other[2] + 4 or other[3] <= top + 4
+                    assert apart, f"two labels overlap: {text}"
+            assert min(min(box[:2]) for box in boxes) >= 0, f"a label is cut off: {text}"
 
 
 def test_a_key_is_asked_for_once_and_a_wrong_one_again(browser: Any, word_bundle: Bundle) -> None:

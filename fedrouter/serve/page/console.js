@@ -289,6 +289,7 @@ async function send() {
   const beside = $("beside").value;
   const routed = answerCard("fedrouter");
   const other = beside ? answerCard(beside) : null;
+  if (other && before.length) other.why.textContent = "goes on from the routed answers above";
   const item = el("li", {}, el("div", { class: "said" }, prompt),
     el("div", { class: "answers" }, routed.node, other && other.node));
   document.querySelectorAll("#turns > .undone").forEach((one) => one.remove());
@@ -362,21 +363,25 @@ async function showMap() {
   }
   const named = new Set();
   const labels = [];
+  const label = (x, y, text, kind) => {  // within the picture, and below the labels that it would cover
+    const half = 4 * text.length;  // of its width, about
+    x = Math.max(half, Math.min(size[0] - half, x));
+    while (labels.some(([at, other, reach]) => Math.abs(at - x) < reach + half && Math.abs(other - y) < 17)) y += 4;
+    labels.push([x, y, half]);
+    picture.append(draw("text", { x, y, class: `middle ${kind}` }, text));
+  };
   for (const one of rings) {
     const { cx, cy } = at(one.x, one.y);
     picture.append(draw("circle", { cx, cy, r: 5, class: `centre ${colour(one.name)}` }));
     if (named.has(one.name)) continue;  // a task cluster may have several centroids
     named.add(one.name);
     const room = one.radius * scale;
-    const half = 4 * one.name.length;  // of the label's width, about
-    let y = room > 30 ? cy - room + 20 : cy - room - 8;
-    while (labels.some(([x, other, reach]) => Math.abs(x - cx) < reach + half && Math.abs(other - y) < 17)) y += 4;
-    labels.push([cx, y, half]);
-    picture.append(draw("text", { x: cx, y, class: `middle ${colour(one.name)}` }, one.name));
+    label(cx, room > 30 ? cy - room + 20 : cy - room - 8, one.name, colour(one.name));
   }
   if (now) {
     const { cx, cy } = at(now[0], -now[1]);
-    picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")), draw("text", { x: cx + 13, y: cy + 5 }, "prompt"));
+    picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")));
+    label(cx + 37 < size[0] - 24 ? cx + 37 : cx - 37, cy + 5, "prompt", "");
   }
   $("picture").replaceChildren(picture);
   const hollow = past.some((one) => one.fallback) ? "; fallbacks are hollow" : "";
