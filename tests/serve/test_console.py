@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ def test_a_double_enter_sends_once(page: Page) -> None:
     assert len(page.texts("#turns li")) == 1
 
 
-def test_a_failed_turn_leaves_the_conversation_and_its_text_returns(browser: Any, word_bundle: Bundle) -> None:
+def test_a_failed_turn_leaves_the_conversation_and_its_text_returns(
+    browser: Any, word_bundle: Bundle
+) -> None:
     with serving(lambda: words(word_bundle, "reject")) as url:
         page = Page(browser, url).open()
         page.type(FAR.strip(), send=True)
@@ -321,21 +324,22 @@ def test_no_label_of_the_map_covers_another_on_a_phone(browser: Any, tmp_path: P
             page.js("document.getElementById('picture').replaceChildren()")
             page.find("#prompt").clear()
             page.type(text)
-            page.until(lambda: not page.find("#where").get_attribute("aria-busy") and page.text("#where .how"))
+            page.until(
+                lambda: page.text("#where .how") and not page.find("#where").get_attribute("aria-busy")
+            )
             page.tab("map")
             page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "#picture .now"))
-            boxes = page.js(
-                "const frame = document.getElementById('picture').getBoundingClientRect();"
-                "return [...document.querySelectorAll('#picture text')].map((one) => {"
-                "  const { left, right, top, bottom } = one.getBoundingClientRect();"
-                "  return [left - frame.left, frame.right - right, left, right, top, bottom]; })"
+            frame, *boxes = page.js(
+                "return [...document.querySelectorAll('#picture, #picture text')].map((one) => {"
+                " const { left, right, top, bottom } = one.getBoundingClientRect();"
+                " return [left, right, top, bottom]; })"
             )
             assert len(boxes) == 4
-            for number, (_, _, left, right, top, bottom) in enumerate(boxes):
-                for _, _, *other in boxes[:number]:
-                    apart = right <= other[0] or other[1] <= left or bottom <= other[2] + 4 or other[3] <= top + 4
-                    assert apart, f"two labels overlap: {text}"
-            assert min(min(box[:2]) for box in boxes) >= 0, f"a label is cut off: {text}"
+            assert all(frame[0] <= box[0] and box[1] <= frame[1] for box in boxes), f"cut off: {text}"
+            for one, other in combinations(boxes, 2):
+                beside = one[1] <= other[0] or other[1] <= one[0]
+                below = one[3] <= other[2] + 4 or other[3] <= one[2] + 4  # a line is higher than its letters
+                assert beside or below, f"two labels overlap: {text}"
 
 
 def test_a_key_is_asked_for_once_and_a_wrong_one_again(browser: Any, word_bundle: Bundle) -> None:
