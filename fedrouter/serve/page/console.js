@@ -363,10 +363,11 @@ async function showMap() {
   }
   const named = new Set();
   const labels = [];
-  const label = (x, y, text, kind) => {  // within the picture, and below the labels that it would cover
+  const label = (x, y, text, kind) => {  // within the picture, and beside the labels that it would cover
     const half = 4 * text.length;  // of its width, about
     x = Math.max(half, Math.min(size[0] - half, x));
-    while (labels.some(([at, other, reach]) => Math.abs(at - x) < reach + half && Math.abs(other - y) < 17)) y += 4;
+    const step = y < size[1] / 2 ? 4 : -4;
+    while (labels.some(([at, other, reach]) => Math.abs(at - x) < reach + half && Math.abs(other - y) < 17)) y += step;
     labels.push([x, y, half]);
     picture.append(draw("text", { x, y, class: `middle ${kind}` }, text));
   };
