@@ -138,8 +138,15 @@ class OwnEndpoints:
             turns = user_turns[0]
             vector = vectors.get(turns[decision.turn]) if turns else None
         # The map is of the first bundle; a decision of the second has no place on it.
-        at = routing.place(vector) if vector is not None and used is routing else None
-        return {**asdict(decision), "turns": len(turns), "at": at, "routing_ms": ms_since(start)}
+        at = routing.place(vector) if vector is not None and used.digest == routing.digest else None
+        return {
+            **asdict(decision),
+            "bundle": used.digest[:12],
+            "radii": {one.name: one.radius for one in used.bundle.clusters if one.name in decision.distances},
+            "turns": len(turns),
+            "at": at,
+            "routing_ms": ms_since(start),
+        }
 
     async def _reload(self, inner: Inner, scope: Scope, receive: Receive, caller: Caller) -> Any:
         kind = next(iter(header_values(scope, "content-type")), "")

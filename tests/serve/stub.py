@@ -63,6 +63,11 @@ class StubApp:
         prompt = payload["messages"][-1]["content"]
         words = [f"{payload['model']}", " says: ", *(f"{word} " for word in prompt.split())]
         for word in words:
+            if word == "ENGINE-DIES ":
+                error = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+                data = f"data: {json.dumps({'error': {'message': error, 'code': 500}})}\n\n".encode()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                break
             piece = {"choices": [{"delta": {"content": word}}]}
             data = f"data: {json.dumps(piece)}\n\n".encode()
             half = len(data) // 2  # a line arrives in two pieces

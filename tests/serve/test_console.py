@@ -6,6 +6,8 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from fedrouter.serve import canary
 from fedrouter.serve.access import Access
 from fedrouter.serve.limits import Limits
 from fedrouter.serve.routing import Routing
+from fedrouter.serve.second import Second
+from fedrouter.types import TaskCluster
 
 pytestmark = needs_chromium
 TENANTS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("ann", "bob")}
@@ -86,7 +90,7 @@ def test_shows_while_typing_where_a_prompt_goes(page: Page, word_bundle: Bundle)
     assert chosen.size["width"] < min(one.size["width"] for one in others)
     page.find("#prompt").clear()
     page.type(FAR)
-    page.shows("#where .how", "falls back (base)")
+    page.shows("#where .how", "falls back")
     assert "far (" in page.text("#where .how")
     assert page.text("#where .name") == "base"
     assert page.find("#where .chosen.beyond")
@@ -118,6 +122,59 @@ def test_a_double_enter_sends_once(page: Page) -> None:
     assert len(page.texts("#turns li")) == 1
 
 
+def test_a_failed_turn_leaves_the_conversation_and_its_text_returns(
+    browser: Any, word_bundle: Bundle
+) -> None:
+    with serving(lambda: words(word_bundle, "reject")) as url:
+        page = Page(browser, url).open()
+        page.type(FAR.strip(), send=True)
+        page.shows(".answer .failed", "no task cluster is near")
+        page.until(lambda: page.find("#prompt").get_attribute("value") == FAR.strip())
+        page.find("#prompt").clear()
+        page.type(TASKS["summary"])
+        page.shows("#where .how", "of summary")
+        assert page.text("#where .key").startswith("Decided"), "by the only turn"
+        page.type("", send=True)
+        page.until(lambda: page.find("#send").is_enabled() and page.texts(".answer .text"))
+        page.shows(".answer .text", "says: summarise")
+        assert page.texts("#turns .said") == [TASKS["summary"]]
+        page.type(f"{TASKS['headline']} ENGINE-DIES now", send=True)
+        page.shows(".answer .failed", "The server stopped while it answered.")
+        assert "EngineCore" not in page.text("#turns")
+        page.until(lambda: "ENGINE-DIES" in page.find("#prompt").get_attribute("value"))
+        page.complaints()  # the 400 is expected
+
+
+def test_an_answer_can_be_stopped_or_abandoned(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle), pause_s=0.3) as url:
+        page = Page(browser, url).open()
+        for button in ("#stop", "#anew"):
+            page.type(FAR * 10, send=True)
+            page.until(lambda: "zebra" in (page.texts(".answer .text") or [""])[-1])
+            assert not page.find("#send").is_displayed()
+            page.click(button)
+            page.until(lambda: page.find("#send").is_enabled() and page.find("#send").is_displayed())
+            if button == "#stop":
+                assert page.text(".answer .text").endswith("(stopped)")
+                assert page.find("#prompt").get_attribute("value") == "", "the turn counts as answered"
+        assert page.texts("#turns li") == []
+        page.type(TASKS["headline"], send=True)
+        page.shows(".answer .text", "says: write")
+        assert len(page.texts("#turns li")) == 1
+        page.click("#stop")
+        assert page.complaints() == []
+
+
+@pytest.mark.parametrize("tokens", ["1.5", "-3", "0", ""])
+def test_an_impossible_number_of_tokens_is_not_sent(page: Page, tokens: str) -> None:
+    page.find("#tokens").clear()
+    page.find("#tokens").send_keys(tokens)
+    page.type(TASKS["headline"], send=True)
+    assert page.driver.switch_to.active_element.get_attribute("id") == "tokens", "the browser says why"
+    assert page.find("#prompt").get_attribute("value") == TASKS["headline"]
+    assert page.texts("#turns li") == []
+
+
 def test_follow_ups_show_which_turn_decides(page: Page) -> None:
     page.type(TASKS["summary"], send=True)
     page.until(lambda: page.find("#send").is_enabled() and page.text(".answer .why"))
@@ -137,6 +194,7 @@ def test_side_by_side_with_the_base_the_generalist_or_an_adapter(page: Page, wor
         page.until(lambda: len(page.texts(".answer")) == 2 * number + 2)  # noqa: B023
         page.until(lambda: f"{other} says" in page.texts(".answer .text")[-1])  # noqa: B023
         page.until(lambda: page.find("#send").is_enabled())
+        assert ("from the routed answers above" in page.texts(".answer .why")[-1]) == (number > 0)
     first, second = page.driver.find_elements(By.CSS_SELECTOR, ".answer")[:2]
     assert first.rect["y"] == second.rect["y"], "side by side"
 
@@ -162,6 +220,42 @@ def test_map_traffic_and_filters(page: Page, url: str, word_bundle: Bundle) -> N
     page.shows("#decisions", "No decision matches")
 
 
+def test_a_second_bundles_decisions_have_its_own_radii_and_are_counted_beside_the_map(
+    browser: Any, word_bundle: Bundle, tmp_path: Path
+) -> None:
+    names = dict(zip(TASKS, ("news", "chats", "questions"), strict=True))
+    clusters = [
+        replace(cluster, name=names[cluster.name], adapter="", radius=7.5) for cluster in word_bundle.clusters
+    ]
+    two = write_word_bundle(tmp_path / "two", seeds=(10, 11, 12), clusters=clusters)
+    second = lambda first: Second(first.load_beside(two.path), 1.0)  # noqa: E731
+    with serving(lambda: words(word_bundle), second=second) as url:
+        say(url, TASKS["headline"])
+        page = Page(browser, url).open()
+        page.type(TASKS["headline"])
+        page.shows("#where .how", "of news")
+        assert page.texts("#where .bar span:first-child")[0] == "news"
+        assert len(page.texts("#where .bar")) == 3
+        assert all(of.endswith("of 7.50") for of in page.texts("#where .bar .of"))
+        page.shows("#where .key", "by bundle two")
+        page.tab("map")
+        page.shows("#legend", "Not shown: 1 decision of other bundles")
+        assert "No decisions yet" not in page.text("#legend")
+        assert "another bundle decided" in page.text("#legend")
+        say(url, " ")
+        page.shows("#legend", "2 decisions of other bundles")
+        assert page.complaints() == []
+
+
+def test_the_map_counts_one_decision_and_those_without_a_vector(browser: Any, word_bundle: Bundle) -> None:
+    with serving(lambda: words(word_bundle)) as url:
+        say(url, TASKS["headline"])
+        page = Page(browser, url).open("#map")
+        page.shows("#legend", "the latest decision.")
+        say(url, " ")
+        page.shows("#legend", "Not shown: 1 decision without a vector")
+
+
 def test_prompts_and_names_are_text_and_never_markup(page: Page) -> None:
     page.type("<img src=x onerror=alert(1)> <b>bold</b> write a headline", send=True)
     page.shows(".answer .text", "<b>bold</b>")
@@ -181,6 +275,20 @@ def test_the_keyboard_alone_is_enough(page: Page) -> None:
     assert page.driver.switch_to.active_element.get_attribute("id") == "send"
     page.driver.switch_to.active_element.send_keys(Keys.SPACE)
     page.shows(".answer .text", "says: write a headline")
+
+
+def test_back_and_forward_go_through_the_tabs(page: Page) -> None:
+    page.type("a draft")
+    page.tab("map")
+    page.tab("traffic")
+    page.driver.back()
+    page.until(lambda: page.find("#map").is_displayed())
+    page.driver.back()
+    page.until(lambda: page.find("#ask").is_displayed())
+    assert page.find("#prompt").get_attribute("value") == "a draft", "the page was not loaded anew"
+    page.driver.forward()
+    page.until(lambda: page.find("#map").is_displayed())
+    assert page.find("#tab-map").get_attribute("aria-selected") == "true"
 
 
 def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: Path) -> None:
@@ -203,14 +311,53 @@ def test_a_phone_sees_all_of_it_without_scrolling_sideways(url: str, tmp_path: P
         assert page.complaints() == []
 
 
+def test_no_label_of_the_map_covers_another_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    long = "questions-about-paraphrases"
+    clusters = [
+        TaskCluster(name, "", 10, ("a",), {name: 10}, radius=3.0) for name in ("headline", "summary", long)
+    ]
+    bundle = write_word_bundle(tmp_path / "long", clusters=clusters)
+    with serving(lambda: words(bundle)) as url, chromium(PHONE) as driver:
+        page = Page(driver, url).open()
+        for text in (*TASKS.values(), "write a question", "this chat"):
+            page.tab("ask")
+            page.js("document.getElementById('picture').replaceChildren()")
+            page.find("#prompt").clear()
+            page.type(text)
+            page.until(
+                lambda: page.text("#where .how") and not page.find("#where").get_attribute("aria-busy")
+            )
+            page.tab("map")
+            page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "#picture .now"))
+            frame, *boxes = page.js(
+                "return [...document.querySelectorAll('#picture, #picture text')].map((one) => {"
+                " const { left, right, top, bottom } = one.getBoundingClientRect();"
+                " return [left, right, top, bottom]; })"
+            )
+            assert len(boxes) == 4
+            for left, right, top, bottom in boxes:
+                within = frame[0] <= left and right <= frame[1] and frame[2] <= top and bottom <= frame[3]
+                assert within, f"cut off: {text}"
+            for one, other in combinations(boxes, 2):
+                beside = one[1] <= other[0] or other[1] <= one[0]
+                below = one[3] <= other[2] + 4 or other[3] <= one[2] + 4  # a line is higher than its letters
+                assert beside or below, f"two labels overlap: {text}"
+
+
 def test_a_key_is_asked_for_once_and_a_wrong_one_again(browser: Any, word_bundle: Bundle) -> None:
     with serving(lambda: words(word_bundle), Access(KEY), KEY) as url:
         page = Page(browser, url).open()
         page.until(lambda: page.find("#ask-key").get_attribute("open"))
         page.find("#key").send_keys("wrong" + Keys.ENTER)
         page.shows("#key-why", "does not know this key")
+        for wrong in ("schlüssel", "ключ", "key\u2019s"):  # no header can carry the last two
+            page.js("document.getElementById('key-why').textContent = ''")
+            page.find("#key").send_keys(wrong + Keys.ENTER)
+            page.shows("#key-why", "does not know this key")
+            assert page.text("#problem") == ""
         page.find("#key").send_keys(KEY + Keys.ENTER)
         page.shows("#where", "Nothing is typed yet")
+        assert page.driver.switch_to.active_element.get_attribute("id") == "prompt"
         for tab in ("map", "traffic", "bundles", "ask"):
             page.tab(tab)
             assert not page.find("#ask-key").get_attribute("open")
@@ -285,8 +432,16 @@ def test_a_rejected_prompt_and_a_lost_server_are_shown(browser: Any, word_bundle
         page.shows("#where .how", "rejected")
         page.type("", send=True)
         page.shows(".answer .text", "no task cluster is near")
-    page.type("more of it")
+        page.until(lambda: page.find("#prompt").get_attribute("value"))
+        page.find("#prompt").clear()
+        page.type(TASKS["summary"])
+        page.shows("#where .how", "of summary")
+    page.type(" more of it")
     page.shows("#problem", "The server does not answer")
+    page.shows("#where", "This text has no decision")
+    page.type("", send=True)
+    page.shows(".answer .text", "The connection was lost")
+    page.until(lambda: page.find("#prompt").get_attribute("value") == f"{TASKS['summary']} more of it")
     page.complaints()
 
 

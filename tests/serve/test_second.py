@@ -122,6 +122,7 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
     bundles: tuple[Bundle, Bundle], tmp_path: Path
 ) -> None:
     one, two = bundles
+    digest = hashlib.sha256((two.path / "manifest.json").read_bytes()).hexdigest()
     log = tmp_path / "log.jsonl"
 
     async def scenario() -> tuple[Answer, Answer, Any, set[str]]:
@@ -132,6 +133,8 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
             answer = await server.ask(CHAT, chat(TASKS["headline"]))
             dry = await server.ask(DRY_RUN, {"prompt": TASKS["headline"]})
             assert dry.json["model"] == answer.json["model"]
+            assert dry.json["bundle"] == digest[:12]
+            assert dry.json["radii"] == {cluster.name: cluster.radius for cluster in two.clusters}
             write_word_bundle(tmp_path / "three", seeds=(20, 21, 22))
             reloaded = await server.ask(RELOAD, {"bundle": "three"})
             after = await server.ask(CHAT, chat(TASKS["headline"]))
@@ -143,7 +146,6 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
     assert after.json["model"] == wanted, "a reload replaces the first bundle only"
     assert not set(reloaded["unloaded"]) & set(two.adapter_paths)
     assert set(two.adapter_paths) < loaded
-    digest = hashlib.sha256((two.path / "manifest.json").read_bytes()).hexdigest()
     assert [line.bundle for line in read_log(log)] == [digest[:12]] * 2
 
 

@@ -13,6 +13,7 @@ let key = "";              // in memory only
 let world = null;          // response of GET …/clusters
 let talk = [];          // the conversation: {role, content}
 let latest = null;         // the decision on display
+let running = null;        // AbortController of the turn that is being answered
 let timer, pending, allShown = false;
 
 // --- building blocks ---
@@ -37,6 +38,8 @@ function draw(tag, attributes = {}, ...children) {
 }
 
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const many = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+const byServed = (decision) => world.bundle.sha256.startsWith(decision.bundle);  // not by the second bundle
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 const colour = (name) => `k${Math.max(0, world.clusters.findIndex((one) => one.name === name)) % 8}`;
 const width = (node, share) => { node.style.width = `${Math.min(100, 100 * share)}%`; return node; };
@@ -53,14 +56,25 @@ function table(heads, rows, stack = true) {
 
 // --- requests to the server ---
 
+const DEAD = /EngineCore|EngineDead/;  // vLLM's words for an engine that ended; they point to its log
+
 class Refused extends Error {
-  constructor(status, message) { super(message); this.status = status; }
+  constructor(status, message) {
+    super(DEAD.test(message) ? "The server stopped while it answered." : message);
+    this.status = status;
+  }
 }
+
+const UNSENDABLE = /[^\x20-\x7e\x80-\xff]/;
 
 async function ask(path, payload, { signal, method } = {}) {
   let retry = !payload?.stream;  // a kept-alive connection may just have closed; never send a stream request twice
   for (;;) {
     const used = key;
+    if (UNSENDABLE.test(used)) {  // fetch would throw: no header can carry it
+      await newKey(used);
+      continue;
+    }
     const headers = { "content-type": "application/json", ...(used ? { authorization: `Bearer ${used}` } : {}) };
     let answer;
     try {
@@ -101,6 +115,7 @@ function newKey(used) {
       key = $("key").value.trim();
       $("key").value = "";
       keyPrompt = null;
+      if (document.activeElement === document.body) $("prompt").focus();
       resolve();
     }, { once: true });
     dialog.showModal();
@@ -125,8 +140,8 @@ function verdict(decision) {
 }
 
 function bars(decision) {
-  const radius = Object.fromEntries(world.clusters.map((one) => [one.name, one.radius]));
-  const rows = Object.entries(decision.distances).filter(([name]) => name in radius);
+  const radius = decision.radii;
+  const rows = Object.entries(decision.distances);
   const most = 1.06 * Math.max(...rows.map(([name, distance]) => Math.max(distance, radius[name])), 1e-9);
   return el("div", { class: "bars" }, ...rows.map(([name, distance], i) => {
     const tick = el("div", { class: "tick" });
@@ -138,25 +153,28 @@ function bars(decision) {
   }));
 }
 
-function showDecision(decision) {
+function showDecision(decision, why = "Nothing is typed yet.") {
   latest = decision;
-  const turns = [...document.querySelectorAll("#turns .said")];
+  $("where").removeAttribute("aria-busy");
+  const turns = [...document.querySelectorAll("#turns > li:not(.undone) .said")];
   turns.forEach((turn, i) => turn.classList.toggle("decides", Boolean(decision) && decision.turns > 1 && i === decision.turn));
   if (!decision) {
     const names = world ? world.clusters.map((one) => one.name).join(", ") : "";
-    $("where").replaceChildren(el("p", { class: "empty" }, `${names ? `Task clusters: ${names}. ` : ""}Nothing is typed yet.`));
+    $("where").replaceChildren(el("p", { class: "empty" }, `${names ? `Task clusters: ${names}. ` : ""}${why}`));
     return;
   }
   const nobody = decision.model === "reject";
   const near = decision.cluster ? ` of ${decision.cluster}` : "";
-  const outcome = decision.fallback ? `; ${nobody ? "rejected" : `falls back (${world.fallback})`}` : "";
+  const outcome = decision.fallback ? `; ${nobody ? "rejected" : "falls back"}` : "";
+  const second = world?.second?.sha256.startsWith(decision.bundle) && world.second.name;
+  const other = world && !byServed(decision) ? ` by bundle ${second || decision.bundle}` : "";
   const which = decision.turns > 1 ? `Turn ${decision.turn + 1} of ${decision.turns} decides. ` : "";
   $("where").replaceChildren(
     el("div", { class: "verdict" },
       el("span", { class: "name" }, nobody ? "nobody" : decision.model),
       el("span", { class: "how" }, `${verdict(decision)}${near}${outcome}`)),
     ...(decision.cluster ? [bars(decision)] : []),
-    el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms. `,
+    el("p", { class: "key" }, `${which}Decided in ${fixed(decision.routing_ms, 1)} ms${other}. `,
       decision.cluster ? "Bar: distance to the task cluster; mark: its radius." : ""));
 }
 
@@ -170,7 +188,10 @@ async function lookAhead() {
     const messages = [...talk, { role: "user", content: draft }];
     showDecision(await json("v1/fedrouter/route", { messages }, { signal: pending.signal }));
     showProblem(null);
-  } catch (error) { showProblem(error); }
+  } catch (error) {
+    if (error.name !== "AbortError") showDecision(null, "This text has no decision.");
+    showProblem(error);
+  }
 }
 
 function answerCard(model) {
@@ -211,22 +232,24 @@ async function* pieces(answer) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Refused(500, "The answer broke off.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
     }
   }
 }
 
-async function stream(card, model, messages) {
+// Returns the answer's text; null if there is none to go on with: it failed, or was stopped before its first word.
+async function stream(card, model, messages, signal) {
   const began = performance.now();
   let text = "";
   try {
-    const max_tokens = Number($("tokens").value) || 256;
-    const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens });
+    const max_tokens = $("tokens").valueAsNumber;
+    const answer = await ask("v1/chat/completions", { model, messages, stream: true, max_tokens }, { signal });
     explain(card, answer.headers);
     for await (const piece of pieces(answer)) {
       if (piece.error) throw new Refused(500, piece.error.message || "the stream ended with an error");
@@ -236,35 +259,61 @@ async function stream(card, model, messages) {
     card.judge.hidden = !card.judge.childElementCount;
     card.why.append(`${card.why.textContent ? " · " : ""}${Math.round(performance.now() - began)} ms`);
     if (!text) card.text.append(el("span", { class: "quiet" }, "(empty response)"));
+    return text;
   } catch (error) {
+    if (error.name === "AbortError") {
+      card.text.append(el("span", { class: "quiet" }, " (stopped)"));
+      return text || null;
+    }
     const lost = error instanceof TypeError;
     card.text.append(el("p", { class: "failed" }, lost ? "The connection was lost." : error.message));
-  }
-  card.text.classList.remove("running");
-  return text;
+    return null;
+  } finally { card.text.classList.remove("running"); }
+}
+
+function nowRunning(turn) {
+  const focused = document.activeElement === $("send");
+  running = turn;
+  $("send").disabled = $("send").hidden = Boolean(turn);
+  $("stop").hidden = !turn;
+  if (turn && focused) $("stop").focus();
 }
 
 async function send() {
   const prompt = $("prompt").value;
-  if (!prompt.trim() || $("send").disabled) return;
-  $("send").disabled = true;
-  const messages = [...talk, { role: "user", content: prompt }];
+  if (!prompt.trim() || running || !$("composer").reportValidity()) return;
+  const turn = new AbortController();
+  nowRunning(turn);
+  const before = talk;
+  const messages = [...before, { role: "user", content: prompt }];
   const beside = $("beside").value;
   const routed = answerCard("fedrouter");
   const other = beside ? answerCard(beside) : null;
-  $("turns").append(el("li", {}, el("div", { class: "said" }, prompt),
-    el("div", { class: "answers" }, routed.node, other && other.node)));
-  await lookAhead();
+  if (other && before.length) other.why.textContent = "goes on from the routed answers above";
+  const item = el("li", {}, el("div", { class: "said" }, prompt),
+    el("div", { class: "answers" }, routed.node, other && other.node));
+  document.querySelectorAll("#turns > .undone").forEach((one) => one.remove());
+  $("turns").append(item);
+  lookAhead();
   $("prompt").value = "";
   $("anew").hidden = false;
   talk = messages;
-  const [text] = await Promise.all([stream(routed, "fedrouter", messages), other && stream(other, beside, messages)]);
-  if (talk === messages) talk = [...messages, { role: "assistant", content: text }];
-  $("send").disabled = false;
+  const [text] = await Promise.all([
+    stream(routed, "fedrouter", messages, turn.signal), other && stream(other, beside, messages, turn.signal)]);
+  if (running !== turn) return;  // started over meanwhile
+  nowRunning(null);
+  if (text === null) {  // as if it had not been sent; what was typed meanwhile follows it
+    item.classList.add("undone");
+    talk = before;
+    $("prompt").value = [prompt, $("prompt").value].filter((one) => one.trim()).join("\n");
+    lookAhead();
+  } else talk = [...messages, { role: "assistant", content: text }];
   $("prompt").focus();
 }
 
 function startOver() {
+  running?.abort();
+  nowRunning(null);
   talk = [];
   latest = null;
   $("turns").replaceChildren();
@@ -285,9 +334,11 @@ async function listModels() {
 
 async function showMap() {
   const { decisions } = await json("v1/fedrouter/decisions?limit=100");
-  const past = decisions.filter((one) => one.at && world.bundle.sha256.startsWith(one.bundle));
+  const past = decisions.filter((one) => one.at && byServed(one));
+  const others = decisions.filter((one) => !byServed(one)).length;
+  const nowhere = decisions.length - past.length - others;
   const rings = world.clusters.flatMap((one) => one.at.map(([x, y]) => ({ ...one, x, y: -y })));
-  const now = latest && latest.at;
+  const now = latest && byServed(latest) && latest.at;
   const points = [...past.map((one) => one.at), ...(now ? [now] : [])].map(([x, y]) => [x, -y, 0]);
   const all = [...rings.map((one) => [one.x, one.y, one.radius]), ...points];
   const [left, right] = [Math.min(...all.map(([x, , r]) => x - r)), Math.max(...all.map(([x, , r]) => x + r))];
@@ -300,7 +351,7 @@ async function showMap() {
   });
   const hint = (text) => draw("title", {}, text);
   const picture = draw("svg", { viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img", "aria-label":
-    `${world.clusters.length} task clusters, ${past.length} decisions${now ? ", and the prompt" : ""}` });
+    `${many(world.clusters.length, "task cluster")}, ${many(past.length, "decision")}${now ? ", and the prompt" : ""}` });
   for (const one of rings) {
     picture.append(draw("circle", { ...at(one.x, one.y), r: one.radius * scale, class: `ring ${colour(one.name)}` },
       hint(`${one.name}: radius ${fixed(one.radius)}`)));
@@ -312,31 +363,43 @@ async function showMap() {
   }
   const named = new Set();
   const labels = [];
+  const label = (x, y, text, kind) => {  // within the picture, and beside the labels that it would cover
+    const half = 4 * text.length;  // of its width, about
+    x = Math.max(half, Math.min(size[0] - half, x));
+    const step = y < size[1] / 2 ? 4 : -4;
+    while (labels.some(([at, other, reach]) => Math.abs(at - x) < reach + half && Math.abs(other - y) < 17)) y += step;
+    labels.push([x, y, half]);
+    picture.append(draw("text", { x, y, class: `middle ${kind}` }, text));
+  };
   for (const one of rings) {
     const { cx, cy } = at(one.x, one.y);
     picture.append(draw("circle", { cx, cy, r: 5, class: `centre ${colour(one.name)}` }));
     if (named.has(one.name)) continue;  // a task cluster may have several centroids
     named.add(one.name);
     const room = one.radius * scale;
-    const half = 4 * one.name.length;  // of the label's width, about
-    let y = room > 30 ? cy - room + 20 : cy - room - 8;
-    while (labels.some(([x, other, reach]) => Math.abs(x - cx) < reach + half && Math.abs(other - y) < 17)) y += 4;
-    labels.push([cx, y, half]);
-    picture.append(draw("text", { x: cx, y, class: `middle ${colour(one.name)}` }, one.name));
+    label(cx, room > 30 ? cy - room + 20 : cy - room - 8, one.name, colour(one.name));
   }
   if (now) {
     const { cx, cy } = at(now[0], -now[1]);
-    picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")), draw("text", { x: cx + 13, y: cy + 5 }, "prompt"));
+    picture.append(draw("circle", { cx, cy, r: 7, class: "now" }, hint("the prompt")));
+    label(cx + 37 < size[0] - 24 ? cx + 37 : cx - 37, cy + 5, "prompt", "");
   }
   $("picture").replaceChildren(picture);
-  const legend = past.length ? `Faint points: the latest ${past.length} decisions${past.some((one) => one.fallback) ? "; fallbacks are hollow" : ""}. ` : "No decisions yet. ";
+  const hollow = past.some((one) => one.fallback) ? "; fallbacks are hollow" : "";
+  const legend = [
+    past.length ? `Faint points: the latest ${past.length === 1 ? "decision" : many(past.length, "decision")}${hollow}.` : decisions.length ? "" : "No decisions yet.",
+    others ? `Not shown: ${many(others, "decision")} of other bundles, because each bundle has a map of its own.` : "",
+    nowhere ? `Not shown: ${many(nowhere, "decision")} without a vector (no text, or overload).` : "",
+    now ? "" : latest?.cluster ? "The prompt is not shown: another bundle decided." : "Type a prompt under Ask to see it here.",
+    "Rings: radii. The map has two dimensions only, so distances look too short; the bars under Ask show them.",
+  ];
   const count = (counts) => Object.entries(counts).map(([name, number]) => `${name} ${number}`).join(", ");
   const heads = [["task cluster"], ["radius", "num"], ...(world.operator ? [["rows", "num"], ["tasks"], ["clients"]] : [])];
   const rows = world.clusters.map((one) => [
     el("span", { class: colour(one.name) }, el("span", { class: "swatch" }), one.name), fixed(one.radius),
     ...(world.operator ? [String(one.num_examples), count(one.task_counts) || "no labels", one.clients.join(", ")] : [])]);
   $("legend").replaceChildren(el("p", { class: "key" },
-    `${legend}${now ? "" : "Type a prompt under Ask to see it here. "}Rings: radii. The map has two dimensions only, so distances look too short; the bars under Ask show them.`),
+    legend.filter(Boolean).join(" ")),
     el("h2", {}, "Task clusters"), table(heads, rows));
 }
 
@@ -466,7 +529,7 @@ async function showReload() {
     result.replaceChildren(el("p", { class: "quiet" }, progress));
     try {
       const changes = await json("v1/fedrouter/reload", { bundle: choice.value, ...(checkOnly ? { check: true } : {}) });
-      result.replaceChildren(el("p", {}, checkOnly ? `${changes.bundle} is valid${changes.probes ? `, its ${changes.probes} probes hold` : ""}. After a reload:` : `${changes.bundle} is served.`), ...list(changes));
+      result.replaceChildren(el("p", {}, checkOnly ? `${changes.bundle} is valid${changes.probes ? `, ${changes.probes === 1 ? "its probe holds" : `its ${changes.probes} probes hold`}` : ""}. After a reload:` : `${changes.bundle} is served.`), ...list(changes));
       go.disabled = !checkOnly;
       if (!checkOnly) { world = await json("v1/fedrouter/clusters"); showServed(); await showBundle(); await listModels(); }
     } catch (error) {
@@ -496,7 +559,9 @@ const SHOW = {
 };
 let refreshing, models;
 
-async function open(tab) {
+const tabOfAddress = () => (TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");
+
+async function open(tab, change = "pushState") {
   clearTimeout(refreshing);
   for (const one of TABS) {
     const chosen = one === tab;
@@ -504,7 +569,7 @@ async function open(tab) {
     $(`tab-${one}`).setAttribute("aria-selected", String(chosen));
     $(`tab-${one}`).tabIndex = chosen ? 0 : -1;
   }
-  if (location.hash !== `#${tab}`) window.history.replaceState(null, "", `#${tab}`);
+  if (location.hash !== `#${tab}`) window.history[change](null, "", `#${tab}`);
   await refresh(tab);
 }
 
@@ -536,12 +601,17 @@ for (const tab of TABS) {
     open(next);
   });
 }
-$("prompt").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(lookAhead, QUIET_MS); });
+$("prompt").addEventListener("input", () => {
+  $("where").setAttribute("aria-busy", "true");  // the decision on display is of another text
+  clearTimeout(timer);
+  timer = setTimeout(lookAhead, QUIET_MS);
+});
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+$("stop").addEventListener("click", () => running?.abort());
 $("anew").addEventListener("click", startOver);
 for (const id of ["by-adapter", "by-outcome", "by-fallback"]) $(id).addEventListener("change", () => refresh("traffic"));
-window.addEventListener("hashchange", () => { const tab = location.hash.slice(1); if (TABS.includes(tab)) open(tab); });
-open(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "ask");
+window.addEventListener("popstate", () => open(tabOfAddress(), "replaceState"));  // Back, or an address typed
+open(tabOfAddress(), "replaceState");
