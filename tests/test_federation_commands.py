@@ -97,11 +97,58 @@ def test_the_federation_s_certificates_are_marked_as_a_trial(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("host", "listen"), [("server.example.org", "0.0.0.0:9092"), ("127.0.0.1", "127.0.0.1:9092")]
+    ("host", "listen"),
+    [
+        ("server.example.org", "0.0.0.0:9092"),
+        ("127.0.0.1", "127.0.0.1:9092"),
+        ("127.1.2.3", "127.1.2.3:9092"),
+        ("localhost", "localhost:9092"),
+        ("::1", "[::1]:9092"),
+    ],
 )
 def test_a_public_name_need_not_be_an_address_of_this_machine(tmp_path: Path, host: str, listen: str) -> None:
     command = make_directory(tmp_path / "fed", host, 9092, 9093).superlink()
     assert command[command.index("--fleet-api-address") + 1] == listen
+
+
+@pytest.mark.parametrize(
+    ("host", "ports", "reason"),
+    [
+        (
+            "https://server.example.org",
+            (9092, 9093),
+            "'https://server.example.org': expected a host name",
+        ),
+        ("server.example.org:9092", (9092, 9093), "without https:// and port"),
+        ("müller.example", (9092, 9093), "as xn--"),
+        ("", (9092, 9093), "expected a host name"),
+        ('a b"c', (9092, 9093), "expected a host name"),
+        ("a" * 300, (9092, 9093), "expected a host name"),
+        ("localhost", (9092, 9092), "both 9092; choose two ports"),
+        ("localhost", (9092, 99999999), "control_port: .*65535"),
+    ],
+)
+def test_a_federation_that_nobody_can_reach_is_refused_before_anything_is_made(
+    tmp_path: Path, host: str, ports: tuple[int, int], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_directory(tmp_path / "fed", host, *ports)
+    assert not (tmp_path / "fed").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'file'}"):
+        make_directory(tmp_path / "file", "localhost", 9092, 9093)
+
+
+def test_what_a_federation_lacks_is_named(made: Path) -> None:
+    directory = make_directory(made / "fed", "localhost", 9092, 9093)
+    key = (made / "ulm" / "site.pub").read_text().strip()
+    with (made / "fed" / "federation.toml").open("a") as file:
+        file.write(f'ulm = "{key}"\nzwilling = "{key}"\n')
+    with pytest.raises(ConfigError, match="clients ulm and zwilling have the same key"):
+        load_directory(directory.path).roster()
+    (made / "fed" / "ca.crt").unlink()
+    with pytest.raises(ConfigError, match=r"ca.crt is missing; restore it"):
+        load_directory(directory.path)
 
 
 def test_the_roster_names_the_key_that_is_none(made: Path) -> None:

@@ -1,14 +1,17 @@
 """A federation's directory on the server's machine: settings, roster, certificates and superlink."""
 
+import ipaddress
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fedrouter.config_file import fitted, read_toml
 from fedrouter.errors import ConfigError
-from fedrouter.files import write_atomically
+from fedrouter.files import check_directory, write_atomically
 from fedrouter.train.flower.certificates import make_trial
 from fedrouter.train.flower.environment import SIDECAR, program, run
 from fedrouter.train.server.remote import Waiting
@@ -38,6 +41,21 @@ least_replies = 1  # minimum number of clients that send updates in a round, or 
 """
 
 
+def _host(text: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?", text):
+            raise ValueError(
+                f"{text!r}: expected a host name or an address, without https:// and port; "
+                "write a name with other letters as xn--…"
+            ) from None
+    return text
+
+
+Host = Annotated[str, AfterValidator(_host)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,14 +74,20 @@ class WaitingSettings(_Section):
 class FederationSettings(_Section):
     """``federation.toml``."""
 
-    host: str = "127.0.0.1"
-    listen: str = "127.0.0.1"
-    fleet_port: int = 9092
-    control_port: int = 9093
+    host: Host = "127.0.0.1"
+    listen: Host = "127.0.0.1"
+    fleet_port: int = Field(9092, ge=1, le=65535)
+    control_port: int = Field(9093, ge=1, le=65535)
     float16: bool = False
     secure_sum: bool = False
     waiting: WaitingSettings = Field(default_factory=WaitingSettings)
     clients: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "FederationSettings":
+        if self.fleet_port == self.control_port:
+            raise ValueError(f"fleet_port and control_port are both {self.fleet_port}; choose two ports")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +125,13 @@ class Directory:
                 found[name] = load_public(text)
             except ConfigError as error:
                 raise ConfigError(f"{self.path / 'federation.toml'}: client {name}: {error}") from error
+        owner: dict[str, str] = {}
+        for name, key in found.items():
+            if (other := owner.setdefault(public_text(key), name)) != name:
+                raise ConfigError(
+                    f"{self.path / 'federation.toml'}: clients {other} and {name} have the same key; "
+                    "each site has its own: remove one of them"
+                )
         return found
 
     def superlink(self) -> list[str]:
@@ -118,7 +149,9 @@ class Directory:
             "--database",
             str(directory / "flower" / "superlink.db"),
             "--fleet-api-address",
-            f"{settings.listen}:{settings.fleet_port}",
+            f"[{settings.listen}]:{settings.fleet_port}"
+            if ":" in settings.listen
+            else f"{settings.listen}:{settings.fleet_port}",
             "--host",
             "127.0.0.1",
             "--port",
@@ -133,14 +166,17 @@ def make_directory(path: Path, host: str, fleet_port: int, control_port: int) ->
     Raises
     ------
     ConfigError
-        If it exists already.
+        If it exists already, or an argument is invalid.
     """
     if (path / "federation.toml").exists():
         raise ConfigError(f"{path} holds a federation already")
+    given = {"host": host, "fleet_port": fleet_port, "control_port": control_port}
+    fitted(given, FederationSettings, "a new federation")
+    check_directory(path, "the federation's directory")
     (path / "flower").mkdir(parents=True, exist_ok=True)
     make_trial(path, list(dict.fromkeys([host, "127.0.0.1", "localhost"])))
     # A public name need not be an address of this machine: it may be a router's.
-    listen = host if host.startswith("127.") else "0.0.0.0"  # noqa: S104 - sites are elsewhere; TLS and keys
+    listen = host if _is_loopback(host) else "0.0.0.0"  # noqa: S104 - sites are elsewhere; TLS and keys
     text = TEMPLATE.format(
         host=json.dumps(host),
         listen=json.dumps(listen),
@@ -149,6 +185,13 @@ def make_directory(path: Path, host: str, fleet_port: int, control_port: int) ->
     )
     write_atomically(path / "federation.toml", text)
     return load_directory(path)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
 
 
 def load_directory(path: Path) -> Directory:
@@ -162,6 +205,9 @@ def load_directory(path: Path) -> Directory:
     file = path / "federation.toml"
     missing = f"{path} is not a federation's directory: run fedrouter federation init {path}"
     settings = fitted(read_toml(file, missing=missing), FederationSettings, str(file))
+    for name in ("ca.crt", "server.crt", "server.key"):
+        if not (path / name).is_file():
+            raise ConfigError(f"{path / name} is missing; restore it, or create another federation")
     directory = Directory(path, settings)
     connection = (
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'

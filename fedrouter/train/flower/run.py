@@ -14,7 +14,7 @@ from fedrouter.train.federate import train_remote
 from fedrouter.train.flower.federation import load_directory, nodes
 from fedrouter.train.flower.status import SEEN
 from fedrouter.train.flower.transport import connected
-from fedrouter.train.run import finished
+from fedrouter.train.run import finished, refuse_another_run
 
 
 def train_over_flower(
@@ -32,6 +32,7 @@ def train_over_flower(
     directory = load_directory(federation)
     roster, settings = directory.roster(), directory.settings
     resolved = load_config(config, overrides, clients=list(roster))
+    refuse_another_run(resolved, out)
     if (bundle := finished(out, console)) is not None:
         return bundle
     seen: dict[str, dict[str, object]] = {}

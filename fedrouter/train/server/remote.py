@@ -151,6 +151,7 @@ class RemoteFederation:
         self._strangers: dict[str, tuple[float, str]] = {}  # node → when and why it was rejected
         self._reported: dict[str, str] = {}  # node → last reason reported to the user
         self._members: dict[str, Member] = {}
+        self._unwilling: dict[str, str] = {}  # client → why it refuses the plan
         self._assign: Assign | None = None  # the latest, sent again to a restarted client
         self._comparisons: dict[str, Comparison] = {}
         self._last_exchange = 0
@@ -159,12 +160,12 @@ class RemoteFederation:
     # Before the rounds: a client that fails is left out of the run.
 
     def members(self) -> list[Member]:
-        """Wait until all clients of the roster are connected; return them.
+        """Wait until all clients of the roster are connected, or refuse the plan; return them.
 
         Raises
         ------
         ClientError
-            If clients are missing after ``Waiting.start_s`` but enough others are connected.
+            If clients refuse, or are missing after ``Waiting.start_s``, but enough others are connected.
         TrainingError
             If too few clients are connected by then.
         """
@@ -302,7 +303,8 @@ class RemoteFederation:
             If a client reports that the settings are at fault.
         """
         names = self._names if names is None else names
-        found = dict(self._exchange(dict.fromkeys(names, (message,)), self._waiting.exchange_s))
+        asked = dict.fromkeys(names, (message,))
+        found = dict(self._exchange(asked, self._waiting.exchange_s, again=True))
         failed = dict(self.traffic[-1].missing)
         for name in names:
             replies = found.get(name, ())
@@ -320,13 +322,17 @@ class RemoteFederation:
             raise ClientError(failed)
 
     def _exchange(
-        self, messages: Mapping[str, tuple[Any, ...]], timeout_s: float
+        self, messages: Mapping[str, tuple[Any, ...]], timeout_s: float, again: bool = False
     ) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Send each client its messages; yield replies as they arrive, until the timeout."""
+        """Send each client its messages; yield replies as they arrive, until the timeout.
+
+        With ``again``, a request that the transport loses is sent once more: before the rounds, a client that
+        fails is left out of the whole run.
+        """
         began, traffic = self._clock(), Traffic()
         self.traffic.append(traffic)
         waiting: dict[str, _Request] = {}
-        unreached = dict(messages)
+        unreached, lost = dict(messages), set[str]()
         while unreached or waiting:
             self._update_nodes(traffic)
             for name in [name for name in unreached if name in self._nodes]:
@@ -336,6 +342,12 @@ class RemoteFederation:
                 break
             arrived = self._transport.receive(min(timeout_s - waited, POLL_S))
             if arrived is not None and not self._is_greeting_reply(arrived):
+                sender = next((n for n in waiting if self._nodes.get(n) == arrived.node), None)
+                if again and arrived.error and sender is not None and sender not in lost:
+                    self._say(f"client {sender}: asked again after {_line(arrived.error)}")
+                    lost.add(sender)
+                    unreached[sender] = waiting.pop(sender).messages
+                    continue
                 accepted = self._opened(arrived, waiting, traffic)
                 if accepted is not None:
                     name, replies = accepted
@@ -435,15 +447,19 @@ class RemoteFederation:
                 names = f" ({', '.join(present)})" if present else ""
                 self._say(f"waiting for clients: {len(present)} of {len(self._names)} connected{names}")
             waited = self._clock() - began
-            if missing and waited > self._waiting.start_s:
-                if len(self._names) - len(missing) < self._waiting.least_clients:
-                    num = len(self._names) - len(missing)
+            num = len(self._names) - len(missing)
+            decided = self._unwilling.keys() >= set(missing) and num >= self._waiting.least_clients
+            if missing and (decided or waited > self._waiting.start_s):
+                absent = f"it did not connect within {waited:.0f} s"
+                reasons = {name: self._unwilling.get(name, absent) for name in missing}
+                if num < self._waiting.least_clients:
                     raise TrainingError(
                         f"{num} clients connected within {waited:.0f} s, but "
-                        f"{self._waiting.least_clients} are needed; missing: {', '.join(missing)}; "
-                        "run the same command to wait again"
+                        f"{self._waiting.least_clients} are needed ("
+                        + "; ".join(f"client {name}: {reason}" for name, reason in reasons.items())
+                        + "); run the same command to wait again"
                     )
-                raise ClientError(dict.fromkeys(missing, f"it did not connect within {waited:.0f} s"))
+                raise ClientError(reasons)
             if missing and (arrived := self._transport.receive(POLL_S)) is not None:
                 self._is_greeting_reply(arrived)
 
@@ -479,6 +495,7 @@ class RemoteFederation:
                 raise WireError(f"client {name}: a replay: its reply answers another request")
             member = envelope.messages[0] if envelope.messages else None
             if isinstance(member, Failed | Refused):
+                self._unwilling[name] = _line(member.reason)
                 raise WireError(f"client {name}: {_line(member.reason)}")
             if not isinstance(member, Member) or member.client != name:
                 raise WireError(f"client {name}: it did not identify itself")
@@ -491,6 +508,7 @@ class RemoteFederation:
             self._say(f"client {name} is too late for this run; add it to the bundle with fedrouter join")
         self._nodes[name] = arrived.node
         self._members.setdefault(name, member)
+        self._unwilling.pop(name, None)
 
     def _reject(self, node: str, reason: str) -> None:
         self._strangers[node] = self._clock(), reason

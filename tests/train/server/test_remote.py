@@ -221,8 +221,39 @@ def test_missing_clients_are_named_and_enough_others_start(places: list[Place]) 
     assert [m.client for m in wire.federation.members()] == ["graz", "ulm"]
     alone = Wire(places)
     alone.transport.here = {"node-ulm": places[0].answer}
-    with pytest.raises(TrainingError, match=r"1 clients connected .* 2 are needed; missing: bern, graz"):
+    with pytest.raises(
+        TrainingError, match=r"1 clients connected .* 2 are needed \(client bern: it did not .*; client graz"
+    ):
         alone.federation.members()
+
+
+def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
+    places = [Place(tmp_path, "ulm", max_rank=4), Place(tmp_path, "bern"), Place(tmp_path, "graz")]
+    wire = Wire(places)
+    began = wire.transport.clock()
+    with pytest.raises(ClientError, match="client ulm: its policy refuses rank 8"):
+        wire.federation.members()
+    assert wire.transport.clock() - began < WAITING.start_s / 2
+    wire.federation.leave(["ulm"])
+    assert [m.client for m in wire.federation.members()] == ["bern", "graz"]
+
+
+def test_before_the_rounds_a_lost_message_is_sent_again(places: list[Place]) -> None:
+    wire = Wire(places)
+    wire.federation.members()
+    receive, lost = wire.transport.receive, []
+
+    def losing(timeout_s: float) -> Any:
+        arrived = receive(timeout_s)
+        if arrived is not None and arrived.node == "node-ulm" and not lost:
+            lost.append(arrived)
+            return replace(arrived, body=b"", error="Node Unavailable")
+        return arrived
+
+    wire.transport.receive = losing  # type: ignore[method-assign]
+    found = group(wire.federation, CONFIG, adapter(0), DIM)
+    assert [a.client for a in found.assignments] == sorted(NAMES)
+    assert wire.said("client ulm: asked again after Node Unavailable")
 
 
 def test_a_late_client_is_reported_and_the_run_continues(places: list[Place]) -> None:
