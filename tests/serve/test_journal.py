@@ -82,7 +82,7 @@ def test_texts_and_vectors_are_logged_only_by_option(
     log = tmp_path / "decisions.jsonl"
     turns = TASKS["summary"], FAR, "ok"
     within(make_server(log=LogOptions(log, prompts=True, vectors=True)), (CHAT, chat(*turns), {}))
-    [line] = read_log(log)
+    [line] = read_log(log, pytest.fail)
     assert line.texts == (FAR, TASKS["summary"])
     [far, near] = line.vectors or ()
     assert far is not None and near is not None
@@ -211,7 +211,7 @@ def test_feedback_is_attached_to_a_request(
     decided, fed = lines(log)
     assert (fed["feedback"], fed["outcome"]) == (decided["id"], "bad")
     assert REGISTRY.get_sample_value("fedrouter_feedback_total", counted) == before + 1
-    assert [line.id for line in read_log(log)] == [decided["id"]], "replay ignores feedback"
+    assert [line.id for line in read_log(log, pytest.fail)] == [decided["id"]], "replay ignores feedback"
 
 
 def test_a_tenant_sees_and_judges_its_own_requests_only(serve: Callable[..., Server]) -> None:
