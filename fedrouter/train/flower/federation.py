@@ -1,6 +1,7 @@
 """A federation's directory on the server's machine: settings, roster, certificates and superlink."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,8 @@ def load_directory(path: Path) -> Directory:
         If it is not a federation's directory, or its settings are invalid.
     """
     file = path / "federation.toml"
-    missing = f"{path} is not a federation's directory: run fedrouter federation init {path}"
+    command = shlex.join(["fedrouter", "federation", "init", str(path)])
+    missing = f"{path} is not a federation's directory: run {command}"
     settings = fitted(read_toml(file, missing=missing), FederationSettings, str(file))
     directory = Directory(path, settings)
     connection = (
