@@ -1,6 +1,6 @@
 """``--decision-log FILE``: routing decisions as JSON Lines, rotated by size.
 
-A separate thread writes, so that requests never wait: lines go through a bounded queue, and lines that do not
+A separate thread writes, so that prompts never wait: lines go through a bounded queue, and lines that do not
 fit or cannot be written are counted. Prompts are written only with ``--log-prompts``.
 """
 
