@@ -78,20 +78,23 @@ class DecisionLog:
                 f"--decision-log {options.path}: cannot be written: {error.strerror}; choose another file"
             ) from error
         self._max_write = min(MAX_WRITE, int(options.max_mib * 2**20) // 8)
-        self._lines: queue.SimpleQueue[tuple[Line, Future[bool]] | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[tuple[Line, Future[bool] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedrouter-log", daemon=True)
         self._thread.start()
 
-    def write(self, line: Line) -> Future[bool]:
-        """Queue what ``line`` returns, without waiting; the result says whether the file took it."""
-        written: Future[bool] = Future()
-        written.set_running_or_notify_cancel()  # nobody who waits can cancel it
+    def write(self, line: Line, written: Future[bool] | None = None) -> None:
+        """Queue what ``line`` returns, without waiting.
+
+        Parameters
+        ----------
+        written : running future that is told whether the file took the line.
+        """
         if self._lines.qsize() < MAX_QUEUE:
             self._lines.put((line, written))
         else:
             self._lost()
-            written.set_result(False)
-        return written
+            if written is not None:
+                written.set_result(False)
 
     def close(self) -> None:
         """Write the queued lines, for five seconds at most."""
@@ -109,7 +112,8 @@ class DecisionLog:
             while queued is not None:
                 line, written = queued
                 texts.append(ENCODE(line()))
-                waiting.append(written)
+                if written is not None:
+                    waiting.append(written)
                 size += len(texts[-1])
                 if size >= self._max_write or self._lines.empty():
                     break

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -123,7 +124,10 @@ class Journal:
                 "outcome": outcome,
                 "caller": caller.client,
             }
-            logged = await asyncio.wrap_future(self._log.write(lambda: line))
+            written: Future[bool] = Future()
+            written.set_running_or_notify_cancel()  # a client that leaves must not cancel it
+            self._log.write(lambda: line, written)
+            logged = await asyncio.wrap_future(written)
         return {"id": key, "outcome": outcome, "adapters": adapters, "counted": counted, "logged": logged}
 
     def close(self) -> None:

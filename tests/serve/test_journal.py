@@ -5,6 +5,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,9 @@ def test_a_failure_after_a_success_is_reported_again(
     stream = log._file.stream
 
     def written(number: int) -> bool:
-        return log.write(lambda: {"n": number}).result(10)
+        taken: Future[bool] = Future()
+        log.write(lambda: {"n": number}, taken)
+        return taken.result(10)
 
     def full() -> None:
         raise OSError(28, "No space left on device")
