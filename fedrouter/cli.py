@@ -7,11 +7,12 @@ import errno
 import io
 import itertools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(federation_app)
 app.add_typer(client_app)
+ROUNDS = "checkpoints/round-*", "from the last finished round"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console(markup=False)  # names and paths may contain brackets
 stderr = Console(stderr=True, markup=False)
@@ -67,7 +69,7 @@ KeyOption = Annotated[
 ]
 FieldOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="FIELD=NAME", help="The name of a field in the files, as in [data.fields]."),
+    typer.Option(metavar="FIELD=NAME", help="The name of a field in the files, as in \\[data.fields]."),
 ]
 
 
@@ -120,11 +122,9 @@ def train(
 
             bundle = run(load_config(config, set_ or []), directory, console, processes)
     except KeyboardInterrupt:
-        stderr.print(
-            f"interrupted; run the same command again to resume from the last finished round in {directory}"
-        )
-        raise typer.Exit(130) from None
-    print_line(console, f"bundle: {bundle.path}\nserve it: fedrouter serve {bundle.path}")
+        _interrupted(directory, *ROUNDS)
+    command = shlex.join(["fedrouter", "serve", str(bundle.path)])
+    print_line(console, f"bundle: {bundle.path}\nserve it: {command}")
 
 
 @app.command()
@@ -175,14 +175,15 @@ def join(
     sources, changed = _sources(client, "--client"), _sources(moved, "--moved")
     if not sources and not changed:
         raise ConfigError("no client to join: give --client NAME=FILE or --moved NAME=FILE")
+    from fedrouter.train.join import default_out
     from fedrouter.train.join import join as add
 
     try:
         bundle = add(run, sources, changed, out, console, processes)
     except KeyboardInterrupt:
-        stderr.print("interrupted; run the same command again to resume from the last finished round")
-        raise typer.Exit(130) from None
-    print_line(console, f"bundle: {bundle.path}\non a running server: fedrouter reload URL {bundle.path}")
+        _interrupted(out or default_out(run, sources, changed), *ROUNDS)
+    command = shlex.join(["fedrouter", "reload", "URL", str(bundle.path)])
+    print_line(console, f"bundle: {bundle.path}\non a running server: {command}")
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -398,8 +399,7 @@ def experiment(
     try:
         run_experiment(settings, directory, console, jobs=jobs, only=only or (), results=results)
     except KeyboardInterrupt:
-        stderr.print(f"interrupted; run the same command again to resume the cells in {directory}")
-        raise typer.Exit(130) from None
+        _interrupted(directory, "*", "the cells")
 
 
 @app.command("eval-routing")
@@ -500,9 +500,9 @@ def probe(
     """Check that each probe is routed to its expected task cluster; exit code 1 if one is not."""
     import asyncio
 
-    from fedrouter.bundle import parse_probes, read_probes
+    from fedrouter.bundle import PROBES, parse_probes, read_probes
     from fedrouter.decide import route_texts
-    from fedrouter.probes import ask
+    from fedrouter.probes import ask, check_clusters
     from fedrouter.route import Router
 
     probes = parse_probes(read_probes(file), file) if file else ()
@@ -510,6 +510,7 @@ def probe(
     probes = probes or loaded.probes
     if not probes:
         raise ConfigError(f"{loaded.path} contains no probes; give a file of probes")
+    check_clusters(probes, [cluster.name for cluster in loaded.clusters], file or loaded.path / PROBES)
     router = Router(loaded)
 
     async def route(texts: Sequence[str]) -> "list[Decision]":
@@ -637,12 +638,13 @@ def demo(
         report = run_eval(url, records, ["fedrouter", "base"], console=console)
     _show(report, out / "eval.json", None)
     page = write_report(out, data or ["builtin:four-tasks"])
+    copied = shlex.quote(str(bundle.path))
     print_line(
         console,
         f"\nThe server has stopped. Report of this run: {page}\nNext:\n"
-        f"  fedrouter serve {bundle.path}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
-        f'  fedrouter route {bundle.path} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
-        f"  fedrouter inspect {out}\n"
+        f"  fedrouter serve {copied}            # then ask it anything at http://127.0.0.1:8000/fedrouter/\n"
+        f'  fedrouter route {copied} "Ana: lunch at noon? Ben: yes, at the harbour"\n'
+        f"  fedrouter inspect {shlex.quote(str(out))}\n"
         f"  fedrouter train --help                      # your own data: see README.md",
     )
 
@@ -759,6 +761,16 @@ def _named(text: str, option: str, form: str) -> tuple[str, str]:
     return name, path
 
 
+def _interrupted(directory: Path, kept: str, what: str) -> NoReturn:
+    """Say whether the same command resumes: only if there are files ``kept`` in the directory; exit."""
+    if any(directory.glob(kept)):
+        how = f"run the same command again to resume {what} in {directory}"
+    else:
+        how = "nothing was finished; the same command starts from the beginning"
+    print_line(stderr, f"interrupted; {how}")
+    raise typer.Exit(130)
+
+
 def _sources(given: list[str] | None, option: str) -> dict[str, str]:
     sources = dict(_named(text, option, "NAME=FILE") for text in given or [])
     if len(sources) < len(given or []):
@@ -786,6 +798,7 @@ def _api_key(variable: str | None) -> str | None:
 
 def main() -> None:
     """Run the command line; a FedRouterError or a full disk prints one line and exits with code 1."""
+    _open_closed()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script ignore SIGINT
     signal.signal(signal.SIGTERM, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -801,6 +814,13 @@ def main() -> None:
         if error.errno not in DISK_FULL:
             raise
         _fail(error, f"cannot write {error.filename or 'the output'}: {error.strerror}; free some disk space")
+
+
+def _open_closed() -> None:
+    """Open /dev/null in place of closed standard streams; other files would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # lowest number first
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123 - stays open
 
 
 def _fail(error: Exception, message: str) -> None:

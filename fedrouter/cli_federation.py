@@ -59,7 +59,8 @@ def init_federation(
         f"{directory / 'federation.toml'}: add each site's public key under [clients]\n"
         f"{directory / 'ca.crt'}: a TRIAL CA, valid for {DAYS} days; give it to every site. "
         "In production replace ca.crt, server.crt and server.key with your own\n"
-        f"serve it: fedrouter federation serve {directory}\nwhich runs: {shlex.join(made.superlink())}",
+        f"serve it: fedrouter federation serve {shlex.quote(str(directory))}\n"
+        f"which runs: {shlex.join(made.superlink())}",
     )
 
 

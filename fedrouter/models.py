@@ -193,9 +193,8 @@ def read_chat_template(name: str) -> str:
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if not Path(name).is_file():
-        raise ConfigError(
-            f"base.chat_template {name}: neither one of {sorted(CHAT_TEMPLATES)} nor an existing file"
-        )
+        known = ", ".join(sorted(CHAT_TEMPLATES))
+        raise ConfigError(f"base.chat_template {name}: neither one of {known} nor an existing file")
     return Path(name).read_text(encoding="utf-8")
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedrouter import conversation
 from fedrouter.decide import verdict
+from fedrouter.errors import DataError
 from fedrouter.types import Decision, Probe
 
 SHOWN = 60  # characters of a probe's text
@@ -32,6 +34,22 @@ class Asked:
         near = f"{verdict(self.decision)} of {self.decision.cluster}" if self.decision.cluster else "no text"
         expected = "as expected" if self.holds else f"expected {wanted}"
         return f"{self.probe.where} ({text!r}) goes to {to} ({near}), {expected}"
+
+
+def check_clusters(probes: Sequence[Probe], clusters: Sequence[str], file: Path) -> None:
+    """Refuse probes that expect a task cluster which does not exist.
+
+    Raises
+    ------
+    DataError
+        If there is one; names its line and the task clusters.
+    """
+    for probe in probes:
+        if probe.cluster not in (None, *clusters):
+            raise DataError(
+                f"{file}, {probe.where}: no task cluster {probe.cluster!r} in the bundle; "
+                f"it has {', '.join(clusters)}"
+            )
 
 
 async def ask(probes: Sequence[Probe], route: conversation.Route) -> list[Asked]:

@@ -2,21 +2,22 @@
 
 import asyncio
 import base64
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fedrouter import conversation
 from fedrouter.bundle import Bundle
+from fedrouter.bundle.files import first_problem
 from fedrouter.decide import NO_TEXT, difference, without_text
 from fedrouter.embed import Embedder
 from fedrouter.errors import DataError, first_line
@@ -26,6 +27,7 @@ from fedrouter.types import Array, Decision, LoggedDecision
 
 LINE = TypeAdapter(LoggedDecision)
 DIFFERENCES = ("same", "moved", "rejected", "accepted")
+DAMAGED = "damaged lines"
 
 
 @dataclass(slots=True)
@@ -42,6 +44,13 @@ class Replay:
     # (log's task cluster, bundle's task cluster)
     num_skipped: Counter[str] = field(default_factory=Counter)
     # by reason
+    first_damaged: str | None = None
+    # place and problem of the first damaged line
+
+    def on_damaged(self, problem: str) -> None:
+        """Count a damaged line."""
+        self.num_skipped[DAMAGED] += 1
+        self.first_damaged = self.first_damaged or problem
 
     def total(self, difference: str) -> int:
         """Return the number of decisions with this difference."""
@@ -60,6 +69,7 @@ class Replay:
                 for (first, second), number in self.moved.most_common()
             ],
             "skipped": dict(self.num_skipped),
+            "first_damaged": self.first_damaged,
         }
 
 
@@ -67,18 +77,19 @@ def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
     """Route a log's prompts with another bundle.
 
     Uses the texts if the log has them (``--log-prompts``), else the vectors (``--log-vectors``), if the
-    bundle's embedder made them. A named caller is routed among its own task clusters only.
+    bundle's embedder made them. A named caller is routed among its own task clusters only. Damaged lines are
+    skipped and counted: a server that dies while the disk is full leaves a cut line.
 
     Raises
     ------
     DataError
-        If the log is missing or empty, has an invalid line, or has neither texts nor vectors.
+        If the log cannot be read, has no valid line, or has neither texts nor vectors.
     """
     found = Replay(str(log), str(bundle.path))
     routers: dict[str | None, Router] = {None: Router(bundle)}
     clients = {client for cluster in bundle.clusters for client in cluster.clients}
     is_empty = True
-    for line in read_log(log):
+    for line in read_log(log, found.on_damaged):
         is_empty = False
         if line.caller is not None and line.caller not in clients:
             found.num_skipped["client unknown to the bundle"] += 1
@@ -98,7 +109,7 @@ def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
         if changed == "moved":
             found.moved[line.cluster, second.cluster] += 1
     if is_empty:
-        raise DataError(f"{log}: contains no decisions")
+        raise DataError(found.first_damaged or f"{log}: contains no decisions")
     if not found.num_decided and found.num_skipped["neither texts nor vectors"]:
         raise DataError(
             f"{log}: contains neither texts nor vectors of prompts, so nothing can be replayed; "
@@ -107,28 +118,35 @@ def replay(log: Path, bundle: Bundle, embedder: Embedder) -> Replay:
     return found
 
 
-def read_log(log: Path) -> Iterator[LoggedDecision]:
+def read_log(log: Path, on_damaged: Callable[[str], None]) -> Iterator[LoggedDecision]:
     """Yield the decisions of a log and of its rotated files, the oldest first.
+
+    Parameters
+    ----------
+    on_damaged : called with place and problem of each damaged line.
 
     Raises
     ------
     DataError
-        If there is no such log, or a line is invalid.
+        If there is no such log, or it cannot be read.
     """
+    if log.is_dir():
+        raise DataError(f"{log}: a directory; give the log file in it")
     older = [log.with_name(f"{log.name}.{number}") for number in range(99, 0, -1)]
-    files = [file for file in [*older, log] if file.is_file()]
+    files = [file for file in [*older, log] if file.exists()]
     if not files:
         raise DataError(f"{log}: no such file")
     for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    if "feedback" not in json.loads(line):
-                        yield LINE.validate_json(line)
-                except (ValueError, ValidationError) as error:
-                    raise DataError(
-                        f"{file}, line {number}: not a line of a decision log: {first_line(error)}"
-                    ) from error
+        try:
+            with file.open("rb") as lines:
+                for number, line in enumerate(map(bytes.strip, lines), start=1):
+                    try:
+                        if line and not _is_feedback(line):
+                            yield _parsed(line)
+                    except ValueError as error:
+                        on_damaged(f"{file}, line {number}: not a line of a decision log: {_problem(error)}")
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def render(found: Replay) -> RenderableType:
@@ -146,7 +164,9 @@ def render(found: Replay) -> RenderableType:
         )
     )
     lines += [Text(f"  {a} → {b}: {number}") for (a, b), number in found.moved.most_common(20)]
-    lines += [Text(f"skipped {number}: {why}") for why, number in found.num_skipped.items()]
+    for why, number in found.num_skipped.items():
+        first = f"; the first: {found.first_damaged}" if why == DAMAGED else ""
+        lines.append(Text(f"skipped {number}: {why}{first}"))
     return Group(Whole(table), *lines)
 
 
@@ -176,7 +196,7 @@ def _replayed(line: LoggedDecision, router: Router, embedder: Embedder, bundle: 
             return "an earlier turn would decide, but its vector is not in the log"
         vector = _unpacked(packed)
         if len(vector) != bundle.embedder.dim:
-            return "vectors of another embedder"
+            return "vectors of another length than the bundle's embedder has"
         [decision] = router.route(vector[None])
         first = first or decision
         if not decision.fallback:
@@ -184,5 +204,32 @@ def _replayed(line: LoggedDecision, router: Router, embedder: Embedder, bundle: 
     return first or NO_TEXT
 
 
+def _is_feedback(line: bytes) -> bool:
+    value = from_json(line)
+    return isinstance(value, dict) and "feedback" in value
+
+
+def _parsed(line: bytes) -> LoggedDecision:
+    """Parse a line; raise ValueError if it is damaged."""
+    found = LINE.validate_json(line)
+    for number, vector in enumerate(found.vectors or ()):
+        if vector is not None and not _is_packed(vector):
+            raise ValueError(f"vectors.{number}: not base64 of finite float16 values")
+    return found
+
+
+def _problem(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        return first_problem(error)
+    return first_line(error).replace(" at line 1 column ", " at column ")  # the file's line is named already
+
+
+def _is_packed(text: str) -> bool:
+    try:
+        return bool(np.isfinite(_unpacked(text)).all())
+    except ValueError:
+        return False
+
+
 def _unpacked(packed: str) -> Array:
-    return np.frombuffer(base64.b64decode(packed), dtype="<f2").astype(np.float32)
+    return np.frombuffer(base64.b64decode(packed, validate=True), dtype="<f2").astype(np.float32)

@@ -38,7 +38,7 @@ class Router:
         self.bundle = bundle
         self.fallback = fallback or bundle.fallback
         if self.fallback not in FALLBACKS:
-            raise ConfigError(f"fallback {self.fallback!r} is not one of {FALLBACKS}")
+            raise ConfigError(f"fallback {self.fallback!r} is not one of {', '.join(FALLBACKS)}")
         if self.fallback == GENERALIST and bundle.generalist is None:
             raise ConfigError(
                 f"fallback generalist: {bundle.path} contains no generalist adapter; choose another fallback"

@@ -182,7 +182,9 @@ def _check_factors(path: Path, tensors: list[Tensor], config: LoraFile) -> None:
         if axis is None or not module:
             raise BundleError(f"{path}: tensor {shown(tensor.name)} is not named like a LoRA factor")
         if tensor.dtype not in FLOATS:
-            raise BundleError(f"{path}: tensor {tensor.name} is {tensor.dtype}; expected one of {FLOATS}")
+            raise BundleError(
+                f"{path}: tensor {tensor.name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}"
+            )
         if len(tensor.shape) != 2 or tensor.shape[axis] != config.r:
             raise BundleError(
                 f"{path}: tensor {tensor.name} {tensor.shape} is not a LoRA factor of rank {config.r}"

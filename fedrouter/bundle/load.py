@@ -70,7 +70,8 @@ def load_bundle(path: Path, signed_by: Path | None = None) -> Bundle:
     Raises
     ------
     BundleError
-        If a file is missing, damaged, invalid or outside ``path``, or the signature does not verify.
+        If a file is missing, damaged, invalid or outside ``path``, the manifest does not list the probes, or
+        the signature does not verify.
     ConfigError
         If ``signed_by`` is not such a key.
     """
@@ -233,6 +234,11 @@ def _check_template(root: Path, manifest: Manifest) -> None:
 
 def _read_probes(root: Path, manifest: Manifest) -> tuple[Probe, ...]:
     if PROBES not in manifest.files:
+        if (root / PROBES).exists():  # whoever put it there expects that it is checked
+            raise BundleError(
+                f"{root / PROBES}: not part of the bundle, as the manifest does not list it; move it away "
+                "(fedrouter probe BUNDLE FILE checks it there), or include it: train with routing.probes"
+            )
         return ()
     try:
         return parse_probes(read(root, PROBES, MAX_BYTES, manifest.files[PROBES]), root / PROBES)

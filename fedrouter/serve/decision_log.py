@@ -1,6 +1,6 @@
 """``--decision-log FILE``: routing decisions as JSON Lines, rotated by size.
 
-A separate thread writes, so that requests never wait: lines go through a bounded queue, and lines that do not
+A separate thread writes, so that prompts never wait: lines go through a bounded queue, and lines that do not
 fit or cannot be written are counted. Prompts are written only with ``--log-prompts``.
 """
 
@@ -9,9 +9,11 @@ import json
 import logging
 import os
 import queue
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -19,7 +21,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from fedrouter.errors import ServingError
+from fedrouter.errors import ServingError, first_line
 from fedrouter.types import Array
 
 NUM_OLD = 9  # rotated files, FILE.1 the newest
@@ -76,16 +78,23 @@ class DecisionLog:
                 f"--decision-log {options.path}: cannot be written: {error.strerror}; choose another file"
             ) from error
         self._max_write = min(MAX_WRITE, int(options.max_mib * 2**20) // 8)
-        self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[tuple[Line, Future[bool] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedrouter-log", daemon=True)
         self._thread.start()
 
-    def write(self, line: Line) -> None:
-        """Queue what ``line`` returns, without waiting."""
+    def write(self, line: Line, written: Future[bool] | None = None) -> None:
+        """Queue what ``line`` returns, without waiting.
+
+        Parameters
+        ----------
+        written : running future that is told whether the file took the line.
+        """
         if self._lines.qsize() < MAX_QUEUE:
-            self._lines.put(line)
+            self._lines.put((line, written))
         else:
             self._lost()
+            if written is not None:
+                written.set_result(False)
 
     def close(self) -> None:
         """Write the queued lines, for five seconds at most."""
@@ -96,27 +105,32 @@ class DecisionLog:
         """Write queued lines together: one write costs as much as 20 lines."""
         ended = False
         while not ended:
-            line, texts, size = self._lines.get(), list[str](), 0
+            queued, texts, size = self._lines.get(), list[str](), 0
+            waiting: list[Future[bool]] = []
             if self._lines.empty():
                 time.sleep(LINGER_S)
-            while line is not None:
+            while queued is not None:
+                line, written = queued
                 texts.append(ENCODE(line()))
+                if written is not None:
+                    waiting.append(written)
                 size += len(texts[-1])
                 if size >= self._max_write or self._lines.empty():
                     break
-                line = self._lines.get()
-            ended = line is None
-            if texts:
-                self._file.handle(logging.makeLogRecord({"msg": "\n".join(texts), "num": len(texts)}))
+                queued = self._lines.get()
+            ended = queued is None
+            taken = self._file.takes(texts)
+            for written in waiting:
+                written.set_result(taken)
         with suppress(OSError):  # a full disk
             self._file.close()
 
 
 class _Rotating(RotatingFileHandler):
-    """Files that only their owner can read; failed writes lose lines and are reported once."""
+    """Files that only their owner can read; failed writes lose lines, and the first of them is reported."""
 
     def __init__(self, options: LogOptions, lost: Callable[[], None]):
-        self._failing, self._lost = False, lost
+        self._failed, self._reported, self._lost = False, False, lost
         super().__init__(
             options.path, maxBytes=int(options.max_mib * 2**20), backupCount=NUM_OLD, encoding="utf-8"
         )
@@ -125,12 +139,22 @@ class _Rotating(RotatingFileHandler):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
 
+    def takes(self, lines: Sequence[str]) -> bool:
+        """Write lines; return whether that succeeded."""
+        self._failed = False
+        if lines:
+            self.handle(logging.makeLogRecord({"msg": "\n".join(lines), "num": len(lines)}))
+            self._reported = self._failed  # a later failure, after a success, is reported again
+        return not self._failed
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - overrides logging's
         for _ in range(getattr(record, "num", 1)):
             self._lost()
-        if not self._failing:
-            logger.exception("decisions cannot be written to %s and are lost", self.baseFilename)
-        self._failing = True
+        if not self._reported:
+            problem = sys.exception()
+            reason = getattr(problem, "strerror", None) or (first_line(problem) if problem else "unknown")
+            logger.error("decisions cannot be written to %s and are lost: %s", self.baseFilename, reason)
+        self._failed = True
 
 
 def packed(vector: Array | None) -> str | None:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -92,8 +93,10 @@ class Journal:
             if (not caller.tenant or entry["tenant"]) and caller.client in (None, entry["caller"])
         ][:limit]
 
-    def feedback(self, caller: Caller, payload: Mapping[str, Any]) -> dict[str, Any]:
+    async def feedback(self, caller: Caller, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Attach an outcome to a request; return the request's id and adapters.
+
+        Only a request's first outcome is counted. Another one later replaces it in the console and is logged.
 
         Raises
         ------
@@ -102,15 +105,18 @@ class Journal:
         """
         key, outcome = payload.get("id"), payload.get("outcome")
         if not isinstance(key, str) or outcome not in OUTCOMES:
-            raise Refusal(400, f'send {{"id": "x-fedrouter-id of a response", "outcome": one of {OUTCOMES}}}')
+            outcomes = " or ".join(OUTCOMES)
+            raise Refusal(400, f'send {{"id": "x-fedrouter-id of a response", "outcome": "{outcomes}"}}')
         tenant, entries = self._noted.get(key, (None, []))
         if not entries or (caller.tenant and tenant != caller.tenant_name):
             raise Refusal(404, f"no request {key} among the latest ones of this server process", "id")
         adapters = list(dict.fromkeys(entry["adapter"] for entry in entries))
+        counted = entries[0]["feedback"] is None
         for entry in entries:
             entry["feedback"] = outcome
-        for adapter in adapters:
+        for adapter in adapters if counted else ():
             metrics.FEEDBACK.labels(adapter, outcome).inc()
+        logged = False
         if self._log is not None:
             line = {
                 "time": round(time.time(), 3),
@@ -118,8 +124,11 @@ class Journal:
                 "outcome": outcome,
                 "caller": caller.client,
             }
-            self._log.write(lambda: line)
-        return {"id": key, "outcome": outcome, "adapters": adapters, "logged": self._log is not None}
+            written: Future[bool] = Future()
+            written.set_running_or_notify_cancel()  # a client that leaves must not cancel it
+            self._log.write(lambda: line, written)
+            logged = await asyncio.wrap_future(written)
+        return {"id": key, "outcome": outcome, "adapters": adapters, "counted": counted, "logged": logged}
 
     def close(self) -> None:
         """Stop the comparisons and close the decision log."""

@@ -28,7 +28,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.overload not in OVERLOADS:
-            raise ServingError(f"overload must be one of {OVERLOADS}, not {self.overload!r}")
+            raise ServingError(f"overload must be {' or '.join(OVERLOADS)}, not {self.overload!r}")
         for name in ("max_queue", "routing_timeout_s", "max_body_mib"):
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} must be above 0, not {getattr(self, name)}")

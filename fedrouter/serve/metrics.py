@@ -30,7 +30,7 @@ DISTANCE = Histogram(
 )
 BATCH = Histogram("fedrouter_batch_size", "Texts embedded together.", buckets=(1, 2, 4, 8, 16, 32))
 FEEDBACK = Counter(
-    "fedrouter_feedback", "Feedback on responses, by adapter and outcome.", ["adapter", "outcome"]
+    "fedrouter_feedback", "First feedback on each response, by adapter and outcome.", ["adapter", "outcome"]
 )
 SHADOW = Counter(
     "fedrouter_shadow_decisions",

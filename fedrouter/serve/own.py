@@ -160,7 +160,7 @@ class OwnEndpoints:
         return await self._hook.reload(inner, payload.get("bundle"))
 
     async def _feedback(self, _inner: Inner, _scope: Scope, receive: Receive, caller: Caller) -> Any:
-        return self._hook.journal.feedback(caller, await self._read(receive, caller, parse))
+        return await self._hook.journal.feedback(caller, await self._read(receive, caller, parse))
 
     async def _decisions(self, _inner: Inner, scope: Scope, _receive: Receive, caller: Caller) -> Any:
         limit = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("limit", ["100"])[0]

@@ -83,6 +83,11 @@ class Placed:
     members: Mapping[int, Sequence[str]]  # task cluster → joiners with rows within its radius
 
 
+def default_out(run: Path, sources: Mapping[str, str], moved: Mapping[str, str]) -> Path:
+    """Return the directory of the new run: beside ``run``, named after it and the clients."""
+    return run.with_name("-".join([run.name, *sources, *moved]).replace("/", "-"))
+
+
 @explained_out_of_memory()
 def join(
     run: Path,
@@ -101,8 +106,7 @@ def join(
     sources : client name → file or data set.
     moved : the same for clients of ``run`` whose data has changed; they leave the task clusters in which they
         no longer have rows.
-    out : directory of the new run; by default ``run``'s name and the clients' names. The same command resumes
-        an interrupted join.
+    out : directory of the new run; by default ``default_out``. The same command resumes an interrupted join.
     processes : number of adapters trained at a time.
 
     Raises
@@ -111,7 +115,7 @@ def join(
         If ``run`` is not a finished run of method fedrouter, a name is taken, or a client has too few rows.
     """
     config = _finished(run)
-    out = out or run.with_name("-".join([run.name, *sources, *moved]).replace("/", "-"))
+    out = out or default_out(run, sources, moved)
     if both := sources.keys() & moved.keys():
         raise ConfigError(f"client {min(both)}: given with both --client and --moved; choose one")
     joiners = Joiners(*({n: _absolute(s) for n, s in sorted(given.items())} for given in (sources, moved)))

@@ -207,3 +207,10 @@ def test_probes_that_are_none_or_changed_are_refused(tmp_path: Path) -> None:
     reseal(bundle.path)
     with pytest.raises(BundleError, match=r"probes.jsonl, line 1"):
         load_bundle(bundle.path)
+
+
+def test_probes_that_the_manifest_does_not_list_are_refused(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", space(np.eye(8)[:2]), [0.5, 0.5])
+    (bundle.path / "probes.jsonl").write_bytes(b'{"prompt": "x", "cluster": null}\n')
+    with pytest.raises(BundleError, match=r"probes.jsonl: not part of the bundle.*train with routing.probes"):
+        load_bundle(bundle.path)

@@ -144,13 +144,18 @@ def test_probe_asks_a_file_and_fails_where_one_goes_elsewhere(run: Path, tmp_pat
     probes.write_text(json.dumps({"prompt": decided["prompt"], "cluster": expected}) + "\n")
     done = fedrouter("probe", str(run), str(probes))
     assert (done.returncode, done.stdout) == (0, "1 of 1 probes hold\n")
+    names = [one["name"] for one in json.loads((run / "bundle" / "manifest.json").read_text())["clusters"]]
+    other = next(name for name in names if name != decided["cluster"])
     with probes.open("a") as file:
-        file.write(json.dumps({"prompt": decided["prompt"], "cluster": "nowhere"}) + "\n")
+        file.write(json.dumps({"prompt": decided["prompt"], "cluster": other}) + "\n")
     done = fedrouter("probe", str(run), str(probes))
     assert done.returncode == 1
-    assert "line 2 (" in done.stdout and "expected nowhere" in done.stdout
+    assert "line 2 (" in done.stdout and f"expected {other}" in done.stdout
     assert json.loads(fedrouter("probe", str(run), str(probes), "--json").stdout)["num_broken"] == 1
     refused(fedrouter("probe", str(run)), "contains no probes")
+    with probes.open("a") as file:
+        file.write(json.dumps({"prompt": decided["prompt"], "cluster": "nowhere"}) + "\n")
+    refused(fedrouter("probe", str(run), str(probes)), f"{probes}, line 3: no task cluster 'nowhere'", *names)
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "300"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_texts_and_vectors_are_logged_only_by_option(
     log = tmp_path / "decisions.jsonl"
     turns = TASKS["summary"], FAR, "ok"
     within(make_server(log=LogOptions(log, prompts=True, vectors=True)), (CHAT, chat(*turns), {}))
-    [line] = read_log(log)
+    [line] = read_log(log, pytest.fail)
     assert line.texts == (FAR, TASKS["summary"])
     [far, near] = line.vectors or ()
     assert far is not None and near is not None
@@ -206,12 +207,76 @@ def test_feedback_is_attached_to_a_request(
     assert [answer.status for answer in answers] == [200, 400, 400, 400, 404, 200]
     assert answers[0].json["adapters"] == [adapter_of("summary")]
     assert answers[0].json["logged"] is True
+    assert '"outcome": "good or bad"' in answers[1].json["error"]["message"]
     assert answers[5].json["decisions"][0]["feedback"] == "bad"
     assert answers[5].json["decisions"][0]["outcome"] == "ok"
     decided, fed = lines(log)
     assert (fed["feedback"], fed["outcome"]) == (decided["id"], "bad")
     assert REGISTRY.get_sample_value("fedrouter_feedback_total", counted) == before + 1
-    assert [line.id for line in read_log(log)] == [decided["id"]], "replay ignores feedback"
+    assert [line.id for line in read_log(log, pytest.fail)] == [decided["id"]], "replay ignores feedback"
+
+
+def test_a_response_counts_once_by_its_first_outcome(
+    make_server: Callable[..., Server], adapter_of: Callable[[str], str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    outcomes = ["good", "bad", "bad", "good", "bad"]
+
+    def counts() -> list[float]:
+        labels = [{"adapter": adapter_of("summary"), "outcome": outcome} for outcome in ("good", "bad")]
+        return [REGISTRY.get_sample_value("fedrouter_feedback_total", one) or 0 for one in labels]
+
+    async def scenario() -> tuple[list[Answer], Any]:
+        async with make_server(log=LogOptions(log)) as server:
+            key = (await server.ask(CHAT, chat(TASKS["summary"]))).routing["id"]
+            answers = [await server.ask(FEEDBACK, {"id": key, "outcome": outcome}) for outcome in outcomes]
+            return answers, (await server.ask(DECISIONS, method="GET")).json["decisions"][0]["feedback"]
+
+    good, bad = counts()
+    answers, shown = asyncio.run(scenario())
+    assert [answer.json["counted"] for answer in answers] == [True, False, False, False, False]
+    assert counts() == [good + 1, bad]
+    assert shown == "bad"
+    assert [line["outcome"] for line in lines(log)[1:]] == outcomes
+
+
+def test_feedback_that_a_full_disk_loses_is_not_called_logged(
+    make_server: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> Answer:
+        async with make_server(log=LogOptions(Path("/dev/full"))) as server:
+            key = (await server.ask(CHAT, chat(TASKS["summary"]))).routing["id"]
+            return await server.ask(FEEDBACK, {"id": key, "outcome": "good"})
+
+    answer = asyncio.run(scenario())
+    assert (answer.status, answer.json["logged"]) == (200, False)
+    [record] = [record for record in caplog.records if "are lost" in record.getMessage()]
+    assert record.getMessage().endswith("/dev/full and are lost: No space left on device")
+    assert record.exc_info is None
+
+
+def test_a_failure_after_a_success_is_reported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = DecisionLog(LogOptions(tmp_path / "log.jsonl"))
+    stream = log._file.stream
+
+    def written(number: int) -> bool:
+        taken: Future[bool] = Future()
+        log.write(lambda: {"n": number}, taken)
+        return taken.result(10)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    for number in range(2):
+        assert written(number)
+        monkeypatch.setattr(stream, "flush", full)
+        assert not written(number)
+        assert not written(number)
+        monkeypatch.undo()
+    log.close()
+    assert len(caplog.records) == 2
 
 
 def test_a_tenant_sees_and_judges_its_own_requests_only(serve: Callable[..., Server]) -> None:

@@ -94,7 +94,7 @@ def test_a_shadow_never_answers_and_its_differences_are_counted(
         "accepted": 1,
         "unknown": 0,
     }
-    lines = list(read_log(log))
+    lines = list(read_log(log, pytest.fail))
     assert [line.other and line.other.difference for line in lines] == [
         "moved",
         "moved",
@@ -146,7 +146,7 @@ def test_a_canary_of_everything_answers_with_its_own_adapters(
     assert after.json["model"] == wanted, "a reload replaces the first bundle only"
     assert not set(reloaded["unloaded"]) & set(two.adapter_paths)
     assert set(two.adapter_paths) < loaded
-    assert [line.bundle for line in read_log(log)] == [digest[:12]] * 2
+    assert [line.bundle for line in read_log(log, pytest.fail)] == [digest[:12]] * 2
 
 
 def test_a_tenant_may_name_its_adapters_of_both(tmp_path: Path, bundles: tuple[Bundle, Bundle]) -> None:

@@ -1,6 +1,7 @@
 """A site's settings, made by its operator: where its rows and base model are, and its policy."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def load_site(directory: Path) -> Site:
         If it is missing or invalid.
     """
     file = directory / "site.toml"
-    missing = f"{file}: no such file; fedrouter client init {directory.name} creates it"
+    command = shlex.join(["fedrouter", "client", "init", directory.name])
+    missing = f"{file}: no such file; {command} creates it"
     return Site(directory, fitted(read_toml(file, missing=missing), SiteSettings, str(file)))
 
 

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -203,7 +204,8 @@ def load_directory(path: Path) -> Directory:
         If it is not a federation's directory, or its settings are invalid.
     """
     file = path / "federation.toml"
-    missing = f"{path} is not a federation's directory: run fedrouter federation init {path}"
+    command = shlex.join(["fedrouter", "federation", "init", str(path)])
+    missing = f"{path} is not a federation's directory: run {command}"
     settings = fitted(read_toml(file, missing=missing), FederationSettings, str(file))
     for name in ("ca.crt", "server.crt", "server.key"):
         if not (path / name).is_file():
