@@ -69,7 +69,7 @@ def _stretch(
     steps = sum(
         planned.steps
         for number in remaining_rounds
-        for planned in plan(clustering.assignments, train, config.seed, number)
+        for planned in plan(clustering.assignments, train, config.seed, number, config.cluster.every)
     )
     began = time.perf_counter()
     with TrainProgress(session.console, names, train.rounds, steps, state.number) as progress:

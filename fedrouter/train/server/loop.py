@@ -203,16 +203,30 @@ def requests_of(
 
     return [
         TrainRequest(client, cluster, number, sent(client, adapters[cluster]), steps, rate)
-        for client, cluster, steps in plan(assignments, config.train, config.seed, number)
+        for client, cluster, steps in plan(
+            assignments, config.train, config.seed, number, config.cluster.every
+        )
     ]
 
 
-def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, number: int) -> list[Planned]:
-    """Return which client trains which adapter in a round, and for how many steps; deterministic."""
-    drawn = [
-        {a.client for a in participants(assignments, settings.participation, seed, i)}
-        for i in range(settings.rounds)
-    ]
+def plan(
+    assignments: Sequence[Assignment],
+    settings: TrainSettings,
+    seed: int,
+    number: int,
+    every: int | None = None,
+) -> list[Planned]:
+    """Return which client trains which adapter in a round, and for how many steps; deterministic.
+
+    Parameters
+    ----------
+    every : rounds between clusterings (``cluster.every``), within which each subset has its turns.
+    """
+    start = 0 if every is None else number // every * every
+    period = range(start, settings.rounds if every is None else min(start + every, settings.rounds))
+    drawn = {
+        i: {a.client for a in participants(assignments, settings.participation, seed, i)} for i in period
+    }
     first = first_turns(assignments)
     planned: list[Planned] = []
     for assignment in assignments:
@@ -224,7 +238,7 @@ def plan(assignments: Sequence[Assignment], settings: TrainSettings, seed: int, 
             trained = [n - num_validation(n, settings.validation) for n in sizes]
             steps = {i: settings.epochs * math.ceil(n / settings.step_size) for i, n in enumerate(trained)}
         elif settings.schedule == "turns" and len(subsets) > 1:
-            own = [i for i, names in enumerate(drawn) if name in names]
+            own = [i for i, names in drawn.items() if name in names]
             steps = turns(sizes, len(own), settings.num_steps, first[name])[own.index(number)]
         else:
             steps = dict(enumerate(share(sizes, settings.num_steps)))

@@ -259,6 +259,15 @@ def test_subsets_of_one_size_get_whole_rounds_in_turn(num: int, rounds: int) -> 
     assert dealt == [{(1 + number) % num: 15} for number in range(rounds)]
 
 
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_between_two_clusterings_every_subset_is_trained(every: int) -> None:
+    assignments = [Assignment("a", (subset(0, 300), subset(1, 10), subset(2, 80)))]
+    settings = TrainSettings(rounds=10, steps=8)
+    for start in range(0, 10, every):
+        planned = [plan(assignments, settings, 0, n, every) for n in range(start, min(start + every, 10))]
+        assert {p.cluster for now in planned for p in now} == {0, 1, 2}
+
+
 def test_clients_drawn_for_some_rounds_take_turns_over_those() -> None:
     assignments = [Assignment(name, (subset(0, 30), subset(1, 30))) for name in ("a", "b")]
     settings = TrainSettings(rounds=20, steps=4, participation=0.5)
