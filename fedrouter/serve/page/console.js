@@ -115,7 +115,8 @@ function newKey(used) {
       key = $("key").value.trim();
       $("key").value = "";
       keyPrompt = null;
-      if (document.activeElement === document.body) $("prompt").focus();
+      const active = document.activeElement;  // may still be in the closed dialog
+      if (active === document.body || dialog.contains(active)) $("prompt").focus();
       resolve();
     }, { once: true });
     dialog.showModal();
