@@ -31,6 +31,7 @@ class Page:
 
     def open(self, hash_: str = "") -> "Page":
         self.driver.get("about:blank")
+        self.complaints()  # an earlier test's
         self.driver.get(f"{self.url}/fedrouter/{hash_}")
         return self
 
@@ -39,11 +40,13 @@ class Page:
 
     def text(self, selector: str) -> str:
         """Return an element's visible text; "" if the element does not exist."""
-        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
-        return found[0].text if found else ""
+        return next(iter(self.texts(selector)), "")
 
     def texts(self, selector: str) -> list[str]:
-        return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+        """Return elements' visible texts, in one step, since the page may replace the elements."""
+        shown = "e => e.checkVisibility() ? e.innerText.trim() : ''"
+        script = f"return [...document.querySelectorAll(arguments[0])].map({shown})"
+        return list(self.driver.execute_script(script, selector))
 
     def until(self, what: Callable[[], Literal[False] | Found], why: str = "") -> Found:
         """Wait until a condition is true; return its value."""
