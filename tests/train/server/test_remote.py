@@ -241,7 +241,8 @@ def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
 def test_before_the_rounds_a_lost_message_is_sent_again(places: list[Place]) -> None:
     wire = Wire(places)
     wire.federation.members()
-    receive, lost = wire.transport.receive, []
+    receive = wire.transport.receive
+    lost: list[Any] = []
 
     def losing(timeout_s: float) -> Any:
         arrived = receive(timeout_s)
