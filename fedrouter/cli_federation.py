@@ -92,9 +92,11 @@ def status(
     if as_json:
         print(json.dumps(clients))  # noqa: T201 - for programs
         return
-    table = Table("client", "there", "since", "rows", "last answer", "to")
+    table = Table("client", "status", "since", "rows", "last answer", "to the request")
     for row in clients:
-        table.add_row(*(str(row[key]) for key in ("client", "there", "since", "rows", "last_answer", "to")))
+        table.add_row(
+            *(str(row[key]) for key in ("client", "status", "since", "rows", "last_answer", "request"))
+        )
     show(console, Whole(table))
 
 

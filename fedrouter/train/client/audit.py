@@ -5,8 +5,10 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from fedrouter.files import read_json_lines
+from fedrouter.errors import DataError
+from fedrouter.files import read_json_lines, reading
 
 
 class Audit:
@@ -21,17 +23,22 @@ class Audit:
     Raises
     ------
     DataError
-        If the file is damaged; names the line.
+        If the file cannot be opened, or is damaged; names the line.
     """
 
     def __init__(self, file: Path):
         self._file = file
         self._day, self.num_requests, self.num_bytes = "", 0, 0
         self._start_new_day()
-        if file.exists():
+        with reading(file):
+            file.open("a").close()  # a file that cannot be written must not be found at the first message
             _drop_cut_line(file)
-            for entry in read_json_lines(file, "time", "way", "bytes"):
-                self._count(entry)
+        for number, entry in enumerate(read_json_lines(file, "time", "way", "bytes"), start=1):
+            if [type(entry[key]) for key in ("time", "way", "bytes")] != [str, str, int]:
+                raise DataError(
+                    f"{file}:{number}: damaged: time, way or bytes is of the wrong type; remove the line"
+                )
+            self._count(entry)
 
     def write(self, way: str, kinds: list[str], body: bytes, asked: str) -> None:
         """Append one message.
@@ -61,12 +68,10 @@ class Audit:
         if day != self._day:
             self._day, self.num_requests, self.num_bytes = day, 0, 0
 
-    def _count(self, entry: dict[str, object]) -> None:
-        if str(entry["time"]).startswith(self._day):
+    def _count(self, entry: dict[str, Any]) -> None:
+        if entry["time"].startswith(self._day):
             self.num_requests += entry["way"] == "in"
-            size = entry["bytes"]
-            assert isinstance(size, int)
-            self.num_bytes += size if entry["way"] == "out" else 0
+            self.num_bytes += entry["bytes"] if entry["way"] == "out" else 0
 
 
 def _drop_cut_line(file: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, DataError, FedRouterError, WireError
-from fedrouter.files import write_atomically
+from fedrouter.files import read_map, read_secret, write_atomically
 from fedrouter.layout import number_of, print_line
 from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
@@ -68,11 +68,7 @@ class Resident:
         self._secret = _secret(site)
         self._audit = Audit(site.audit)
         self._last_exchanges_file = site.directory / "exchanges.json"
-        self._last_exchanges: dict[str, int] = (
-            json.loads(self._last_exchanges_file.read_text(encoding="utf-8"))
-            if self._last_exchanges_file.exists()
-            else {}
-        )
+        self._last_exchanges = read_map(self._last_exchanges_file, int)
         self._lock = threading.Lock()
         self._hello: Hello | None = None
         self._federation: Federation | None = None
@@ -261,4 +257,4 @@ def _secret(site: Site) -> bytes:
     """Return the site's secret; create it on first use."""
     if not site.secret.exists():
         write_atomically(site.secret, secrets.token_hex(32), mode=0o600)
-    return bytes.fromhex(site.secret.read_text(encoding="utf-8"))
+    return read_secret(site.secret)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from fedrouter import data
 from fedrouter.errors import ConfigError
-from fedrouter.files import write_atomically
+from fedrouter.files import check_directory, write_atomically
 from fedrouter.layout import number_of
 from fedrouter.train.client.cluster import MAX_LOCAL
 from fedrouter.train.client.site import Site, load_site
-from fedrouter.train.wire.keys import load_public, new_key, public_text
+from fedrouter.train.wire.keys import new_key, public_text, read_public
 from fedrouter.types import A_NAME, is_label
 
 TEMPLATE = """\
@@ -47,7 +47,7 @@ def make_site(directory: Path, name: str, source: str, server: str) -> tuple[Sit
         raise ConfigError(f"client {name!r}: {A_NAME}")
     if (directory / "site.toml").exists():
         raise ConfigError(f"{directory} already belongs to a site; choose another directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    check_directory(directory, "--dir")
     key = new_key(directory / "site.key")
     values = {k: json.dumps(v) for k, v in (("name", name), ("data", source), ("server", server))}
     write_atomically(directory / "site.toml", TEMPLATE.format(**values))
@@ -68,7 +68,7 @@ def revealed(site: Site) -> list[str]:
         site.place(own.data), own.split, own.fields, own.ignore, notes.append, options=data.IN_SITE
     )
     records = [record for read in reads for record in read.records]
-    public = load_public((site.directory / "site.pub").read_text(encoding="utf-8"))
+    public = read_public(site.directory / "site.pub")
     labels = sorted({record.task for record in records if record.task is not None})
     sizes = {d: 8 * (MAX_LOCAL * (1 + d) + d * d) / 2**20 for d in (128, 384, 1024)}
     groups = ", ".join(f"{size:.1f} MiB with {d} numbers a vector" for d, size in sizes.items())
