@@ -11,6 +11,7 @@ from rich.console import Console
 from fedrouter.layout import print_line
 
 console = Console(markup=False)
+stderr = Console(stderr=True, markup=False)
 
 federation = typer.Typer(
     name="federation",
@@ -128,12 +129,17 @@ def init_client(
 
 @client.command()
 def check(directory: SiteDir) -> None:
-    """List what this site would reveal, with sizes; reveals nothing."""
+    """List what this site would reveal, with sizes, and why it could not take part; reveals nothing."""
     from fedrouter.train.client.site import load_site
-    from fedrouter.train.client.site_files import revealed
+    from fedrouter.train.client.site_files import preview
 
-    for line in revealed(load_site(directory)):
+    found = preview(load_site(directory))
+    for line in found.lines:
         print_line(console, line)
+    for problem in found.problems:
+        print_line(stderr, f"error: {problem}")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @client.command()

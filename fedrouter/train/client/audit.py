@@ -12,7 +12,7 @@ from fedrouter.files import read_json_lines, reading
 
 
 class Audit:
-    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message.
+    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message; reason of a refusal.
 
     A line is written before its message is sent, so a line that a crash cut off is of no message.
 
@@ -40,13 +40,14 @@ class Audit:
                 )
             self._count(entry)
 
-    def write(self, way: str, kinds: list[str], body: bytes, asked: str) -> None:
+    def write(self, way: str, kinds: list[str], body: bytes, asked: str, reason: str = "") -> None:
         """Append one message.
 
         Parameters
         ----------
         way : "in" or "out".
         asked : run and number of the exchange.
+        reason : why the site refused or failed, if it did.
         """
         self._start_new_day()
         entry = {
@@ -56,6 +57,7 @@ class Audit:
             "bytes": len(body),
             "sha256": hashlib.sha256(body).hexdigest(),
             "asked": asked,
+            **({"reason": reason} if reason else {}),
         }
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
