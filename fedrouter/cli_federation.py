@@ -11,6 +11,7 @@ from rich.console import Console
 from fedrouter.layout import print_line
 
 console = Console(markup=False)
+stderr = Console(stderr=True, markup=False)
 
 federation = typer.Typer(
     name="federation",
@@ -93,9 +94,11 @@ def status(
     if as_json:
         print(json.dumps(clients))  # noqa: T201 - for programs
         return
-    table = Table("client", "there", "since", "rows", "last answer", "to")
+    table = Table("client", "status", "since", "rows", "last answer", "to the request")
     for row in clients:
-        table.add_row(*(str(row[key]) for key in ("client", "there", "since", "rows", "last_answer", "to")))
+        table.add_row(
+            *(str(row[key]) for key in ("client", "status", "since", "rows", "last_answer", "request"))
+        )
     show(console, Whole(table))
 
 
@@ -127,12 +130,17 @@ def init_client(
 
 @client.command()
 def check(directory: SiteDir) -> None:
-    """List what this site would reveal, with sizes; reveals nothing."""
+    """List what this site would reveal, with sizes, and why it could not take part; reveals nothing."""
     from fedrouter.train.client.site import load_site
-    from fedrouter.train.client.site_files import revealed
+    from fedrouter.train.client.site_files import preview
 
-    for line in revealed(load_site(directory)):
+    found = preview(load_site(directory))
+    for line in found.lines:
         print_line(console, line)
+    for problem in found.problems:
+        print_line(stderr, f"error: {problem}")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @client.command()

@@ -191,6 +191,8 @@ def explained(error: Any, model: Any) -> str:
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
+    if error["type"] == "missing":  # its input is the whole section
+        return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
     return (
         message if not key or error["type"] == "value_error" else f"{key}: {message} (got {error['input']!r})"

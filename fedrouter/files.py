@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedrouter.errors import ConfigError, DataError, first_line
+
+Value = TypeVar("Value")
 
 
 def check_directory(path: Path, name: str) -> None:
@@ -66,6 +68,15 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise a DataError that names ``path`` in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; restore or remove it") from error
+
+
 def partial_directory(path: Path) -> Path:
     """Make an empty directory beside ``path``; rename it to ``path`` once it is complete."""
     partial = path.with_name(f".{path.name}.partial")
@@ -90,6 +101,43 @@ def read_json(file: Path) -> Any:
         ) from error
 
 
+def read_map(file: Path, kind: type[Value]) -> dict[str, Value]:
+    """Return the JSON object in a file of ours, whose values are all of one kind; empty without the file.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or is damaged.
+    """
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict) or any(type(value) is not kind for value in found.values()):
+        raise DataError(
+            f"{file}: damaged: expected an object of {kind.__name__} values; restore or remove it"
+        )
+    return found
+
+
+def read_secret(file: Path) -> bytes:
+    """Return the secret in a file of ours.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or is damaged.
+    """
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        secret = bytes.fromhex(content.decode())
+    except ValueError:  # its text would quote the secret
+        secret = b""
+    if len(secret) != 32:
+        raise DataError(
+            f"{file}: damaged: expected 64 hex digits; restore it, or remove it and start a new run"
+        )
+    return secret
+
+
 def read_json_lines(
     file: Path, *keys: str, more: Mapping[str, Collection[str]] | None = None
 ) -> list[dict[str, Any]]:
@@ -103,10 +151,12 @@ def read_json_lines(
     Raises
     ------
     DataError
-        If a line is damaged; names file and line.
+        If the file cannot be read, or a line is damaged; names file and line.
     """
+    with reading(file):
+        lines = file.read_bytes().splitlines()
     found = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
         except ValueError:

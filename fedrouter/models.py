@@ -208,6 +208,25 @@ def load_config(path: Path) -> Any:
         raise ModelError(f"base model {path}: its config.json does not load: {first_line(error)}") from error
 
 
+def empty_model(path: Path) -> Any:
+    """Return a base model without weights, for the shapes of its modules.
+
+    Raises
+    ------
+    ModelError
+        If its config.json does not load, or is not a language model's.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = load_config(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings)
+    except ValueError as error:  # of a kind that transformers does not know
+        raise ModelError(f"base model {path}: no language model: {first_line(error)}") from error
+
+
 def quieten() -> None:
     """Silence transformers' progress bars and warnings, but not its errors."""
     from transformers.utils import logging

@@ -1,6 +1,7 @@
 """The federation commands that do not need Flower: directories, keys, what a site reveals."""
 
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import pytest
 from cryptography import x509
 
 from fedrouter.config_file import load_config
-from fedrouter.errors import ConfigError
-from fedrouter.train.client.site import load_site
+from fedrouter.errors import ConfigError, DataError
+from fedrouter.train.client.site import Site, load_site
+from fedrouter.train.client.site_files import make_site, preview
 from fedrouter.train.flower.certificates import MARK
 from fedrouter.train.flower.federation import load_directory, make_directory
-from fedrouter.train.wire.keys import load_private, public_text
+from fedrouter.train.wire.keys import load_private, new_key, public_text
+
+SUM = {"SumKey", "SumSealed", "Masked", "SumOpened"}
 
 
 def fedrouter(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -30,6 +34,7 @@ def made(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = fedrouter("client", "init", "ulm", "--data", "../rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "ulm" / "ca.crt").touch()
     assert done.stdout.splitlines()[-1].startswith('ulm = "ecdsa-sha2-nistp384 ')
     return tmp_path
 
@@ -77,6 +82,111 @@ def test_a_setting_that_is_none_is_named(made: Path) -> None:
     file.write_text(file.read_text().replace("max_rank", "max_rang"))
     with pytest.raises(ConfigError, match=r"unknown key policy\.max_rang; did you mean max_rank\?"):
         load_site(made / "ulm")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ('name = "ulm"', "", "missing key name$"),
+        ('data = "../rows.jsonl"', 'data = ""', "data: String should have at least 1 character"),
+        (
+            '["fedrouter"]',
+            '["fedruter"]',
+            "policy.methods: unknown method 'fedruter'; did you mean fedrouter?",
+        ),
+        ("127.0.0.1:9092", "127.0.0.1", "server '127.0.0.1': expected HOST:PORT"),
+        ("127.0.0.1:9092", "https://x:9092", "expected HOST:PORT"),
+        ("127.0.0.1:9092", "x:99999", "expected HOST:PORT"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named_without_the_other_values(
+    made: Path, old: str, new: str, why: str
+) -> None:
+    file = made / "ulm" / "site.toml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=f"^{file}: .*{why}".replace("?", r"\?")):
+        load_site(made / "ulm")
+
+
+def test_a_server_that_is_none_is_refused_before_a_key_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="client init: server 'nowhere': expected HOST:PORT"):
+        make_site(tmp_path / "ulm", "ulm", "rows.jsonl", "nowhere")
+    assert not (tmp_path / "ulm").exists()
+
+
+def test_missing_data_names_the_setting(made: Path) -> None:
+    (made / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"ulm/site.toml: data '../rows.jsonl': no such file .* relative to"):
+        preview(load_site(made / "ulm"))
+
+
+def test_check_names_every_message_of_the_privacy_page(made: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text()
+    listed = set(re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE)) - {"Subset"}  # part of Assignment
+    assert {"TrainReply", "Reread"} < listed
+
+    def named(site: Site) -> set[str]:
+        found = preview(site)
+        assert not found.problems
+        return {name for name in {*listed, *SUM} if any(f": {name}: " in line for line in found.lines)}
+
+    site = load_site(made / "ulm")
+    assert named(site) == listed
+    summed = site.settings.policy.model_copy(update={"secure_sum": True})
+    site = Site(site.directory, site.settings.model_copy(update={"policy": summed}))
+    assert named(site) == listed - {"TrainReply"} | SUM
+
+
+def test_check_knows_the_size_of_an_adapter_on_a_base_at_hand(made: Path) -> None:
+    site = load_site(made / "ulm")
+    rule = next(line for line in preview(site).lines if "TrainReply: an adapter" in line)
+    assert "(4 bytes × rank × the inputs and outputs of each linear layer of the base)" in rule
+    known = Site(site.directory, site.settings.model_copy(update={"base": "builtin:tiny"}))
+    line = next(line for line in preview(known).lines if "TrainReply: an adapter" in line)
+    assert re.search(r"of rank 64 at most \(at most \d+ [KM]iB\)", line)
+
+
+def break_site(made: Path, name: str) -> None:
+    """Make one thing wrong that keeps a site from taking part."""
+    directory = made / "ulm"
+    match name:
+        case "rows":
+            rows = (made / "rows.jsonl").read_text().splitlines(keepends=True)
+            (made / "rows.jsonl").write_text("".join(rows[:3]))
+        case "base":
+            file = directory / "site.toml"
+            file.write_text(file.read_text().replace('# base = "/models/base"', 'base = "/models/none"'))
+        case "pair":
+            other = new_key(made / "other.key").public_key()
+            (directory / "site.pub").write_text(public_text(other))
+        case _:
+            (directory / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("rows", "3 rows, fewer than policy.min_cluster_size 5; add rows"),
+        ("base", "site.toml: base '/models/none': no such directory"),
+        ("pair", "site.pub: not the public half of "),
+        ("ca.crt", "site.toml: ca 'ca.crt': no such file; put the federation's ca.crt there"),
+        ("site.key", "site.key: cannot read a private key"),
+        ("site.pub", "site.pub: cannot be read"),
+    ],
+)
+def test_check_names_what_keeps_a_site_out(made: Path, name: str, why: str) -> None:
+    break_site(made, name)
+    (problem,) = preview(load_site(made / "ulm")).problems
+    assert why in problem
+
+
+def test_check_fails_with_one_line_per_problem(made: Path) -> None:
+    break_site(made, "rows")
+    break_site(made, "ca.crt")
+    done = fedrouter("client", "check", "ulm", cwd=made)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2)
+    assert all(line.startswith("error: ulm/site.toml: ") for line in done.stderr.splitlines())
 
 
 def test_the_federation_s_certificates_are_marked_as_a_trial(tmp_path: Path) -> None:

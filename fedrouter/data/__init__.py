@@ -126,6 +126,12 @@ def builtin_records(name: str, split: str, num_per_task: int, seed: int) -> list
     return [record for task in BUILTIN_RECORDS[name] for record in generate(task, known, num_per_task, seed)]
 
 
+def names_file(source: str) -> bool:
+    """Return whether a source is a file or directory, though it may not exist; others are hub ids."""
+    path = Path(source).expanduser()
+    return path.exists() or suffix_of(path) in KINDS or source.startswith(("/", "./", "../", "~"))
+
+
 def _parts(source: str, split: str | None, say: Say, default: str) -> Iterator[tuple[str, Iterator[Row]]]:
     """Yield name and rows of each file of a source."""
     path = Path(source).expanduser()
@@ -136,7 +142,7 @@ def _parts(source: str, split: str | None, say: Say, default: str) -> Iterator[t
         for file in data_files(path, split, say, default):
             yield str(file), _file_rows(file)
         return
-    if path.exists() or suffix_of(path) in KINDS or source.startswith(("/", "./", "../", "~")):
+    if names_file(source):
         if path.exists() and suffix_of(path) not in KINDS:
             raise DataError(f"{source}: unknown file type; accepted: {ACCEPTED}")
         if not path.exists():

@@ -21,7 +21,7 @@ from fedrouter.embed import chosen_spec
 from fedrouter.errors import ConfigError, TrainingError
 from fedrouter.files import check_directory
 from fedrouter.layout import number_of
-from fedrouter.models import base_spec, load_config, load_tokenizer, quieten, resolve_base
+from fedrouter.models import base_spec, empty_model, load_config, load_tokenizer, quieten, resolve_base
 from fedrouter.partition import check_labels
 from fedrouter.train.client.cluster import MAX_LOCAL, num_local
 from fedrouter.train.client.rows import Rendered, Tokeniser, TokenRow, load_rows, positions_of
@@ -304,14 +304,9 @@ class _Sizes:
 
 
 def _sizes(config: Config, path: Path) -> _Sizes:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from fedrouter.train.client.targets import adapted, check_targets
 
-    settings = load_config(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+    model = empty_model(path)
     check_targets(model, config.lora.target_modules)
     modules = adapted(model, config.lora.target_modules)
     adapter = sum(config.lora.rank * sum(shape) for shape in modules.values())

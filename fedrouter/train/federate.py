@@ -132,6 +132,7 @@ def opened_client(
         If a setting, a file or a row cannot be used, as in ``train``.
     """
     name = site.settings.name
+    site.source()  # its error names site.toml; the reader's would name the working directory
     check_machine(config.base)
     session = Session(config, site.directory, console)
     rows = session.records(name, strip=not site.settings.policy.labels)

@@ -99,7 +99,7 @@ def test_it_comes_back_and_the_server_is_killed_and_the_bundle_is_that_of_one_pr
     assert not [line for line in metrics(sites, "resumed") if line.get("refused")]
     assert_alike(bundle, in_one_process(sites, tmp_path / "local", 3))
     status = json.loads(fedrouter("federation", "status", "fed", "--json", cwd=sites.directory))
-    assert [(one["client"], one["there"], one["rows"]) for one in status] == [
+    assert [(one["client"], one["status"], one["rows"]) for one in status] == [
         (name, "online", 120) for name in NAMES
     ]
 

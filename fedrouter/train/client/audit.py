@@ -5,12 +5,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from fedrouter.files import read_json_lines
+from fedrouter.errors import DataError
+from fedrouter.files import read_json_lines, reading
 
 
 class Audit:
-    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message.
+    """``audit.jsonl``: time, way, kinds, bytes, SHA-256 and exchange of each message; reason of a refusal.
 
     A line is written before its message is sent, so a line that a crash cut off is of no message.
 
@@ -21,25 +23,31 @@ class Audit:
     Raises
     ------
     DataError
-        If the file is damaged; names the line.
+        If the file cannot be opened, or is damaged; names the line.
     """
 
     def __init__(self, file: Path):
         self._file = file
         self._day, self.num_requests, self.num_bytes = "", 0, 0
         self._start_new_day()
-        if file.exists():
+        with reading(file):
+            file.open("a").close()  # a file that cannot be written must not be found at the first message
             _drop_cut_line(file)
-            for entry in read_json_lines(file, "time", "way", "bytes"):
-                self._count(entry)
+        for number, entry in enumerate(read_json_lines(file, "time", "way", "bytes"), start=1):
+            if [type(entry[key]) for key in ("time", "way", "bytes")] != [str, str, int]:
+                raise DataError(
+                    f"{file}:{number}: damaged: time, way or bytes is of the wrong type; remove the line"
+                )
+            self._count(entry)
 
-    def write(self, way: str, kinds: list[str], body: bytes, asked: str) -> None:
+    def write(self, way: str, kinds: list[str], body: bytes, asked: str, reason: str = "") -> None:
         """Append one message.
 
         Parameters
         ----------
         way : "in" or "out".
         asked : run and number of the exchange.
+        reason : why the site refused or failed, if it did.
         """
         self._start_new_day()
         entry = {
@@ -49,6 +57,7 @@ class Audit:
             "bytes": len(body),
             "sha256": hashlib.sha256(body).hexdigest(),
             "asked": asked,
+            **({"reason": reason} if reason else {}),
         }
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -61,12 +70,10 @@ class Audit:
         if day != self._day:
             self._day, self.num_requests, self.num_bytes = day, 0, 0
 
-    def _count(self, entry: dict[str, object]) -> None:
-        if str(entry["time"]).startswith(self._day):
+    def _count(self, entry: dict[str, Any]) -> None:
+        if entry["time"].startswith(self._day):
             self.num_requests += entry["way"] == "in"
-            size = entry["bytes"]
-            assert isinstance(size, int)
-            self.num_bytes += size if entry["way"] == "out" else 0
+            self.num_bytes += entry["bytes"] if entry["way"] == "out" else 0
 
 
 def _drop_cut_line(file: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedrouter.config import Config
 from fedrouter.errors import ClientError, DataError, FedRouterError, WireError
-from fedrouter.files import write_atomically
+from fedrouter.files import read_map, read_secret, write_atomically
 from fedrouter.layout import number_of, print_line
 from fedrouter.models import resolve_base
 from fedrouter.train.client.audit import Audit
@@ -68,16 +68,13 @@ class Resident:
         self._secret = _secret(site)
         self._audit = Audit(site.audit)
         self._last_exchanges_file = site.directory / "exchanges.json"
-        self._last_exchanges: dict[str, int] = (
-            json.loads(self._last_exchanges_file.read_text(encoding="utf-8"))
-            if self._last_exchanges_file.exists()
-            else {}
-        )
+        self._last_exchanges = read_map(self._last_exchanges_file, int)
         self._lock = threading.Lock()
         self._hello: Hello | None = None
         self._federation: Federation | None = None
         self._summing: Summing | None = None
         self._assigned, self._run = False, ""
+        self._told: set[str] = set()  # reasons that the operator was told in this run
 
     def answer(self, body: bytes) -> bytes:
         """Return the signed reply to a request; errors are replies too."""
@@ -99,17 +96,26 @@ class Resident:
         half = self._hello is not None and self._hello.half
         signed = sign(self._key, self._name, seal(envelope, half))
         kinds = [type(message).__name__ for message in envelope.messages]
-        self._audit.write("out", kinds, signed, f"{envelope.run}/{envelope.exchange}")
+        denials = [m for m in envelope.messages if isinstance(m, Refused | Failed | TrainFailure)]
+        reason = "; ".join(denial.reason for denial in denials)
+        self._audit.write("out", kinds, signed, f"{envelope.run}/{envelope.exchange}", reason)
+        for denial in denials:
+            if denial.reason not in self._told:  # the server may repeat its request in every round
+                self._told.add(denial.reason)
+                self._say(f"{'refused' if isinstance(denial, Refused) else 'failed'}: {denial.reason}")
         return signed
 
     def _refusal(self, envelope: Envelope) -> str | None:
         """Return why a whole envelope is refused, or None after recording its number as used."""
         if envelope.client not in ("", self._name):
-            return f"this is client {self._name}, not {envelope.client[:80]}"
+            return f"this is client {self._name}, not {envelope.client[:80]!r}"
         if envelope.exchange <= self._last_exchanges.get(envelope.run, 0):
             return f"exchange {envelope.exchange} is not newer than the last one: a replay"
         if self._audit.num_requests > self._policy.max_requests_per_day:
-            return f"its policy refuses more than {self._policy.max_requests_per_day} requests a day"
+            return (
+                "its policy refuses more than "
+                f"{number_of(self._policy.max_requests_per_day, 'request')} a day"
+            )
         if self._audit.num_bytes > self._policy.max_mib_per_day * 2**20:
             return f"its policy refuses to send more than {self._policy.max_mib_per_day} MiB a day"
         self._last_exchanges[envelope.run] = envelope.exchange
@@ -185,7 +191,8 @@ class Resident:
                 yield from federation.members()
             case TrainRequest():
                 self._say(
-                    f"round {message.round + 1}: trains task cluster {message.cluster}, {message.steps} steps"
+                    f"round {message.round + 1}: trains task cluster {message.cluster}, "
+                    f"{number_of(message.steps, 'step')}"
                 )
                 yield from map(_with_finite_loss, federation.train([message]))
             case ValidationRequest():
@@ -215,6 +222,8 @@ class Resident:
         if self._federation is not None and self._run == run and _equal(self._hello, hello):
             (member,) = self._federation.members()
             return member
+        if self._run != run:
+            self._told.clear()
         self._federation, self._assigned, self._run = None, False, run
         config = plan_of(hello, self._site)
         if reason := against_plan(self._policy, config, hello.secure):
@@ -261,4 +270,4 @@ def _secret(site: Site) -> bytes:
     """Return the site's secret; create it on first use."""
     if not site.secret.exists():
         write_atomically(site.secret, secrets.token_hex(32), mode=0o600)
-    return bytes.fromhex(site.secret.read_text(encoding="utf-8"))
+    return read_secret(site.secret)

@@ -1,22 +1,25 @@
 """A site's settings, made by its operator: where its rows and base model are, and its policy."""
 
+import difflib
 import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedrouter.config import Config
 from fedrouter.config_file import fitted, read_toml, validated
-from fedrouter.errors import ConfigError
+from fedrouter.data import names_file
+from fedrouter.errors import ConfigError, DataError
+from fedrouter.layout import number_of
 from fedrouter.train.lora import rank_of
 from fedrouter.train.wire.messages import Assign, Hello, Regroup, SumTrain
 from fedrouter.types import TrainRequest
 
-Methods = ("fedrouter", "fedavg", "fedprox", "local", "clustered", "feddpa", "oracle")
+METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
 
 
 class _Section(BaseModel):
@@ -49,13 +52,23 @@ class Policy(_Section):
     max_mib_per_day: float = Field(10_000.0, gt=0)
     """Maximum MiB sent per day (UTC)."""
 
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: list[str]) -> list[str]:
+        for method in methods:
+            if method not in METHODS:
+                close = difflib.get_close_matches(method, METHODS, 1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(METHODS)}"
+                raise ValueError(f"policy.methods: unknown method {method!r}; {hint}")
+        return methods
+
 
 class SiteSettings(_Section):
     """``site.toml``."""
 
     name: str
     """The client's name in the federation's roster."""
-    data: str
+    data: str = Field(min_length=1)
     """File or directory with the rows."""
     base: str | None = None
     """Path of the base model on this machine; by default the server's name for it is used."""
@@ -69,6 +82,14 @@ class SiteSettings(_Section):
     ignore: list[str] = Field(default_factory=list)
     device: str = "auto"
     policy: Policy = Field(default_factory=Policy)
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, server: str) -> str:
+        host, _, port = server.rpartition(":")
+        if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(f"server {server!r}: expected HOST:PORT, for instance server.example.org:9092")
+        return server
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +118,22 @@ class Site:
         """Resolve a path relative to the site's directory; return names of no such path unchanged."""
         file = self.directory / Path(path).expanduser()
         return str(file.resolve()) if file.exists() else path
+
+    def source(self) -> str:
+        """Return the source of the rows.
+
+        Raises
+        ------
+        DataError
+            If it is a file that does not exist.
+        """
+        data = self.settings.data
+        if names_file(data) and not (self.directory / Path(data).expanduser()).exists():
+            raise DataError(
+                f"{self.directory / 'site.toml'}: data {data!r}: no such file or directory; "
+                f"a relative path is relative to {self.directory}"
+            )
+        return self.place(data)
 
 
 def load_site(directory: Path) -> Site:
@@ -148,13 +185,18 @@ def plan_of(hello: Hello, site: Site) -> Config:
 def against_plan(policy: Policy, config: Config, secure: bool) -> str | None:
     """Return why the policy refuses a plan, or None."""
     privacy = config.privacy
+    least = {
+        "min_cluster_size": (privacy.min_cluster_size, policy.min_cluster_size),
+        "centroid_noise": (privacy.centroid_noise, policy.centroid_noise),
+        "update_noise": (privacy.update_noise, policy.update_noise),
+    }
     violations: Mapping[str, bool] = {
-        f"method {config.method}": config.method not in policy.methods,
-        f"rank {config.lora.rank}": config.lora.rank > policy.max_rank,
-        f"privacy.min_cluster_size {privacy.min_cluster_size}": privacy.min_cluster_size
-        < policy.min_cluster_size,
-        f"privacy.centroid_noise {privacy.centroid_noise}": privacy.centroid_noise < policy.centroid_noise,
-        f"privacy.update_noise {privacy.update_noise}": privacy.update_noise < policy.update_noise,
+        f"method {config.method} (here: {', '.join(policy.methods)})": config.method not in policy.methods,
+        f"rank {config.lora.rank} (at most {policy.max_rank} here)": config.lora.rank > policy.max_rank,
+        **{
+            f"privacy.{name} {value} (at least {limit} here)": value < limit
+            for name, (value, limit) in least.items()
+        },
         "method oracle, which asks for labels": config.method == "oracle" and not policy.labels,
         "updates that are not summed": policy.secure_sum and not secure,
         # An endpoint would receive the site's prompts.
@@ -170,9 +212,9 @@ def against_request(policy: Policy, message: object) -> str | None:
         return against_request(policy, message.request)
     if isinstance(message, TrainRequest):
         if message.steps > policy.max_steps:
-            return f"its policy refuses {message.steps} steps; at most {policy.max_steps}"
-        if rank_of(message.adapter) > policy.max_rank:
-            return f"its policy refuses rank {rank_of(message.adapter)}; at most {policy.max_rank}"
+            return f"its policy refuses {number_of(message.steps, 'step')} (at most {policy.max_steps} here)"
+        if (rank := rank_of(message.adapter)) > policy.max_rank:
+            return f"its policy refuses rank {rank} (at most {policy.max_rank} here)"
     if isinstance(message, Assign | Regroup) and message.told and message.told.tasks and not policy.labels:
         return "its policy refuses to use task labels"
     return None

@@ -10,7 +10,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedrouter.errors import WireError
-from fedrouter.files import write_atomically
+from fedrouter.files import read_map, write_atomically
 from fedrouter.train.lora import update_of
 from fedrouter.train.wire.keys import PrivateKey, load_public, sign_keys, verify_keys
 from fedrouter.train.wire.masks import (
@@ -202,7 +202,7 @@ class Summing:
 
     def _check_peer(self, peer: Peer, asked: SumShares) -> None:
         name = peer.keys.client
-        pins = json.loads(self._pins.read_text(encoding="utf-8")) if self._pins.exists() else {}
+        pins = read_map(self._pins, str)
         key, pinned = peer.key.strip(), pins.get(name)
         if pinned not in (None, key):
             raise WireError(

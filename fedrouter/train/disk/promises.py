@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedrouter.config import PrivacySettings
-from fedrouter.files import write_atomically
+from fedrouter.files import read_secret, write_atomically
 from fedrouter.types import Guarantee
 
 KEY = "noise.key"
@@ -22,7 +22,7 @@ def noise_key(run: Path, settings: PrivacySettings) -> bytes:
     if not settings.noisy:
         return b""
     file = run / KEY
-    return bytes.fromhex(file.read_text(encoding="utf-8")) if file.exists() else secrets.token_bytes(32)
+    return read_secret(file) if file.exists() else secrets.token_bytes(32)
 
 
 def keep_promises(run: Path, settings: PrivacySettings, promised: Sequence[Guarantee], key: bytes) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from fedrouter.files import write_atomically
+from fedrouter.files import write_atomically, writing
 from fedrouter.layout import print_line
 from fedrouter.train.client.resident import Resident
 from fedrouter.train.client.site import Site
@@ -53,10 +53,11 @@ def run_site(site: Site, resident: Resident, console: Console) -> None:
     Raises
     ------
     ConfigError
-        If Flower is not set up.
+        If Flower is not set up, or its directory cannot be made.
     """
     home = site.directory / "flower"
-    home.mkdir(exist_ok=True)
+    with writing(home):
+        home.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
 
     def say(line: str) -> None:

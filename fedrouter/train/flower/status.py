@@ -1,8 +1,9 @@
 """Status of a federation's clients: from the superlink, and from the last run."""
 
-import json
+from datetime import UTC, datetime
 from pathlib import Path
 
+from fedrouter.files import read_map
 from fedrouter.train.flower.federation import load_directory, nodes
 from fedrouter.train.wire.keys import public_text
 
@@ -14,13 +15,12 @@ def status(path: Path) -> list[dict[str, object]]:
 
     Raises
     ------
-    ConfigError
-        If the superlink does not answer.
+    ConfigError, DataError
+        If the superlink does not answer, or ``seen.json`` is damaged.
     """
     directory = load_directory(path)
     by_key = nodes(directory)
-    file = path / SEEN
-    seen = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    seen = read_map(path / SEEN, dict)
     found = []
     for name, key in directory.roster().items():
         node = by_key.get(public_text(key), {})
@@ -29,11 +29,20 @@ def status(path: Path) -> list[dict[str, object]]:
         found.append(
             {
                 "client": name,
-                "there": state,
-                "since": node.get("online" if state == "online" else "offline") or "-",
+                "status": state,
+                "since": _shown(node.get("online" if state == "online" else "offline")),
                 "rows": last.get("rows", "-"),
                 "last_answer": last.get("time", "-"),
-                "to": last.get("what", "-"),
+                "request": last.get("what", "-"),
             }
         )
     return found
+
+
+def _shown(superlink_time: str | None) -> str:
+    """Return one of the superlink's times, in ISO 8601, in the form of ``seen.json``'s."""
+    if not superlink_time:
+        return "-"
+    moment = datetime.fromisoformat(superlink_time)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # the superlink's times are in UTC
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedrouter.errors import ConfigError, WireError
+from fedrouter.errors import ConfigError, WireError, first_line
 from fedrouter.files import write_atomically
 
 MAGIC = b"FRS1"
@@ -76,6 +76,22 @@ def load_public(text: str) -> PublicKey:
             "not an elliptic-curve public key; use the .pub file that fedrouter client init creates"
         )
     return key
+
+
+def read_public(path: Path) -> PublicKey:
+    """Read a site's ``site.pub``.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or holds no such key.
+    """
+    try:
+        return load_public(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {first_line(error)}; restore it from a copy") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def public_text(key: PublicKey) -> str:

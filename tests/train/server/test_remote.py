@@ -1,5 +1,6 @@
 """Misbehaving clients and connections: refusals, clients left out, and runs that continue."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +44,8 @@ class Place:
 
     def start(self) -> None:
         """Start or restart the resident client; only its files survive a restart."""
-        self.resident = Resident(self.site, self.opened, Console(quiet=True))
+        self.said = io.StringIO()
+        self.resident = Resident(self.site, self.opened, Console(file=self.said))
 
     def opened(self, config: Config, secret: bytes) -> tuple[LocalFederation, str, Any]:
         number = NAMES.index(self.name) if self.name in NAMES else 7
@@ -293,9 +295,9 @@ def test_too_few_updates_stop_the_run(places: list[Place]) -> None:
 @pytest.mark.parametrize(
     ("policy", "changes", "why"),
     [
-        ({"methods": ["fedavg"]}, {}, "its policy refuses method fedrouter"),
-        ({"max_rank": 4}, {}, "its policy refuses rank 8"),
-        ({"min_cluster_size": 9}, {}, "its policy refuses privacy.min_cluster_size 5"),
+        ({"methods": ["fedavg"]}, {}, "its policy refuses method fedrouter (here: fedavg)"),
+        ({"max_rank": 4}, {}, "its policy refuses rank 8 (at most 4 here)"),
+        ({"min_cluster_size": 9}, {}, "its policy refuses privacy.min_cluster_size 5 (at least 9 here)"),
         ({"update_noise": 0.5}, {}, "its policy refuses privacy.update_noise 0.0"),
         ({"secure_sum": True}, {}, "updates that are not summed"),
         ({}, {"embedder": {"kind": "endpoint", "model": "m", "url": "http://x:1"}}, "an embeddings endpoint"),
@@ -319,8 +321,36 @@ def test_a_request_outside_the_policy_is_refused(tmp_path: Path) -> None:
     wire = Wire(places)
     joined(wire)
     answers = by_client(wire.federation.train([request(name, steps=11) for name in ("ulm", "bern")]))
-    assert answers["ulm"] == TrainFailure("ulm", 0, "its policy refuses 11 steps; at most 10")
+    assert answers["ulm"] == TrainFailure("ulm", 0, "its policy refuses 11 steps (at most 10 here)")
     assert isinstance(answers["bern"], TrainReply)
+
+
+def test_the_operator_is_told_of_a_refusal_once_and_its_reason_is_recorded(tmp_path: Path) -> None:
+    places = [Place(tmp_path, "ulm", max_steps=10), Place(tmp_path, "bern")]
+    wire = Wire(places)
+    joined(wire)
+    for number in range(2):
+        list(wire.federation.train([request(name, number, steps=11) for name in ("ulm", "bern")]))
+    refusal = "its policy refuses 11 steps (at most 10 here)"
+    assert places[0].said.getvalue().count(f"client ulm: refused: {refusal}\n") == 1
+    lines = [json.loads(line) for line in places[0].site.audit.read_text().splitlines()]
+    assert [line["reason"] for line in lines if "Refused" in line["kinds"]] == [refusal] * 2
+    assert "refused" not in places[1].said.getvalue()
+    assert "reason" not in places[1].site.audit.read_text()
+
+
+def test_the_operator_is_told_of_a_refused_plan(tmp_path: Path) -> None:
+    place = Place(tmp_path, "ulm", max_rank=4)
+    with pytest.raises(TrainingError):
+        Wire([place]).federation.members()
+    assert place.said.getvalue() == "client ulm: refused: its policy refuses rank 8 (at most 4 here)\n"
+
+
+def test_one_step_is_no_steps(places: list[Place]) -> None:
+    wire = Wire(places)
+    joined(wire)
+    list(wire.federation.train([request("ulm", steps=1)]))
+    assert places[0].said.getvalue().endswith("round 1: trains task cluster 0, 1 step\n")
 
 
 def test_daily_limits_survive_restarts(tmp_path: Path) -> None:
