@@ -172,4 +172,4 @@ def _adapter_size(site: Site) -> tuple[str, list[str]]:
         shapes = adapted(empty_model(resolve_base(str(path) if path.is_dir() else base)), ALL).values()
     except ModelError as error:
         return rule, [f"{site.directory / 'site.toml'}: {error}"]
-    return f"at most {size_text(4 * rank * sum(map(sum, shapes)))}", []
+    return f"at most {size_text(4 * rank * sum(i + o for i, o in shapes))}", []
