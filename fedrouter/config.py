@@ -243,6 +243,11 @@ class TrainSettings(_Section):
         return self.batch_size * self.gradient_accumulation
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether a client with several subsets trains only some of them in a round."""
+        return self.schedule == "turns" and self.epochs is None
+
+    @property
     def num_steps(self) -> int:
         """Steps per client and round; with ``epochs`` they depend on the rows."""
         assert self.steps is not None, "train.epochs is set"
@@ -373,8 +378,7 @@ class Config(_Section):
     @property
     def takes_turns(self) -> bool:
         """Whether a client may train only some of its subsets in a round."""
-        several = self.method in ("fedrouter", "oracle", "feddpa")
-        return several and self.train.schedule == "turns" and self.train.epochs is None
+        return self.train.takes_turns and self.method in ("fedrouter", "oracle", "feddpa")
 
     @model_validator(mode="after")
     def _options_belong_to_the_method(self) -> "Config":

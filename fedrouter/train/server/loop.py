@@ -224,10 +224,12 @@ def plan(
     """
     start = 0 if every is None else number // every * every
     period = range(start, settings.rounds if every is None else min(start + every, settings.rounds))
+    if not settings.takes_turns:
+        period = range(number, number + 1)
     drawn = {
         i: {a.client for a in participants(assignments, settings.participation, seed, i)} for i in period
     }
-    first = first_turns(assignments)
+    first = first_turns(assignments) if settings.takes_turns else {}
     planned: list[Planned] = []
     for assignment in assignments:
         name, subsets = assignment.client, assignment.subsets
@@ -237,7 +239,7 @@ def plan(
         if settings.epochs is not None:
             trained = [n - num_validation(n, settings.validation) for n in sizes]
             steps = {i: settings.epochs * math.ceil(n / settings.step_size) for i, n in enumerate(trained)}
-        elif settings.schedule == "turns" and len(subsets) > 1:
+        elif settings.takes_turns and len(subsets) > 1:
             own = [i for i, names in drawn.items() if name in names]
             steps = turns(sizes, len(own), settings.num_steps, first[name])[own.index(number)]
         else:
